@@ -1,0 +1,507 @@
+//! Reads a kernel file: its types, variants, constants, kernels, and the struct of each kernel.
+//!
+//! Shared by `build.rs` and by the emulator's loader in the tests, through `#[path]`; so it uses `std` alone. It does not
+//! parse C++: it knows the few forms that `kernels/*.cu` may take, and refuses what is outside them.
+
+/// What one `kernels/<stem>.cu` declares.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Unit {
+    /// File name without `.cu`.
+    pub stem: String,
+    /// Element types `T`, or pairs `(T, Some(U))`, that it is compiled for.
+    pub types: Vec<(String, Option<String>)>,
+    /// Macros of each variant, as `(name, value)`; one empty list where the file lists none.
+    pub variants: Vec<Vec<(String, String)>>,
+    /// File-scope `constexpr int` whose value follows from literals and earlier constants alone.
+    pub constants: Vec<(String, i64)>,
+    /// In the order of the file.
+    pub kernels: Vec<Kernel>,
+}
+
+/// One `extern "C" __global__` function.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Kernel {
+    /// Name of the function.
+    pub name: String,
+    /// Name of its one parameter's struct: the function's name in camel case.
+    pub params_struct: String,
+    /// Members of that struct, in order.
+    pub fields: Vec<Field>,
+    /// First argument of `__launch_bounds__`, as written.
+    pub bounds: Option<String>,
+}
+
+/// One member of a parameter struct.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Field {
+    /// Member name.
+    pub name: String,
+    /// What it holds.
+    pub kind: Kind,
+    /// The comment at the end of its line: a shape, usually.
+    pub comment: String,
+}
+
+/// What a member of a parameter struct can be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A device address.
+    Pointer,
+    /// `int`
+    I32,
+    /// `unsigned`
+    U32,
+    /// `float`
+    F32,
+    /// `long long`
+    I64,
+    /// `unsigned long long`
+    U64,
+    /// `double`
+    F64,
+}
+
+impl Kind {
+    /// Size and alignment in bytes.
+    pub fn size(self) -> usize {
+        match self {
+            Kind::I32 | Kind::U32 | Kind::F32 => 4,
+            Kind::Pointer | Kind::I64 | Kind::U64 | Kind::F64 => 8,
+        }
+    }
+}
+
+impl Unit {
+    /// Every (type, variant) that the file is compiled for, as the pieces of an image's header: `("f32>bf16", "D=40")`.
+    pub fn images(&self) -> Vec<(String, String)> {
+        let mut all = Vec::new();
+        for (t, u) in &self.types {
+            let types = u.as_ref().map_or(t.clone(), |u| format!("{t}>{u}"));
+            for variant in &self.variants {
+                let macros: Vec<String> = variant.iter().map(|(k, v)| format!("{k}={v}")).collect();
+                all.push((types.clone(), macros.join(",")));
+            }
+        }
+        all
+    }
+
+    /// The compiler's `-D` arguments for one (type, variant).
+    pub fn defines(types: &(String, Option<String>), variant: &[(String, String)]) -> Vec<String> {
+        let mut all = vec![format!("-DT_{}", types.0.to_uppercase())];
+        all.extend(types.1.iter().map(|u| format!("-DU_{}", u.to_uppercase())));
+        all.extend(variant.iter().map(|(k, v)| format!("-D{k}={v}")));
+        all
+    }
+}
+
+/// `group_norm_fwd` → `GroupNormFwd`.
+pub fn camel_case(name: &str) -> String {
+    let mut out = String::new();
+    for part in name.split('_') {
+        let mut letters = part.chars();
+        out.extend(letters.next().map(|c| c.to_ascii_uppercase()));
+        out.push_str(letters.as_str());
+    }
+    out
+}
+
+#[derive(Debug, Clone)]
+struct Token {
+    text: String,
+    line: usize,
+    conditional: bool,
+}
+
+struct Source {
+    stem: String,
+    tokens: Vec<Token>,
+    comments: Vec<(usize, String)>,
+}
+
+/// Reads the text of `kernels/<stem>.cu`. An error names file and line.
+pub fn scan(stem: &str, source: &str) -> Result<Unit, String> {
+    let source = tokenize(stem, source)?;
+    source.refuse_forbidden()?;
+    let constants = source.constants();
+    let kernels = source.kernels()?;
+    if kernels.is_empty() {
+        return Err(format!(
+            "kernels/{stem}.cu: no kernel (`extern \"C\" __global__ void name(const __grid_constant__ Name p)`)"
+        ));
+    }
+    Ok(Unit {
+        stem: stem.to_string(),
+        types: source.types()?,
+        variants: source.variants()?,
+        constants,
+        kernels,
+    })
+}
+
+fn tokenize(stem: &str, text: &str) -> Result<Source, String> {
+    let bytes: Vec<char> = text.chars().collect();
+    let mut out = Source { stem: stem.to_string(), tokens: Vec::new(), comments: Vec::new() };
+    let (mut i, mut line, mut depth, mut fresh) = (0, 1, 0usize, true);
+    while i < bytes.len() {
+        let c = bytes[i];
+        let next = bytes.get(i + 1).copied().unwrap_or('\0');
+        let rest = |from: usize| -> String { bytes[from..].iter().take_while(|c| **c != '\n').collect() };
+        if c == '\n' {
+            line += 1;
+            fresh = true;
+            i += 1;
+        } else if c.is_whitespace() {
+            i += 1;
+        } else if c == '/' && next == '/' {
+            let comment = rest(i);
+            i += comment.chars().count();
+            out.comments.push((line, comment[2..].trim().to_string()));
+        } else if c == '/' && next == '*' {
+            let start = line;
+            i += 2;
+            while i < bytes.len() && !(bytes[i] == '*' && bytes.get(i + 1) == Some(&'/')) {
+                line += usize::from(bytes[i] == '\n');
+                i += 1;
+            }
+            if i >= bytes.len() {
+                return Err(format!("kernels/{stem}.cu:{start}: a comment that does not end"));
+            }
+            i += 2;
+        } else if c == '#' && fresh {
+            let directive = rest(i);
+            i += directive.chars().count();
+            let words: Vec<&str> = directive[1..].split_whitespace().collect();
+            match words.first().copied().unwrap_or("") {
+                "include" if words.get(1) != Some(&"\"dev.cuh\"") => {
+                    return Err(format!(
+                        "kernels/{stem}.cu:{line}: want no include but \"dev.cuh\"; got `{}`",
+                        directive.trim()
+                    ));
+                }
+                "if" | "ifdef" | "ifndef" => depth += 1,
+                "endif" => depth = depth.saturating_sub(1),
+                _ => {}
+            }
+            // A macro's text must keep to the rules too.
+            if words.first() == Some(&"define") {
+                let inner = tokenize(stem, &directive[1..])?;
+                out.tokens.extend(inner.tokens.into_iter().map(|t| Token { line, conditional: true, ..t }));
+            }
+        } else if c == '"' || c == '\'' {
+            let start = i;
+            i += 1;
+            while i < bytes.len() && bytes[i] != c && bytes[i] != '\n' {
+                i += if bytes[i] == '\\' { 2 } else { 1 };
+            }
+            i = (i + 1).min(bytes.len());
+            let text = bytes[start..i].iter().collect();
+            out.tokens.push(Token { text, line, conditional: depth > 0 });
+            fresh = false;
+        } else {
+            let word = |c: char| c.is_alphanumeric() || c == '_';
+            let start = i;
+            i += 1;
+            while word(c) && i < bytes.len() && (word(bytes[i]) || (c.is_ascii_digit() && bytes[i] == '.')) {
+                i += 1;
+            }
+            out.tokens.push(Token { text: bytes[start..i].iter().collect(), line, conditional: depth > 0 });
+            fresh = false;
+        }
+    }
+    Ok(out)
+}
+
+impl Source {
+    fn error<R>(&self, line: usize, text: impl std::fmt::Display) -> Result<R, String> {
+        Err(format!("kernels/{}.cu:{line}: {text}", self.stem))
+    }
+
+    fn text(&self, i: usize) -> &str {
+        self.tokens.get(i).map_or("", |t| t.text.as_str())
+    }
+
+    fn refuse_forbidden(&self) -> Result<(), String> {
+        const WORDS: [(&str, &str); 11] = [
+            ("asm", "a wrapper of dev.cuh"),
+            ("__asm__", "a wrapper of dev.cuh"),
+            ("__shared__", "smem<Struct>()"),
+            ("threadIdx", "thread_x()"),
+            ("blockIdx", "block_x()"),
+            ("blockDim", "block_dim_x()"),
+            ("gridDim", "grid_x()"),
+            ("__syncthreads", "sync_block()"),
+            ("__syncwarp", "sync_warp()"),
+            ("__ballot_sync", "ballot()"),
+            ("__constant__", "a field of the kernel's struct"),
+        ];
+        for token in &self.tokens {
+            if let Some((_, want)) = WORDS.iter().find(|(word, _)| *word == token.text) {
+                return self.error(token.line, format!("`{}` belongs in dev.cuh; want {want}", token.text));
+            }
+            if token.text.starts_with("__shfl") {
+                return self.error(
+                    token.line,
+                    format!("`{}` belongs in dev.cuh; want shfl, shfl_xor or shfl_down", token.text),
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn listed(&self, key: &str) -> Option<(usize, Vec<&str>)> {
+        let (line, text) = self.comments.iter().find(|(_, text)| text.starts_with(key))?;
+        Some((*line, text[key.len()..].split_whitespace().collect()))
+    }
+
+    fn types(&self) -> Result<Vec<(String, Option<String>)>, String> {
+        let Some((line, items)) = self.listed("types:") else {
+            return Ok(["f32", "f16", "bf16"].map(|t| (t.to_string(), None)).to_vec());
+        };
+        let known = |t: &str| ["f32", "f16", "bf16"].contains(&t);
+        let mut types = Vec::new();
+        for item in items {
+            let (t, u) = item.split_once('>').map_or((item, None), |(t, u)| (t, Some(u)));
+            if !known(t) || !u.is_none_or(known) {
+                return self.error(
+                    line,
+                    format!("want types f32, f16, bf16, or pairs such as f32>bf16; got `{item}`"),
+                );
+            }
+            types.push((t.to_string(), u.map(str::to_string)));
+        }
+        if types.is_empty() { self.error(line, "`types:` lists none") } else { Ok(types) }
+    }
+
+    fn variants(&self) -> Result<Vec<Vec<(String, String)>>, String> {
+        let Some((line, items)) = self.listed("variants:") else { return Ok(vec![Vec::new()]) };
+        let mut variants = Vec::new();
+        for item in items {
+            let mut macros = Vec::new();
+            for part in item.split(',') {
+                let Some((name, value)) =
+                    part.split_once('=').filter(|(k, v)| !k.is_empty() && v.parse::<i64>().is_ok())
+                else {
+                    return self
+                        .error(line, format!("want variants such as D=40 or BM=128,BN=64; got `{item}`"));
+                };
+                macros.push((name.to_string(), value.to_string()));
+            }
+            if item.len() > 16 {
+                return self.error(
+                    line,
+                    format!("variant `{item}` is longer than the 16 bytes of an image's header"),
+                );
+            }
+            variants.push(macros);
+        }
+        if variants.is_empty() { self.error(line, "`variants:` lists none") } else { Ok(variants) }
+    }
+
+    fn constants(&self) -> Vec<(String, i64)> {
+        let mut found: Vec<(String, i64)> = Vec::new();
+        let (mut braces, mut i) = (0usize, 0);
+        while i < self.tokens.len() {
+            match self.text(i) {
+                "{" => braces += 1,
+                "}" => braces = braces.saturating_sub(1),
+                "constexpr" if braces == 0 && self.text(i + 1) == "int" && !self.tokens[i].conditional => {
+                    i += 2;
+                    while self.text(i + 1) == "=" {
+                        let name = self.text(i).to_string();
+                        let start = i + 2;
+                        let mut end = start;
+                        let mut nested = 0;
+                        while end < self.tokens.len()
+                            && !(nested == 0 && [",", ";"].contains(&self.text(end)))
+                        {
+                            nested += i32::from(self.text(end) == "(") - i32::from(self.text(end) == ")");
+                            end += 1;
+                        }
+                        let words: Vec<&str> = (start..end).map(|k| self.text(k)).collect();
+                        let mut at = 0;
+                        if let Some(value) = sum(&words, &mut at, &found, 0).filter(|_| at == words.len()) {
+                            found.push((name, value));
+                        }
+                        i = if self.text(end) == "," { end + 1 } else { end };
+                    }
+                }
+                _ => {}
+            }
+            i += 1;
+        }
+        found
+    }
+
+    fn kernels(&self) -> Result<Vec<Kernel>, String> {
+        let mut kernels: Vec<Kernel> = Vec::new();
+        for i in 0..self.tokens.len() {
+            if self.text(i) != "__global__" {
+                continue;
+            }
+            let line = self.tokens[i].line;
+            if i < 2
+                || self.text(i - 1) != "\"C\""
+                || self.text(i - 2) != "extern"
+                || self.text(i + 1) != "void"
+            {
+                return self.error(line, "want `extern \"C\" __global__ void`");
+            }
+            let mut k = i + 2;
+            let mut bounds = None;
+            if self.text(k) == "__launch_bounds__" && self.text(k + 1) == "(" {
+                let start = k + 2;
+                let (mut nested, mut end) = (1, start);
+                let mut first_end = None;
+                while end < self.tokens.len() && nested > 0 {
+                    nested += i32::from(self.text(end) == "(") - i32::from(self.text(end) == ")");
+                    if first_end.is_none() && (nested == 0 || (nested == 1 && self.text(end) == ",")) {
+                        first_end = Some(end);
+                    }
+                    end += 1;
+                }
+                bounds =
+                    first_end.map(|stop| (start..stop).map(|t| self.text(t)).collect::<Vec<_>>().join(" "));
+                k = end;
+            }
+            let name = self.text(k).to_string();
+            let want = camel_case(&name);
+            let got: Vec<&str> = (k + 1..k + 7).map(|t| self.text(t)).collect();
+            if got[0] != "(" || got[1] != "const" || got[2] != "__grid_constant__" || got[5] != ")" {
+                return self.error(
+                    line,
+                    format!("kernel `{name}`: want one parameter, `const __grid_constant__ {want} p`"),
+                );
+            }
+            if got[3] != want {
+                return self.error(
+                    line,
+                    format!("kernel `{name}`: want its struct to be `{want}`; got `{}`", got[3]),
+                );
+            }
+            if kernels.iter().any(|kernel| kernel.name == name) {
+                return self.error(line, format!("kernel `{name}` is there twice"));
+            }
+            let fields = self.fields(&name, &want, line)?;
+            kernels.push(Kernel { name, params_struct: want, fields, bounds });
+        }
+        Ok(kernels)
+    }
+
+    fn fields(&self, kernel: &str, name: &str, line: usize) -> Result<Vec<Field>, String> {
+        let is_start =
+            |i: &usize| self.text(*i) == "struct" && self.text(i + 1) == name && self.text(i + 2) == "{";
+        let Some(start) = (0..self.tokens.len()).find(is_start) else {
+            return self.error(line, format!("kernel `{kernel}`: no `struct {name} {{ … }};` above it"));
+        };
+        let mut fields: Vec<Field> = Vec::new();
+        let mut i = start + 3;
+        while self.text(i) != "}" {
+            let mut end = i;
+            while end < self.tokens.len() && self.text(end) != ";" {
+                end += 1;
+            }
+            let Some(last) = self.tokens.get(end) else {
+                return self.error(line, format!("`struct {name}` does not end"));
+            };
+            let comment = self.comments.iter().find(|(at, _)| *at == last.line).map_or("", |(_, text)| text);
+            let words: Vec<&str> = (i..end).map(|k| self.text(k)).collect();
+            for (field, kind) in self.declaration(&words, name, last.line)? {
+                if fields.iter().any(|f| f.name == field) {
+                    return self.error(last.line, format!("`{name}.{field}` is there twice"));
+                }
+                fields.push(Field { name: field, kind, comment: comment.to_string() });
+            }
+            i = end + 1;
+        }
+        if fields.is_empty() { self.error(line, format!("`struct {name}` is empty")) } else { Ok(fields) }
+    }
+
+    /// `const T* a, *b` or `int h, w`: the names with their kinds.
+    fn declaration(&self, words: &[&str], name: &str, line: usize) -> Result<Vec<(String, Kind)>, String> {
+        let mut base: Vec<&str> = Vec::new();
+        let mut at = 0;
+        const TYPES: [&str; 13] = [
+            "const", "T", "U", "f16", "bf16", "float", "double", "int", "unsigned", "signed", "long",
+            "short", "char",
+        ];
+        while at < words.len() && TYPES.contains(&words[at]) {
+            if words[at] != "const" {
+                base.push(words[at]);
+            }
+            at += 1;
+        }
+        let scalar = match base.join(" ").as_str() {
+            "int" | "signed" | "signed int" => Some(Kind::I32),
+            "unsigned" | "unsigned int" => Some(Kind::U32),
+            "float" => Some(Kind::F32),
+            "double" => Some(Kind::F64),
+            "long long" | "long long int" => Some(Kind::I64),
+            "unsigned long long" => Some(Kind::U64),
+            _ => None,
+        };
+        let mut found = Vec::new();
+        for part in words[at..].split(|w| *w == ",") {
+            let pointer = part.first() == Some(&"*");
+            let rest: Vec<&str> =
+                part.iter().copied().filter(|w| !["*", "const", "__restrict__"].contains(w)).collect();
+            let kind = if pointer && !base.is_empty() { Some(Kind::Pointer) } else { scalar };
+            let is_name = |s: &str| s.starts_with(|c: char| c.is_alphabetic() || c == '_');
+            match (kind, rest.as_slice()) {
+                (Some(kind), [field]) if is_name(field) => found.push((field.to_string(), kind)),
+                _ => {
+                    let got = words.join(" ");
+                    return self.error(
+                        line,
+                        format!("`{name}`: want pointers, int, unsigned, float, long long, unsigned long long or double; got `{got}`"),
+                    );
+                }
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// Integer expressions by precedence: shifts, sums, products, atoms. `None` where an identifier is unknown.
+fn sum(words: &[&str], at: &mut usize, known: &[(String, i64)], level: usize) -> Option<i64> {
+    const LEVELS: [&[&str]; 3] = [&["<", ">"], &["+", "-"], &["*", "/", "%"]];
+    if level == LEVELS.len() {
+        return atom(words, at, known);
+    }
+    let mut value = sum(words, at, known, level + 1)?;
+    while let Some(operator) = words.get(*at).filter(|w| LEVELS[level].contains(w)) {
+        *at += 1;
+        if level == 0 {
+            (words.get(*at) == Some(operator)).then_some(())?;
+            *at += 1;
+        }
+        let right = sum(words, at, known, level + 1)?;
+        value = match *operator {
+            "<" => value.checked_shl(u32::try_from(right).ok()?)?,
+            ">" => value.checked_shr(u32::try_from(right).ok()?)?,
+            "+" => value.checked_add(right)?,
+            "-" => value.checked_sub(right)?,
+            "*" => value.checked_mul(right)?,
+            "/" => value.checked_div(right)?,
+            _ => value.checked_rem(right)?,
+        };
+    }
+    Some(value)
+}
+
+fn atom(words: &[&str], at: &mut usize, known: &[(String, i64)]) -> Option<i64> {
+    let word = *words.get(*at)?;
+    *at += 1;
+    match word {
+        "-" => Some(-atom(words, at, known)?),
+        "(" => {
+            let value = sum(words, at, known, 0)?;
+            (words.get(*at) == Some(&")")).then(|| *at += 1)?;
+            Some(value)
+        }
+        // dev.cuh's one integer.
+        "WARP" => Some(32),
+        _ if word.starts_with("0x") => i64::from_str_radix(&word[2..], 16).ok(),
+        _ if word.starts_with(|c: char| c.is_ascii_digit()) => word.parse().ok(),
+        _ => known.iter().find(|(name, _)| name == word).map(|(_, value)| *value),
+    }
+}

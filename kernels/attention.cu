@@ -1,0 +1,102 @@
+// y = softmax(scale · q kᵀ) v per head, in one pass over blocks of keys: running maximum m, sum l and result o per query.
+// Grid: (ceil(T / BM), N, B); a block owns BM queries of one head, a group of LANES threads one query: each thread of the
+// group computes some of its scores and keeps some of the elements of its result.
+// variants: D=64 D=160 D=512 D=1024
+#include "dev.cuh"
+
+constexpr int BLOCK = 256;
+
+struct AttentionFwd {
+    T* y;        // (B,T,N·d)
+    const T* q;  // (B,T,N·d)
+    const T* k;  // (B,S,N·d)
+    const T* v;  // (B,S,N·d)
+    int t, s, heads, d;  // d <= D
+    float scale;
+    int causal;  // query i sees keys up to i + S − T
+};
+
+template <int SIZE>
+struct AttentionTile {
+    static constexpr int BM = SIZE <= 160 ? 32 : 8;             // queries
+    static constexpr int BN = SIZE <= 160 ? 32 : SIZE <= 512 ? 8 : 3;  // keys: what 48 KB leave
+    static constexpr int LANES = BLOCK / BM;
+    struct Smem {
+        float q[BM][SIZE];
+        float kv[BN][SIZE];
+        float scores[BM][BN];
+        float p[BM][BN];
+    };
+};
+
+extern "C" __global__ void __launch_bounds__(BLOCK) attention_fwd(const __grid_constant__ AttentionFwd p) {
+    typedef AttentionTile<D> Tile;
+    constexpr int BM = Tile::BM, BN = Tile::BN, LANES = Tile::LANES, OWN = D / LANES;
+    Tile::Smem& s = smem<Tile::Smem>();
+    const int thread = thread_x(), row = thread / LANES, own = thread % LANES, t0 = block_x() * BM;
+    const int width = p.heads * p.d, head = block_y() * p.d;
+    const T* q = p.q + (long long)block_z() * p.t * width + head;
+    const T* k = p.k + (long long)block_z() * p.s * width + head;
+    const T* v = p.v + (long long)block_z() * p.s * width + head;
+
+    for (int i = thread; i < BM * p.d; i += BLOCK) {
+        const int r = i / p.d, c = i - r * p.d;
+        s.q[r][c] = t0 + r < p.t ? to_float(load(q + (long long)(t0 + r) * width + c)) * p.scale : 0.0f;
+    }
+
+    // The last query of the block sees the most keys.
+    const int last = t0 + BM < p.t ? t0 + BM : p.t;
+    const int visible = p.causal ? last + p.s - p.t : p.s;
+    float m = -FLOAT_INF, l = 0.0f, o[OWN];
+    UNROLL
+    for (int i = 0; i < OWN; i++) o[i] = 0.0f;
+
+    for (int n0 = 0; n0 < visible; n0 += BN) {
+        for (int i = thread; i < BN * p.d; i += BLOCK) {
+            const int r = i / p.d, c = i - r * p.d;
+            s.kv[r][c] = n0 + r < p.s ? to_float(load(k + (long long)(n0 + r) * width + c)) : 0.0f;
+        }
+        sync_block();
+        for (int n = own; n < BN; n += LANES) {
+            float dot = 0.0f;
+            for (int c = 0; c < p.d; c++) dot = fma_f(s.q[row][c], s.kv[n][c], dot);
+            const int key = n0 + n;
+            const bool seen = key < p.s && (!p.causal || key <= t0 + row + p.s - p.t);
+            s.scores[row][n] = seen ? dot : -FLOAT_INF;
+        }
+        sync_block();
+        float top = m;
+        for (int n = 0; n < BN; n++) top = max_f(top, s.scores[row][n]);
+        // A query that has seen no key yet keeps m = -inf; its weights are then zero, not NaN.
+        const float rescale = top == -FLOAT_INF ? 1.0f : exp_f(m - top);
+        for (int n = own; n < BN; n += LANES) s.p[row][n] = top == -FLOAT_INF ? 0.0f : exp_f(s.scores[row][n] - top);
+        for (int i = thread; i < BN * p.d; i += BLOCK) {
+            const int r = i / p.d, c = i - r * p.d;
+            s.kv[r][c] = n0 + r < p.s ? to_float(load(v + (long long)(n0 + r) * width + c)) : 0.0f;
+        }
+        sync_block();
+        float sum = 0.0f;
+        for (int n = 0; n < BN; n++) sum += s.p[row][n];
+        l = l * rescale + sum;
+        m = top;
+        UNROLL
+        for (int i = 0; i < OWN; i++) {
+            const int c = own + i * LANES;
+            if (c < p.d) {
+                float a = o[i] * rescale;
+                for (int n = 0; n < BN; n++) a = fma_f(s.p[row][n], s.kv[n][c], a);
+                o[i] = a;
+            }
+        }
+        sync_block();
+    }
+
+    if (t0 + row < p.t) {
+        T* y = p.y + ((long long)block_z() * p.t + t0 + row) * width + head;
+        UNROLL
+        for (int i = 0; i < OWN; i++) {
+            const int c = own + i * LANES;
+            if (c < p.d) store(y + c, from_float<T>(o[i] / l));
+        }
+    }
+}

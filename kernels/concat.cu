@@ -1,0 +1,21 @@
+// y = [a | b] on the last axis. Grid: ceil(n / BLOCK); a thread owns one element of y.
+#include "dev.cuh"
+
+constexpr int BLOCK = 256;
+
+struct ConcatFwd {
+    T* y;         // (rows,A+C)
+    const T* a;   // (rows,A)
+    const T* b;   // (rows,C)
+    long long n;  // rows·(A+C)
+    int a_len, b_len;
+};
+
+extern "C" __global__ void __launch_bounds__(BLOCK) concat_fwd(const __grid_constant__ ConcatFwd p) {
+    const long long i = (long long)block_x() * BLOCK + thread_x();
+    if (i >= p.n) return;
+    const int len = p.a_len + p.b_len;
+    const long long row = i / len;
+    const int c = int(i - row * len);
+    store(p.y + i, c < p.a_len ? load(p.a + row * p.a_len + c) : load(p.b + row * p.b_len + (c - p.a_len)));
+}

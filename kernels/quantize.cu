@@ -1,0 +1,35 @@
+// The nearest code of each row of z: k = argmin |z - e_k|^2, the lowest k of several. Grid: ceil(rows / BLOCK); a thread
+// owns one row.
+#include "dev.cuh"
+
+constexpr int BLOCK = 128;
+
+struct QuantizeFwd {
+    T* y;           // (rows,C)
+    int* codes;     // (rows)
+    const T* z;     // (rows,C)
+    const T* book;  // (V,C)
+    int rows, v, c;
+};
+
+extern "C" __global__ void __launch_bounds__(BLOCK) quantize_fwd(const __grid_constant__ QuantizeFwd p) {
+    const int row = block_x() * BLOCK + thread_x();
+    if (row >= p.rows) return;
+    const T* z = p.z + (long long)row * p.c;
+    float best = FLOAT_INF;
+    int code = 0;
+    for (int i = 0; i < p.v; i++) {
+        const T* e = p.book + (long long)i * p.c;
+        float d = 0.0f;
+        for (int c = 0; c < p.c; c++) {
+            const float diff = to_float(load(z + c)) - to_float(load(e + c));
+            d = fma_f(diff, diff, d);
+        }
+        if (d < best) {
+            best = d;
+            code = i;
+        }
+    }
+    store(p.codes + row, code);
+    for (int c = 0; c < p.c; c++) store(p.y + (long long)row * p.c + c, load(p.book + (long long)code * p.c + c));
+}

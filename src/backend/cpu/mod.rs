@@ -1,0 +1,135 @@
+//! The CPU: an arena of plain memory, and the view of it that a room gets.
+
+pub mod attention;
+pub mod gemm;
+pub mod math;
+mod scratch;
+pub mod simd;
+
+use crate::tensor::{DType, Spec};
+use half::{bf16, f16};
+use std::borrow::Cow;
+
+/// 64 bytes that start on a cache line.
+#[derive(Clone, Copy, bytemuck::Zeroable, bytemuck::Pod)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// Memory whose first byte stands on a cache line.
+#[derive(Clone, Default)]
+pub struct Memory(Vec<Line>);
+
+impl Memory {
+    /// Zeroed memory.
+    pub fn new(bytes: usize) -> Memory {
+        Memory(vec![Line([0; 64]); bytes.div_ceil(64)])
+    }
+
+    /// Its bytes.
+    pub fn bytes(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+
+    /// Its bytes, to write.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        bytemuck::cast_slice_mut(&mut self.0)
+    }
+}
+
+/// An input as a room sees it.
+pub enum In<'a> {
+    /// Memory of its own.
+    Shared(&'a [u8]),
+    /// The memory of this output, which holds the input until it is written.
+    Output(usize),
+}
+
+/// One call of a room: inputs, outputs, scratch.
+pub struct Call<'a> {
+    /// Types and axes of the inputs.
+    pub x: Vec<Spec>,
+    /// Types and axes of the outputs.
+    pub y: Vec<Spec>,
+    inputs: Vec<In<'a>>,
+    outputs: Vec<&'a mut [u8]>,
+}
+
+impl<'a> Call<'a> {
+    /// A call over borrowed memory; `inputs` and `outputs` have the sizes that their specs say.
+    pub fn new(x: Vec<Spec>, y: Vec<Spec>, inputs: Vec<In<'a>>, outputs: Vec<&'a mut [u8]>) -> Call<'a> {
+        debug_assert!(x.len() == inputs.len() && y.len() == outputs.len());
+        debug_assert!(y.iter().zip(&outputs).all(|(s, b)| s.bytes() == b.len()));
+        Call { x, y, inputs, outputs }
+    }
+
+    /// Input `i` as f32: borrowed where it is f32 in memory of its own, else converted.
+    pub fn f32(&self, i: usize) -> Cow<'a, [f32]> {
+        match &self.inputs[i] {
+            In::Shared(bytes) => floats(self.x[i].dtype, bytes),
+            In::Output(j) => Cow::Owned(floats(self.x[i].dtype, &*self.outputs[*j]).into_owned()),
+        }
+    }
+
+    /// Input `i` as integers.
+    pub fn i32(&self, i: usize) -> Cow<'a, [i32]> {
+        match &self.inputs[i] {
+            In::Shared(bytes) => Cow::Borrowed(bytemuck::cast_slice(bytes)),
+            In::Output(j) => Cow::Owned(bytemuck::pod_collect_to_vec(&*self.outputs[*j])),
+        }
+    }
+
+    /// Lets `f` compute output `j` in f32; what it wrote is rounded once to the output's type.
+    pub fn write<R>(&mut self, j: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
+        let spec = self.y[j];
+        let bytes = &mut *self.outputs[j];
+        match spec.dtype {
+            DType::F32 => f(bytemuck::cast_slice_mut(bytes)),
+            DType::F16 => {
+                let mut y = vec![0.0; spec.shape.numel()];
+                let r = f(&mut y);
+                math::f32_to_f16(&y, bytemuck::cast_slice_mut::<u8, f16>(bytes));
+                r
+            }
+            DType::BF16 => {
+                let mut y = vec![0.0; spec.shape.numel()];
+                let r = f(&mut y);
+                math::f32_to_bf16(&y, bytemuck::cast_slice_mut::<u8, bf16>(bytes));
+                r
+            }
+            DType::I32 => {
+                let mut y = vec![0.0; spec.shape.numel()];
+                let r = f(&mut y);
+                let ints = bytemuck::cast_slice_mut::<u8, i32>(bytes);
+                ints.iter_mut().zip(y).for_each(|(to, v)| *to = v as i32);
+                r
+            }
+        }
+    }
+
+    /// Output `j` as integers, to write.
+    pub fn i32_mut(&mut self, j: usize) -> &mut [i32] {
+        bytemuck::cast_slice_mut(&mut *self.outputs[j])
+    }
+}
+
+fn floats(dtype: DType, bytes: &[u8]) -> Cow<'_, [f32]> {
+    match dtype {
+        DType::F32 => Cow::Borrowed(bytemuck::cast_slice(bytes)),
+        DType::F16 => {
+            let x: &[f16] = bytemuck::cast_slice(bytes);
+            let mut y = vec![0.0; x.len()];
+            math::f16_to_f32(x, &mut y);
+            Cow::Owned(y)
+        }
+        DType::BF16 => {
+            let x: &[bf16] = bytemuck::cast_slice(bytes);
+            let mut y = vec![0.0; x.len()];
+            math::bf16_to_f32(x, &mut y);
+            Cow::Owned(y)
+        }
+        DType::I32 => {
+            let x: &[i32] = bytemuck::cast_slice(bytes);
+            Cow::Owned(x.iter().map(|&v| v as f32).collect())
+        }
+    }
+}

@@ -1,0 +1,668 @@
+//! Instruction sets: detection, vector operations, and the matrix microkernels.
+//!
+//! The binary is built for the baseline CPU; what the machine has is asked once, at run time. Everything that needs
+//! `unsafe` on the CPU is in this file: vector intrinsics, the register tiles that read through raw pointers, and
+//! [`Grid`], which hands out disjoint rectangles of one matrix to several threads. What it exports is safe.
+//!
+//! A loop is written once, generic over [`Simd`], as a [`Kernel`]; [`Isa::run`] compiles it for each instruction set
+//! and calls the one asked for. Register tiles are reached through [`tile`].
+#![allow(unsafe_code)]
+
+use std::marker::PhantomData;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// An instruction set that the CPU engine is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    /// Plain Rust that the compiler vectorises for the target's baseline; on every architecture.
+    Portable,
+    /// x86-64 with AVX2, FMA and F16C: 8 lanes, 16 registers.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, DQ and VL: 16 lanes, 32 registers.
+    Avx512,
+}
+
+impl Isa {
+    /// What this machine can run, slowest first. Asked once.
+    pub fn available() -> &'static [Isa] {
+        static LIST: OnceLock<Vec<Isa>> = OnceLock::new();
+        LIST.get_or_init(|| [Isa::Portable, Isa::Avx2, Isa::Avx512].into_iter().filter(|i| i.detect()).collect())
+    }
+
+    /// The fastest instruction set of this machine.
+    pub fn best() -> Isa {
+        *Self::available().last().expect("`Portable` is always available")
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn detect(self) -> bool {
+        // The standard library caches the answers: this is a load and a mask.
+        let avx2 = || {
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+        };
+        match self {
+            Isa::Portable => true,
+            Isa::Avx2 => avx2(),
+            Isa::Avx512 => {
+                avx2()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+            }
+        }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn detect(self) -> bool {
+        self == Isa::Portable
+    }
+
+    /// Panics unless this machine has the instruction set: what makes the dispatch below sound.
+    fn check(self) {
+        assert!(self.detect(), "instruction set {self:?} is not on this machine; it has {:?}", Self::available());
+    }
+
+    /// f32 lanes of one vector.
+    pub const fn lanes(self) -> usize {
+        match self {
+            Isa::Portable => 4,
+            Isa::Avx2 => 8,
+            Isa::Avx512 => 16,
+        }
+    }
+
+    /// Columns of a full register tile: two vectors. The last panel of a matrix may be half as wide.
+    pub const fn nr(self) -> usize {
+        2 * self.lanes()
+    }
+
+    /// Rows of a full register tile. Fewer rows have tiles of their own.
+    pub const fn mr(self) -> usize {
+        match self {
+            Isa::Portable => PORTABLE_ROWS,
+            Isa::Avx2 => 6,
+            Isa::Avx512 => 14,
+        }
+    }
+
+    /// Runs `kernel`, compiled for this instruction set. Panics if the machine does not have it.
+    pub fn run<K: Kernel>(self, kernel: K) -> K::Out {
+        self.check();
+        match self {
+            Isa::Portable => kernel.run(Portable(())),
+            // SAFETY: `check` has seen the features that these two functions are compiled with.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { x86::run_avx2(kernel) },
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => unsafe { x86::run_avx512(kernel) },
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => unreachable!("`check` refuses other instruction sets on this architecture"),
+        }
+    }
+}
+
+/// A loop to be compiled once per instruction set. `run` must be `#[inline(always)]`, and so must every generic
+/// function that it calls with `s`: code that is not inlined is compiled for the baseline.
+pub trait Kernel {
+    /// What the loop returns.
+    type Out;
+    /// The loop.
+    fn run<S: Simd>(self, s: S) -> Self::Out;
+}
+
+/// Vector operations of one instruction set. A value of the type proves that the machine has it: only [`Isa::run`]
+/// makes one.
+pub trait Simd: Copy {
+    /// One vector.
+    type F: Copy;
+    /// f32 lanes of a vector: 4, 8 or 16.
+    const LANES: usize;
+
+    /// # Safety
+    /// `p` is readable for `LANES` floats.
+    unsafe fn load_ptr(self, p: *const f32) -> Self::F;
+    /// # Safety
+    /// `p` is writable for `LANES` floats.
+    unsafe fn store_ptr(self, p: *mut f32, v: Self::F);
+    /// All lanes `x`.
+    fn splat(self, x: f32) -> Self::F;
+    /// a + b
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    /// a - b
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    /// a · b
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    /// a / b
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// a · b + c, rounded once where the machine can.
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// a < b ? a : b, so `b` if either is NaN.
+    fn min(self, a: Self::F, b: Self::F) -> Self::F;
+    /// a > b ? a : b, so `b` if either is NaN.
+    fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    /// Nearest integer, ties to even.
+    fn round(self, a: Self::F) -> Self::F;
+    /// 2^n for integral n in -126..=127; anything for other n.
+    fn pow2(self, n: Self::F) -> Self::F;
+    /// a < b ? yes : no, so `no` if either is NaN.
+    fn select_lt(self, a: Self::F, b: Self::F, yes: Self::F, no: Self::F) -> Self::F;
+
+    /// The first `LANES` elements of `x`.
+    #[inline(always)]
+    fn load(self, x: &[f32]) -> Self::F {
+        assert!(x.len() >= Self::LANES);
+        // SAFETY: the slice is long enough.
+        unsafe { self.load_ptr(x.as_ptr()) }
+    }
+
+    /// Writes the first `LANES` elements of `y`.
+    #[inline(always)]
+    fn store(self, y: &mut [f32], v: Self::F) {
+        assert!(y.len() >= Self::LANES);
+        // SAFETY: the slice is long enough.
+        unsafe { self.store_ptr(y.as_mut_ptr(), v) }
+    }
+
+    /// Combines the lanes of `v`, halves first: a fixed order.
+    #[inline(always)]
+    fn reduce(self, v: Self::F, f: impl Fn(f32, f32) -> f32) -> f32 {
+        let mut a = self.to_array(v);
+        let mut half = Self::LANES / 2;
+        while half > 0 {
+            for i in 0..half {
+                a[i] = f(a[i], a[i + half]);
+            }
+            half /= 2;
+        }
+        a[0]
+    }
+
+    /// The lanes, padded with zeros.
+    #[inline(always)]
+    fn to_array(self, v: Self::F) -> [f32; 16] {
+        let mut a = [0.0; 16];
+        self.store(&mut a, v);
+        a
+    }
+}
+
+/// Four lanes of plain Rust.
+#[derive(Clone, Copy)]
+pub struct Portable(());
+
+/// Rows of the portable tile: as many as the baseline's registers hold (16 on x86-64, 32 elsewhere).
+const PORTABLE_ROWS: usize = if cfg!(target_arch = "x86_64") { 4 } else { 8 };
+
+/// `mul_add` is one instruction where the baseline has it, and a slow library call where it has not.
+const BASELINE_FMA: bool = cfg!(any(target_feature = "fma", target_arch = "aarch64"));
+
+#[inline(always)]
+fn zip(a: [f32; 4], b: [f32; 4], f: impl Fn(f32, f32) -> f32) -> [f32; 4] {
+    [f(a[0], b[0]), f(a[1], b[1]), f(a[2], b[2]), f(a[3], b[3])]
+}
+
+impl Simd for Portable {
+    type F = [f32; 4];
+    const LANES: usize = 4;
+
+    #[inline(always)]
+    unsafe fn load_ptr(self, p: *const f32) -> [f32; 4] {
+        // SAFETY: the caller's promise.
+        unsafe { p.cast::<[f32; 4]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store_ptr(self, p: *mut f32, v: [f32; 4]) {
+        // SAFETY: the caller's promise.
+        unsafe { p.cast::<[f32; 4]>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    fn splat(self, x: f32) -> [f32; 4] {
+        [x; 4]
+    }
+    #[inline(always)]
+    fn add(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+        zip(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+        zip(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+        zip(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn div(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+        zip(a, b, |a, b| a / b)
+    }
+    #[inline(always)]
+    fn fma(self, a: [f32; 4], b: [f32; 4], c: [f32; 4]) -> [f32; 4] {
+        if BASELINE_FMA {
+            [a[0].mul_add(b[0], c[0]), a[1].mul_add(b[1], c[1]), a[2].mul_add(b[2], c[2]), a[3].mul_add(b[3], c[3])]
+        } else {
+            self.add(self.mul(a, b), c)
+        }
+    }
+    #[inline(always)]
+    fn min(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+        zip(a, b, |a, b| if a < b { a } else { b })
+    }
+    #[inline(always)]
+    fn max(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+        zip(a, b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn round(self, a: [f32; 4]) -> [f32; 4] {
+        // Adding 1.5 · 2^23 leaves no fraction bits; the callers' values are far below 2^22.
+        const MAGIC: f32 = 12_582_912.0;
+        a.map(|x| (x + MAGIC) - MAGIC)
+    }
+    #[inline(always)]
+    fn pow2(self, n: [f32; 4]) -> [f32; 4] {
+        n.map(|n| f32::from_bits(((n as i32).wrapping_add(127) as u32) << 23))
+    }
+    #[inline(always)]
+    fn select_lt(self, a: [f32; 4], b: [f32; 4], yes: [f32; 4], no: [f32; 4]) -> [f32; 4] {
+        let pick = |i: usize| if a[i] < b[i] { yes[i] } else { no[i] };
+        [pick(0), pick(1), pick(2), pick(3)]
+    }
+}
+
+/// Floats from one row of a tile's left operand to the next. Fixed, so that a tile addresses all its rows from one
+/// register, and odd in cache lines, so that rows fall into different sets.
+pub const LDA: usize = 528;
+
+/// Longest inner dimension of one call of [`tile`].
+pub const KC: usize = 512;
+
+/// The widest and the tallest tile of any instruction set.
+pub const MAX_NR: usize = 32;
+/// See [`MAX_NR`].
+pub const MAX_MR: usize = 14;
+
+type TileFn = unsafe fn(*const f32, *const f32, usize, *mut f32, usize, bool);
+
+/// C (R × V vectors) = A · B, or += : R · V accumulators in registers, one fused multiply-add chain per element in
+/// order of k, whatever the tile's size. So an element's bits do not depend on how a matrix is cut into tiles.
+///
+/// # Safety
+/// a is readable for ·LDA + kc floats, b for kc·V·LANES, c is writable for ·ldc + V·LANES.
+#[inline(always)]
+unsafe fn tile_body<S: Simd, const R: usize, const V: usize>(
+    s: S,
+    a: *const f32,
+    b: *const f32,
+    kc: usize,
+    c: *mut f32,
+    ldc: usize,
+    accumulate: bool,
+) {
+    let mut acc = [[s.splat(0.0); V]; R];
+    // SAFETY: the caller's promise bounds every offset below.
+    unsafe {
+        let (mut a, mut b) = (a, b);
+        for _ in 0..kc {
+            let mut row = [s.splat(0.0); V];
+            for v in 0..V {
+                row[v] = s.load_ptr(b.add(v * S::LANES));
+            }
+            for r in 0..R {
+                let x = s.splat(*a.add(r * LDA));
+                for v in 0..V {
+                    acc[r][v] = s.fma(x, row[v], acc[r][v]);
+                }
+            }
+            a = a.add(1);
+            b = b.add(V * S::LANES);
+        }
+        for r in 0..R {
+            for v in 0..V {
+                let p = c.add(r * ldc + v * S::LANES);
+                let sum = if accumulate { s.add(s.load_ptr(p), acc[r][v]) } else { acc[r][v] };
+                s.store_ptr(p, sum);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`tile_body`].
+unsafe fn tile_portable<const R: usize, const V: usize>(
+    a: *const f32,
+    b: *const f32,
+    kc: usize,
+    c: *mut f32,
+    ldc: usize,
+    accumulate: bool,
+) {
+    // SAFETY: the caller's promise.
+    unsafe { tile_body::<Portable, R, V>(Portable(()), a, b, kc, c, ldc, accumulate) }
+}
+
+/// `[width in vectors - 1][rows - 1]`
+macro_rules! tiles {
+    ($f:ident, $($r:literal)*) => { [[$($f::<$r, 1> as TileFn),*], [$($f::<$r, 2> as TileFn),*]] };
+}
+
+static PORTABLE_TILES: [[TileFn; 8]; 2] = tiles!(tile_portable, 1 2 3 4 5 6 7 8);
+
+/// C\[r0.., c0..\] (rows × width) = A (rows × kc, row stride [`LDA`]) · B (kc × width), or += if `accumulate`.
+///
+/// `rows` is 1..=mr, `width` is nr or nr / 2 of `isa`. An element is one chain of fused multiply-adds in order of k.
+pub fn tile(
+    isa: Isa,
+    rows: usize,
+    a: &[f32],
+    b: &[f32],
+    width: usize,
+    kc: usize,
+    c: &mut Block,
+    (r0, c0): (usize, usize),
+    accumulate: bool,
+) {
+    isa.check();
+    let vectors = width / isa.lanes();
+    assert!(rows >= 1 && rows <= isa.mr() && (vectors == 1 || vectors == 2) && width % isa.lanes() == 0);
+    assert!(kc >= 1 && a.len() >= (rows - 1) * LDA + kc && b.len() >= kc * width);
+    assert!(r0 + rows <= c.rows && c0 + width <= c.cols);
+    let f = match isa {
+        Isa::Portable => PORTABLE_TILES[vectors - 1][rows - 1],
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => x86::AVX2_TILES[vectors - 1][rows - 1],
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => x86::AVX512_TILES[vectors - 1][rows - 1],
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => unreachable!("`check` refuses other instruction sets on this architecture"),
+    };
+    // SAFETY: `check` has seen the instruction set; the assertions above are what a tile asks of a, b and c.
+    unsafe { f(a.as_ptr(), b.as_ptr(), kc, c.ptr.add(r0 * c.ld + c0), c.ld, accumulate) }
+}
+
+/// out\[k·width + r\] = src\[r·ld + k\] for r < rows, k < kc, and 0 for rows <= r < width: packs rows into a panel.
+pub fn transpose(isa: Isa, src: &[f32], ld: usize, rows: usize, kc: usize, width: usize, out: &mut [f32]) {
+    isa.check();
+    assert!(rows <= width && out.len() >= kc * width && (rows == 0 || src.len() >= (rows - 1) * ld + kc));
+    // Whole 8 × 8 blocks go through registers where there is AVX2; the rest element by element.
+    let whole = if isa == Isa::Portable { (0, 0) } else { (rows / 8 * 8, kc / 8 * 8) };
+    #[cfg(target_arch = "x86_64")]
+    if isa != Isa::Portable {
+        // SAFETY: `check` has seen AVX2; the blocks lie inside what the assertion measured.
+        unsafe { x86::transpose8(src.as_ptr(), ld, whole.0, whole.1, width, out.as_mut_ptr()) };
+    }
+    for (k, line) in out.chunks_exact_mut(width).take(kc).enumerate() {
+        for r in if k < whole.1 { whole.0 } else { 0 }..rows {
+            line[r] = src[r * ld + k];
+        }
+        line[rows..].fill(0.0);
+    }
+}
+
+/// A rectangle of a row-major matrix that one thread writes.
+pub struct Block<'a> {
+    ptr: *mut f32,
+    ld: usize,
+    rows: usize,
+    cols: usize,
+    life: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: a block is the only way to its elements, as `&mut [f32]` is.
+unsafe impl Send for Block<'_> {}
+
+impl<'a> Block<'a> {
+    /// The first `rows` rows and `cols` columns of `data`, whose rows are `ld` apart.
+    pub fn new(data: &'a mut [f32], ld: usize, rows: usize, cols: usize) -> Block<'a> {
+        assert!(rows >= 1 && cols <= ld && data.len() >= (rows - 1) * ld + cols);
+        Block { ptr: data.as_mut_ptr(), ld, rows, cols, life: PhantomData }
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Row `r` of the rectangle.
+    pub fn row(&mut self, r: usize) -> &mut [f32] {
+        assert!(r < self.rows);
+        // SAFETY: row r of the rectangle is `cols` floats that only this block reaches, borrowed with it.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.add(r * self.ld), self.cols) }
+    }
+}
+
+/// A row-major matrix (m, n) cut into rectangles of mb × nb (smaller at the edges), each of which can be taken once:
+/// what lets rayon tasks write disjoint parts of one output.
+pub struct Grid<'a> {
+    ptr: *mut f32,
+    m: usize,
+    n: usize,
+    mb: usize,
+    nb: usize,
+    taken: Vec<AtomicBool>,
+    life: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: shared access only takes blocks, each of them once, and blocks are disjoint.
+unsafe impl Sync for Grid<'_> {}
+
+impl<'a> Grid<'a> {
+    /// Cuts `data`, of m · n floats.
+    pub fn new(data: &'a mut [f32], m: usize, n: usize, mb: usize, nb: usize) -> Grid<'a> {
+        assert!(data.len() == m * n && mb > 0 && nb > 0);
+        let taken = (0..m.div_ceil(mb) * n.div_ceil(nb)).map(|_| AtomicBool::new(false)).collect();
+        Grid { ptr: data.as_mut_ptr(), m, n, mb, nb, taken, life: PhantomData }
+    }
+
+    /// Number of rectangles.
+    pub fn len(&self) -> usize {
+        self.taken.len()
+    }
+
+    /// Takes rectangle `index` (row by row): its first row, its first column, and the rectangle. Panics the second time.
+    pub fn take(&self, index: usize) -> (usize, usize, Block<'a>) {
+        assert!(!self.taken[index].swap(true, Ordering::Relaxed), "block {index} of the grid was taken before");
+        let across = self.n.div_ceil(self.nb);
+        let (m0, n0) = (index / across * self.mb, index % across * self.nb);
+        // SAFETY: m0 < m and n0 < n, so the offset is inside the matrix.
+        let ptr = unsafe { self.ptr.add(m0 * self.n + n0) };
+        let (rows, cols) = (self.mb.min(self.m - m0), self.nb.min(self.n - n0));
+        (m0, n0, Block { ptr, ld: self.n, rows, cols, life: PhantomData })
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{Kernel, Simd, TileFn, tile_body};
+    use std::arch::x86_64::*;
+
+    /// Eight lanes.
+    #[derive(Clone, Copy)]
+    pub(super) struct Ymm(());
+    /// Sixteen lanes.
+    #[derive(Clone, Copy)]
+    pub(super) struct Zmm(());
+
+    /// # Safety
+    /// The machine has the features.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Out {
+        kernel.run(Ymm(()))
+    }
+
+    /// # Safety
+    /// The machine has the features.
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+    pub(super) unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Out {
+        kernel.run(Zmm(()))
+    }
+
+    /// # Safety
+    /// The machine has the features; pointers as `tile_body`.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn tile_avx2<const R: usize, const V: usize>(
+        a: *const f32,
+        b: *const f32,
+        kc: usize,
+        c: *mut f32,
+        ldc: usize,
+        accumulate: bool,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { tile_body::<Ymm, R, V>(Ymm(()), a, b, kc, c, ldc, accumulate) }
+    }
+
+    /// # Safety
+    /// The machine has the features; pointers as `tile_body`.
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+    unsafe fn tile_avx512<const R: usize, const V: usize>(
+        a: *const f32,
+        b: *const f32,
+        kc: usize,
+        c: *mut f32,
+        ldc: usize,
+        accumulate: bool,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { tile_body::<Zmm, R, V>(Zmm(()), a, b, kc, c, ldc, accumulate) }
+    }
+
+    pub(super) static AVX2_TILES: [[TileFn; 6]; 2] = tiles!(tile_avx2, 1 2 3 4 5 6);
+    pub(super) static AVX512_TILES: [[TileFn; 14]; 2] = tiles!(tile_avx512, 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
+
+    /// out[k·width + r] = src[r·ld + k] for r < rows, k < kc, both multiples of 8.
+    ///
+    /// # Safety
+    /// The machine has AVX2; src is readable for (rows-1)·ld + kc floats, out writable for (kc-1)·width + rows.
+    #[target_feature(enable = "avx2")]
+    pub(super) unsafe fn transpose8(src: *const f32, ld: usize, rows: usize, kc: usize, width: usize, out: *mut f32) {
+        // Along k within a strip of eight rows: eight streams of reads, which the prefetcher follows.
+        for r in (0..rows).step_by(8) {
+            for k in (0..kc).step_by(8) {
+                // SAFETY: the 8 × 8 block at (r, k) is inside both.
+                unsafe {
+                    let p = src.add(r * ld + k);
+                    if k % 16 == 0 {
+                        // Rows are far apart, and a block of k too short for the hardware to see a stream: ask for
+                        // the next strip, or for the same rows in the next block of k. May point past the end.
+                        let next = if r + 8 < rows { p.wrapping_add(8 * ld) } else { p.wrapping_sub(r * ld).wrapping_add(kc) };
+                        for i in 0..8 {
+                            _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(i * ld).cast());
+                        }
+                    }
+                    let mut x = [_mm256_setzero_ps(); 8];
+                    for (i, x) in x.iter_mut().enumerate() {
+                        *x = _mm256_loadu_ps(p.add(i * ld));
+                    }
+                    // Pairs, then quads of rows are interleaved within 128-bit halves; the last step swaps halves.
+                    let (a0, a1) = (_mm256_unpacklo_ps(x[0], x[1]), _mm256_unpackhi_ps(x[0], x[1]));
+                    let (b0, b1) = (_mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
+                    let (c0, c1) = (_mm256_unpacklo_ps(x[4], x[5]), _mm256_unpackhi_ps(x[4], x[5]));
+                    let (d0, d1) = (_mm256_unpacklo_ps(x[6], x[7]), _mm256_unpackhi_ps(x[6], x[7]));
+                    let top = [
+                        _mm256_shuffle_ps::<0x44>(a0, b0),
+                        _mm256_shuffle_ps::<0xEE>(a0, b0),
+                        _mm256_shuffle_ps::<0x44>(a1, b1),
+                        _mm256_shuffle_ps::<0xEE>(a1, b1),
+                    ];
+                    let bottom = [
+                        _mm256_shuffle_ps::<0x44>(c0, d0),
+                        _mm256_shuffle_ps::<0xEE>(c0, d0),
+                        _mm256_shuffle_ps::<0x44>(c1, d1),
+                        _mm256_shuffle_ps::<0xEE>(c1, d1),
+                    ];
+                    let q = out.add(k * width + r);
+                    for i in 0..4 {
+                        _mm256_storeu_ps(q.add(i * width), _mm256_permute2f128_ps::<0x20>(top[i], bottom[i]));
+                        _mm256_storeu_ps(q.add((i + 4) * width), _mm256_permute2f128_ps::<0x31>(top[i], bottom[i]));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Each method is one or two intrinsics. They are inlined into functions that have the features, and a token
+    /// exists only there: that is the safety of every `unsafe` block in here.
+    macro_rules! vector {
+        ($token:ident, $f:ty, $lanes:literal, $load:ident $store:ident $splat:ident $add:ident $sub:ident $mul:ident
+         $div:ident $fma:ident $min:ident $max:ident, $round:expr, ($n:ident) $pow2:expr, ($a:ident $b:ident $yes:ident $no:ident) $select:expr) => {
+            impl Simd for $token {
+                type F = $f;
+                const LANES: usize = $lanes;
+                #[inline(always)]
+                unsafe fn load_ptr(self, p: *const f32) -> $f {
+                    unsafe { $load(p) }
+                }
+                #[inline(always)]
+                unsafe fn store_ptr(self, p: *mut f32, v: $f) {
+                    unsafe { $store(p, v) }
+                }
+                #[inline(always)]
+                fn splat(self, x: f32) -> $f {
+                    unsafe { $splat(x) }
+                }
+                #[inline(always)]
+                fn add(self, a: $f, b: $f) -> $f {
+                    unsafe { $add(a, b) }
+                }
+                #[inline(always)]
+                fn sub(self, a: $f, b: $f) -> $f {
+                    unsafe { $sub(a, b) }
+                }
+                #[inline(always)]
+                fn mul(self, a: $f, b: $f) -> $f {
+                    unsafe { $mul(a, b) }
+                }
+                #[inline(always)]
+                fn div(self, a: $f, b: $f) -> $f {
+                    unsafe { $div(a, b) }
+                }
+                #[inline(always)]
+                fn fma(self, a: $f, b: $f, c: $f) -> $f {
+                    unsafe { $fma(a, b, c) }
+                }
+                #[inline(always)]
+                fn min(self, a: $f, b: $f) -> $f {
+                    unsafe { $min(a, b) }
+                }
+                #[inline(always)]
+                fn max(self, a: $f, b: $f) -> $f {
+                    unsafe { $max(a, b) }
+                }
+                #[inline(always)]
+                fn round(self, a: $f) -> $f {
+                    unsafe { $round(a) }
+                }
+                #[inline(always)]
+                fn pow2(self, $n: $f) -> $f {
+                    unsafe { $pow2 }
+                }
+                #[inline(always)]
+                fn select_lt(self, $a: $f, $b: $f, $yes: $f, $no: $f) -> $f {
+                    unsafe { $select }
+                }
+            }
+        };
+    }
+
+    const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    vector!(
+        Ymm, __m256, 8, _mm256_loadu_ps _mm256_storeu_ps _mm256_set1_ps _mm256_add_ps _mm256_sub_ps _mm256_mul_ps
+        _mm256_div_ps _mm256_fmadd_ps _mm256_min_ps _mm256_max_ps,
+        _mm256_round_ps::<NEAREST>,
+        (n) _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)))),
+        (a b yes no) _mm256_blendv_ps(no, yes, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b))
+    );
+    vector!(
+        Zmm, __m512, 16, _mm512_loadu_ps _mm512_storeu_ps _mm512_set1_ps _mm512_add_ps _mm512_sub_ps _mm512_mul_ps
+        _mm512_div_ps _mm512_fmadd_ps _mm512_min_ps _mm512_max_ps,
+        _mm512_roundscale_ps::<NEAREST>,
+        (n) _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)))),
+        (a b yes no) _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), no, yes)
+    );
+}

@@ -1,0 +1,399 @@
+//! The CUDA driver, made safe: handles that free themselves, and results instead of codes. All device
+//! `unsafe` is here.
+//!
+//! Every call makes the context current first, since a handle may be used from any thread.
+#![allow(unsafe_code)]
+
+use crate::error::{Error, Result};
+use crate::kernels::{DevicePtr, Params};
+use cudarc::driver::sys::{self, CUresult};
+use std::ffi::{CStr, CString, c_char, c_int};
+use std::ptr;
+use std::sync::Arc;
+
+/// The oldest driver interface whose functions are all called here: CUDA 12.8, driver 570.
+const OLDEST: i32 = 12080;
+
+/// A code of the driver, and the function that returned it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Failure {
+    call: &'static str,
+    code: CUresult,
+}
+
+impl Failure {
+    /// Whether memory ran out.
+    pub(super) fn is_out_of_memory(self) -> bool {
+        self.code == CUresult::CUDA_ERROR_OUT_OF_MEMORY
+    }
+
+    /// Whether an image does not suit the driver or the device.
+    pub(super) fn is_bad_image(self) -> bool {
+        use CUresult::*;
+        matches!(
+            self.code,
+            CUDA_ERROR_INVALID_IMAGE
+                | CUDA_ERROR_NO_BINARY_FOR_GPU
+                | CUDA_ERROR_INVALID_PTX
+                | CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+                | CUDA_ERROR_INVALID_SOURCE
+                | CUDA_ERROR_JIT_COMPILER_NOT_FOUND
+        )
+    }
+
+    /// The driver's own words.
+    pub(super) fn words(self) -> String {
+        let text = |get: unsafe fn(CUresult, *mut *const c_char) -> CUresult| {
+            let mut text = ptr::null();
+            // SAFETY: `text` is a place for one pointer, and the driver has been loaded: it made `self`.
+            let found = unsafe { get(self.code, &mut text) } == CUresult::CUDA_SUCCESS && !text.is_null();
+            // SAFETY: on success the driver returns a NUL-terminated text that stays.
+            found.then(|| unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned())
+        };
+        match (text(sys::cuGetErrorName), text(sys::cuGetErrorString)) {
+            (Some(name), Some(words)) => format!("{words} ({name})"),
+            (Some(words), None) | (None, Some(words)) => words,
+            (None, None) => format!("error {}", self.code as u32),
+        }
+    }
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Error {
+        Error::Cuda { call: failure.call.into(), node: String::new(), what: failure.words() }
+    }
+}
+
+fn check(call: &'static str, code: CUresult) -> std::result::Result<(), Failure> {
+    if code == CUresult::CUDA_SUCCESS { Ok(()) } else { Err(Failure { call, code }) }
+}
+
+/// Loads and starts the driver, and returns the CUDA version that it supports: 13000 is 13.0.
+pub(super) fn start() -> Result<i32> {
+    // SAFETY: opens and closes the library. cudarc's own loader panics where there is none, so it must not be
+    // asked.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(Error::Device(
+            "no NVIDIA driver: the library libcuda.so.1 is not there. Install driver 580 or later (if it is \
+             installed, put its folder into LD_LIBRARY_PATH); `--device cpu` runs without"
+                .into(),
+        ));
+    }
+    let mut version = 0;
+    // SAFETY: takes a place for one integer; may be called before cuInit.
+    check("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&mut version) })?;
+    if version < OLDEST {
+        return Err(Error::Device(format!(
+            "the NVIDIA driver is too old: it supports CUDA {}; want {} or later, which is driver 570, and \
+             driver 580 for kernels that were built by nvcc 13; `--device cpu` runs without",
+            version_text(version),
+            version_text(OLDEST)
+        )));
+    }
+    // SAFETY: no arguments but the flags, which must be 0. May be called any number of times.
+    check("cuInit", unsafe { sys::cuInit(0) }).map_err(|failure| {
+        Error::Device(format!(
+            "the NVIDIA driver does not start: {}. `nvidia-smi` should list a GPU; in a container, pass the \
+             GPU through (`--gpus all`); `--device cpu` runs without",
+            failure.words()
+        ))
+    })?;
+    Ok(version)
+}
+
+/// `13.0` for 13000.
+pub(super) fn version_text(version: i32) -> String {
+    format!("{}.{}", version / 1000, version % 1000 / 10)
+}
+
+/// Number of devices.
+pub(super) fn count() -> Result<usize> {
+    let mut count = 0;
+    // SAFETY: takes a place for one integer.
+    check("cuDeviceGetCount", unsafe { sys::cuDeviceGetCount(&mut count) })?;
+    Ok(usize::try_from(count).unwrap_or(0))
+}
+
+/// One device's primary context, and the stream in which all of a handle's work is done, in order.
+pub(super) struct Context {
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+}
+
+// SAFETY: the driver's functions may be called from any thread, and each method makes the context current in
+// its own. The handles are never changed after `open`.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+
+impl Context {
+    /// Opens device `ordinal`, which must be less than [`count`].
+    pub(super) fn open(ordinal: usize) -> Result<Context> {
+        let ordinal = c_int::try_from(ordinal).map_err(|_| Error::invalid(format!("device {ordinal}")))?;
+        let (mut device, mut context, mut stream) = (0, ptr::null_mut(), ptr::null_mut());
+        // SAFETY: the driver is started (the caller counted devices); takes a place for one device.
+        check("cuDeviceGet", unsafe { sys::cuDeviceGet(&mut device, ordinal) })?;
+        // SAFETY: `device` is valid; the context is released on drop.
+        check("cuDevicePrimaryCtxRetain", unsafe { sys::cuDevicePrimaryCtxRetain(&mut context, device) })?;
+        let mut this = Context { device, context, stream };
+        this.bind()?;
+        let flags = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: the context is current; the stream is destroyed on drop.
+        check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut stream, flags) })?;
+        this.stream = stream;
+        Ok(this)
+    }
+
+    fn bind(&self) -> std::result::Result<(), Failure> {
+        // SAFETY: the context is retained for as long as `self` lives.
+        check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.context) })
+    }
+
+    /// Name, and version of the hardware.
+    pub(super) fn describe(&self) -> Result<(String, (u32, u32))> {
+        use sys::CUdevice_attribute_enum::{
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
+        };
+        let mut name = [0 as c_char; 128];
+        // SAFETY: the driver writes at most the given number of characters, NUL included.
+        check("cuDeviceGetName", unsafe { sys::cuDeviceGetName(name.as_mut_ptr(), 127, self.device) })?;
+        // SAFETY: the last character was zero and is not written, so the text ends inside `name`.
+        let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
+        let attribute = |which| {
+            let mut value = 0;
+            // SAFETY: takes a place for one integer.
+            check("cuDeviceGetAttribute", unsafe {
+                sys::cuDeviceGetAttribute(&mut value, which, self.device)
+            })?;
+            Ok::<u32, Failure>(value.max(0) as u32)
+        };
+        Ok((name, (attribute(MAJOR)?, attribute(MINOR)?)))
+    }
+
+    /// Free and total bytes of device memory.
+    pub(super) fn memory(&self) -> Result<(usize, usize)> {
+        self.bind()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: takes places for two sizes.
+        check("cuMemGetInfo", unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) })?;
+        Ok((free, total))
+    }
+
+    /// Waits for everything that was asked for so far.
+    pub(super) fn synchronize(&self) -> std::result::Result<(), Failure> {
+        self.bind()?;
+        // SAFETY: the stream lives as long as `self`.
+        check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.stream) })
+    }
+
+    /// Copies to the device. `to` must be inside an allocation that has room for `from`.
+    pub(super) fn upload(&self, to: DevicePtr, from: &[u8]) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the caller (mod.rs) has checked the bounds of the allocation. `from` is borrowed until the
+        // synchronisation below, so the copy has read it before it can change.
+        let code = unsafe { sys::cuMemcpyHtoDAsync_v2(to.0, from.as_ptr().cast(), from.len(), self.stream) };
+        Ok(self.finish(check("cuMemcpyHtoDAsync", code))?)
+    }
+
+    /// Copies from the device, after everything that was asked for before.
+    pub(super) fn download(&self, from: DevicePtr, to: &mut [u8]) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the caller (mod.rs) has checked the bounds of the allocation. `to` is borrowed until the
+        // synchronisation below, so the copy has ended before anybody reads it.
+        let code =
+            unsafe { sys::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from.0, to.len(), self.stream) };
+        Ok(self.finish(check("cuMemcpyDtoHAsync", code))?)
+    }
+
+    /// Waits for a copy from or to host memory, which must not go on after its borrow ends.
+    fn finish(&self, started: std::result::Result<(), Failure>) -> std::result::Result<(), Failure> {
+        let mut done = self.synchronize();
+        if done.is_err() {
+            // Earlier work may have failed, or the wait itself: the second wait is for the copy.
+            done = self.synchronize().and(done);
+        }
+        started.and(done)
+    }
+
+    /// Copies `n` bytes on the device.
+    pub(super) fn copy(&self, from: DevicePtr, to: DevicePtr, n: usize) -> Result<()> {
+        self.bind()?;
+        // SAFETY: device memory only: nothing that Rust owns can be touched. The caller has checked the
+        // bounds.
+        let code = unsafe { sys::cuMemcpyDtoDAsync_v2(to.0, from.0, n, self.stream) };
+        Ok(check("cuMemcpyDtoDAsync", code)?)
+    }
+
+    /// Sets `n` bytes.
+    pub(super) fn fill(&self, at: DevicePtr, n: usize, byte: u8) -> Result<()> {
+        self.bind()?;
+        // SAFETY: device memory only, as in `copy`.
+        Ok(check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(at.0, byte, n, self.stream) })?)
+    }
+
+    /// Starts a kernel: grid of blocks of `block` threads. The sizes must be within the device's limits.
+    pub(super) fn launch<P: Params>(
+        &self,
+        function: &Function,
+        [x, y, z]: [u32; 3],
+        block: u32,
+        params: &P,
+    ) -> std::result::Result<(), Failure> {
+        self.bind()?;
+        let mut arguments = [ptr::from_ref(params).cast_mut().cast()];
+        // SAFETY: the function's module is loaded (`function` holds it). The kernel has one parameter, and
+        // `P` is the twin of its struct: only generated handles name a function, and both compilers have
+        // checked the layout. The driver copies the struct before it returns. The kernel itself reaches
+        // device memory only.
+        let code = unsafe {
+            let (arguments, none) = (arguments.as_mut_ptr(), ptr::null_mut());
+            sys::cuLaunchKernel(function.raw, x, y, z, block, 1, 1, 0, self.stream, arguments, none)
+        };
+        check("cuLaunchKernel", code)
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // A failure here has nobody to tell, and leaves nothing that could be used any more.
+        let _ = self.synchronize();
+        if !self.stream.is_null() {
+            // SAFETY: made by `open`, destroyed once, and all work in it has ended.
+            let _ = unsafe { sys::cuStreamDestroy_v2(self.stream) };
+        }
+        // SAFETY: retained once by `open`; buffers, modules and events hold an `Arc` of `self`, so none is
+        // left.
+        let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
+    }
+}
+
+/// Device memory, freed on drop.
+pub(super) struct Memory {
+    at: DevicePtr,
+    context: Arc<Context>,
+}
+
+impl Memory {
+    /// Allocates `bytes`, at least one.
+    pub(super) fn new(context: &Arc<Context>, bytes: usize) -> std::result::Result<Memory, Failure> {
+        context.bind()?;
+        let mut at = 0;
+        // SAFETY: takes a place for one address; freed on drop. The driver refuses a size of 0.
+        check("cuMemAlloc", unsafe { sys::cuMemAlloc_v2(&mut at, bytes.max(1)) })?;
+        Ok(Memory { at: DevicePtr(at), context: context.clone() })
+    }
+
+    /// Its address.
+    pub(super) fn ptr(&self) -> DevicePtr {
+        self.at
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // Work that was asked for may still use it.
+        let _ = self.context.synchronize();
+        // SAFETY: allocated by `new`, freed once.
+        let _ = unsafe { sys::cuMemFree_v2(self.at.0) };
+    }
+}
+
+/// A loaded image, unloaded on drop.
+pub(super) struct Module {
+    raw: sys::CUmodule,
+    context: Arc<Context>,
+}
+
+// SAFETY: a module's handle may be used from any thread, and is never changed.
+unsafe impl Send for Module {}
+// SAFETY: as above.
+unsafe impl Sync for Module {}
+
+impl Module {
+    /// Loads a cubin, or PTX that ends in NUL.
+    pub(super) fn new(context: &Arc<Context>, image: &'static [u8]) -> std::result::Result<Module, Failure> {
+        context.bind()?;
+        let mut raw = ptr::null_mut();
+        // SAFETY: a cubin carries its own size, PTX ends in NUL (build.rs adds one to every image).
+        check("cuModuleLoadData", unsafe { sys::cuModuleLoadData(&mut raw, image.as_ptr().cast()) })?;
+        Ok(Module { raw, context: context.clone() })
+    }
+
+    /// The kernel of this name.
+    pub(super) fn function(self: &Arc<Self>, name: &str) -> Result<Function> {
+        self.context.bind()?;
+        let text = CString::new(name).map_err(|_| Error::invalid(format!("kernel `{name}`")))?;
+        let mut raw = ptr::null_mut();
+        // SAFETY: the module is loaded; `text` ends in NUL.
+        check("cuModuleGetFunction", unsafe { sys::cuModuleGetFunction(&mut raw, self.raw, text.as_ptr()) })?;
+        Ok(Function { raw, _module: self.clone() })
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        let _ = self.context.synchronize();
+        // SAFETY: loaded by `new`, unloaded once; functions hold an `Arc` of `self`, so none is left.
+        let _ = unsafe { sys::cuModuleUnload(self.raw) };
+    }
+}
+
+/// A kernel of a loaded module.
+#[derive(Clone)]
+pub(super) struct Function {
+    raw: sys::CUfunction,
+    _module: Arc<Module>,
+}
+
+// SAFETY: as for `Module`.
+unsafe impl Send for Function {}
+// SAFETY: as for `Module`.
+unsafe impl Sync for Function {}
+
+/// A mark in the stream, which the device stamps with the time.
+pub struct Event {
+    raw: sys::CUevent,
+    context: Arc<Context>,
+}
+
+// SAFETY: as for `Module`.
+unsafe impl Send for Event {}
+// SAFETY: as for `Module`.
+unsafe impl Sync for Event {}
+
+impl Event {
+    /// Marks the point that the stream has reached.
+    pub(super) fn record(context: &Arc<Context>) -> Result<Event> {
+        context.bind()?;
+        let mut raw = ptr::null_mut();
+        // SAFETY: takes a place for one handle; destroyed on drop.
+        check("cuEventCreate", unsafe { sys::cuEventCreate(&mut raw, 0) })?;
+        let this = Event { raw, context: context.clone() };
+        // SAFETY: event and stream are of the current context.
+        check("cuEventRecord", unsafe { sys::cuEventRecord(raw, context.stream) })?;
+        Ok(this)
+    }
+
+    /// Milliseconds on the device from this mark to `later`; waits for `later`.
+    ///
+    /// # Errors
+    /// When the two are marks of different devices, or work between them failed.
+    pub fn elapsed(&self, later: &Event) -> Result<f64> {
+        self.context.bind()?;
+        let mut ms = 0.0;
+        // SAFETY: both events are recorded.
+        check("cuEventSynchronize", unsafe { sys::cuEventSynchronize(later.raw) })?;
+        // SAFETY: both events are recorded; takes a place for one number.
+        check("cuEventElapsedTime", unsafe { sys::cuEventElapsedTime_v2(&mut ms, self.raw, later.raw) })?;
+        Ok(f64::from(ms))
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made by `record`, destroyed once; the driver waits for a pending record by itself.
+        let _ = unsafe { sys::cuEventDestroy_v2(self.raw) };
+    }
+}

@@ -1,0 +1,359 @@
+//! The CUDA device: memory, copies, modules, launches. One stream per handle; everything in it happens in
+//! order.
+
+mod call;
+mod driver;
+
+pub use call::{Call, Operand, Types};
+pub use driver::Event;
+
+use crate::error::{Error, Result};
+use crate::kernels::{self, DevicePtr, Params, UNITS};
+use driver::{Context, Failure, Function, Memory, Module};
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// A handle on one GPU. Clones share it.
+#[derive(Clone)]
+pub struct Cuda {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    ordinal: usize,
+    name: String,
+    capability: (u32, u32),
+    driver: i32,
+    /// `LDM_CUDA_SYNC=1`: wait after each launch.
+    patient: bool,
+    functions: Mutex<HashMap<(usize, &'static str), Function>>,
+    modules: Mutex<HashMap<usize, Arc<Module>>>,
+    context: Arc<Context>,
+}
+
+/// Device memory; freed on drop, after the work that was asked for.
+pub struct Buffer {
+    memory: Memory,
+    bytes: usize,
+}
+
+impl Buffer {
+    /// Address of the first byte; a multiple of 256.
+    pub fn ptr(&self) -> DevicePtr {
+        self.memory.ptr()
+    }
+
+    /// Size in bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Address of `n` bytes from `offset` on.
+    fn part(&self, what: &str, offset: usize, n: usize) -> Result<DevicePtr> {
+        match offset.checked_add(n) {
+            Some(end) if end <= self.bytes => Ok(self.ptr().offset(offset)),
+            _ => Err(Error::invalid(format!(
+                "{what}: want bytes inside a buffer of {}; got {n} from {offset} on",
+                self.bytes
+            ))),
+        }
+    }
+}
+
+impl fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Buffer({}, {} bytes)", self.ptr(), self.bytes)
+    }
+}
+
+impl fmt::Debug for Cuda {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cuda:{} ({})", self.inner.ordinal, self.inner.name)
+    }
+}
+
+impl Cuda {
+    /// Number of GPUs, at least one.
+    ///
+    /// # Errors
+    /// [`Error::Device`], with what is missing, when there is no driver or no GPU.
+    pub fn count() -> Result<usize> {
+        driver::start()?;
+        match driver::count()? {
+            0 => Err(Error::Device(
+                "the NVIDIA driver sees no GPU (is CUDA_VISIBLE_DEVICES set?); `--device cpu` runs without"
+                    .into(),
+            )),
+            n => Ok(n),
+        }
+    }
+
+    /// Opens GPU number `ordinal`, counted from 0, and checks that this build's kernels run on it.
+    ///
+    /// # Errors
+    /// [`Error::Device`], with what is missing, when there is no driver, no such GPU, or no kernel for it.
+    pub fn open(ordinal: usize) -> Result<Cuda> {
+        let driver = driver::start()?;
+        let count = Cuda::count()?;
+        if ordinal >= count {
+            let there = if count == 1 {
+                "there is one, cuda:0".into()
+            } else {
+                format!("there are {count}, from cuda:0")
+            };
+            return Err(Error::Device(format!("no device cuda:{ordinal}: {there}")));
+        }
+        let context = Arc::new(Context::open(ordinal)?);
+        let (name, capability) = context.describe()?;
+        let patient = std::env::var("LDM_CUDA_SYNC").is_ok_and(|v| !matches!(v.as_str(), "" | "0"));
+        let (functions, modules) = Default::default();
+        let inner = Inner { ordinal, name, capability, driver, patient, functions, modules, context };
+        let cuda = Cuda { inner: Arc::new(inner) };
+        // Whether one unit loads says whether the others will.
+        if let Some(first) = UNITS.iter().position(|u| u.image(capability).is_some()) {
+            cuda.module(first)?;
+        } else if !UNITS.is_empty() {
+            cuda.module(0)?;
+        }
+        Ok(cuda)
+    }
+
+    /// Its number.
+    pub fn ordinal(&self) -> usize {
+        self.inner.ordinal
+    }
+
+    /// Such as `NVIDIA H100 80GB HBM3`.
+    pub fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// Version of the hardware: (9, 0) for Hopper.
+    pub fn capability(&self) -> (u32, u32) {
+        self.inner.capability
+    }
+
+    /// Free and total bytes of memory, other processes' use included.
+    ///
+    /// # Errors
+    /// When the driver fails.
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        self.inner.context.memory()
+    }
+
+    /// Memory with arbitrary contents.
+    ///
+    /// # Errors
+    /// When there is too little: says what was asked for, and what is free.
+    pub fn alloc(&self, bytes: usize) -> Result<Buffer> {
+        let memory = Memory::new(&self.inner.context, bytes).map_err(|f| self.explain_alloc(f, bytes))?;
+        Ok(Buffer { memory, bytes })
+    }
+
+    fn explain_alloc(&self, failure: Failure, bytes: usize) -> Error {
+        if !failure.is_out_of_memory() {
+            return failure.into();
+        }
+        let free = match self.memory() {
+            Ok((free, total)) => format!("{} of {} are free", size(free), size(total)),
+            Err(_) => "the device does not say what is free".into(),
+        };
+        let what = format!(
+            "out of device memory: asked for {}; {free}. Close other programs on the GPU, or try a smaller \
+             picture or batch, --dtype bf16, or --device cpu",
+            size(bytes)
+        );
+        Error::Cuda { call: "cuMemAlloc".into(), node: String::new(), what }
+    }
+
+    /// Copies `bytes` into `to`, from byte `offset` on. Returns when the copy is done.
+    ///
+    /// # Errors
+    /// When they do not fit, or earlier work has failed.
+    pub fn upload(&self, to: &Buffer, offset: usize, bytes: &[u8]) -> Result<()> {
+        let at = to.part("upload", offset, bytes.len())?;
+        if bytes.is_empty() { Ok(()) } else { self.inner.context.upload(at, bytes) }
+    }
+
+    /// Copies from `from`, from byte `offset` on, until `bytes` is full. Waits for all work that was asked
+    /// for before.
+    ///
+    /// # Errors
+    /// When there are not that many bytes, or earlier work has failed.
+    pub fn download(&self, from: &Buffer, offset: usize, bytes: &mut [u8]) -> Result<()> {
+        let at = from.part("download", offset, bytes.len())?;
+        if bytes.is_empty() { self.synchronize() } else { self.inner.context.download(at, bytes) }
+    }
+
+    /// Copies `n` bytes on the device, in order with other work. The two parts must not overlap.
+    ///
+    /// # Errors
+    /// When they do not fit, or the driver fails.
+    pub fn copy(
+        &self,
+        from: &Buffer,
+        from_offset: usize,
+        to: &Buffer,
+        to_offset: usize,
+        n: usize,
+    ) -> Result<()> {
+        let (from, to) = (from.part("copy", from_offset, n)?, to.part("copy", to_offset, n)?);
+        if n == 0 { Ok(()) } else { self.inner.context.copy(from, to, n) }
+    }
+
+    /// Sets `n` bytes from byte `offset` on, in order with other work.
+    ///
+    /// # Errors
+    /// When they are not in the buffer, or the driver fails.
+    pub fn fill(&self, buffer: &Buffer, offset: usize, n: usize, byte: u8) -> Result<()> {
+        let at = buffer.part("fill", offset, n)?;
+        if n == 0 { Ok(()) } else { self.inner.context.fill(at, n, byte) }
+    }
+
+    /// Waits for all work that was asked for.
+    ///
+    /// # Errors
+    /// When some of it has failed.
+    pub fn synchronize(&self) -> Result<()> {
+        self.inner.context.synchronize().map_err(|failure| self.explain_late(failure))
+    }
+
+    fn explain_late(&self, failure: Failure) -> Error {
+        let hint = if self.inner.patient { "" } else { "; LDM_CUDA_SYNC=1 tells which kernel it was" };
+        Error::Cuda { call: "work on the device".into(), node: String::new(), what: failure.words() + hint }
+    }
+
+    /// Marks this point of the work, for timing.
+    ///
+    /// # Errors
+    /// When the driver fails.
+    pub fn record(&self) -> Result<Event> {
+        Event::record(&self.inner.context)
+    }
+
+    /// The loaded module of a unit, loaded on first use.
+    fn module(&self, index: usize) -> Result<Arc<Module>> {
+        let mut modules = lock(&self.inner.modules);
+        if let Some(module) = modules.get(&index) {
+            return Ok(module.clone());
+        }
+        let unit = &UNITS[index];
+        let (major, minor) = self.inner.capability;
+        let Some(image) = unit.image(self.inner.capability) else {
+            let archs: Vec<String> = unit.images.iter().map(|i| i.arch.to_string()).collect();
+            let advice = match major {
+                ..8 => "The kernels want sm_80 (Ampere) or later; run with `--device cpu`".to_string(),
+                _ => format!("Build again with `LDM_CUDA_ARCH={major}{minor}`, or run with `--device cpu`"),
+            };
+            let (name, archs) = (self.name(), archs.join(", "));
+            return Err(Error::Device(format!(
+                "{unit}: compiled for {archs}; {name} is sm_{major}{minor}. {advice}"
+            )));
+        };
+        let load = Module::new(&self.inner.context, image.payload());
+        let module = Arc::new(load.map_err(|failure| self.explain_load(failure, unit, image))?);
+        modules.insert(index, module.clone());
+        Ok(module)
+    }
+
+    fn explain_load(&self, failure: Failure, unit: &kernels::Unit, image: &kernels::Image) -> Error {
+        if failure.is_bad_image() && image.arch == kernels::Arch::None {
+            let words = failure.words();
+            return Error::Device(if kernels::COMPILED {
+                format!(
+                    "{unit}: not compiled in this build ({words}); build again without LDM_CUDA_ARCH, or run \
+                     with `--device cpu`"
+                )
+            } else {
+                format!(
+                    "built without nvcc: there are no GPU kernels in this program (the driver says of \
+                     {unit}: {words}). Install the CUDA toolkit 13, or `pip install nvidia-cuda-nvcc` into \
+                     the active environment, then `touch build.rs` and build again; `--device cpu` runs without"
+                )
+            });
+        }
+        let mut what = failure.words();
+        if failure.is_bad_image() {
+            let driver = driver::version_text(self.inner.driver);
+            what += &format!(
+                ". The driver supports CUDA {driver}, the kernels were built by nvcc {}: nvcc 13 wants \
+                 driver 580 or later. Update the driver, or build with the nvcc of its own CUDA version \
+                 ($NVCC)",
+                kernels::NVCC
+            );
+        }
+        Error::Cuda { call: format!("loading {unit} ({})", image.arch), node: String::new(), what }
+    }
+
+    /// The kernel of a unit, looked up once.
+    fn function(&self, index: usize, name: &'static str) -> Result<Function> {
+        if let Some(function) = lock(&self.inner.functions).get(&(index, name)) {
+            return Ok(function.clone());
+        }
+        let function = self.module(index)?.function(name).map_err(|e| match e {
+            Error::Cuda { call, node, what } => {
+                Error::Cuda { call: format!("{call}({name} of {})", UNITS[index]), node, what }
+            }
+            other => other,
+        })?;
+        lock(&self.inner.functions).insert((index, name), function.clone());
+        Ok(function)
+    }
+
+    /// Starts a kernel of a unit. Sizes are within the limits (see [`Call::launch`]).
+    fn start<P: Params>(&self, index: usize, grid: [u32; 3], block: u32, params: &P) -> Result<()> {
+        let name = P::KERNEL.name();
+        let function = self.function(index, name)?;
+        let context = &self.inner.context;
+        let mut done = context.launch(&function, grid, block, params);
+        if self.inner.patient {
+            done = done.and_then(|()| context.synchronize());
+        }
+        done.map_err(|failure| {
+            let [x, y, z] = grid;
+            let call = format!("{name} of {}, grid ({x},{y},{z}), block {block}", UNITS[index]);
+            Error::Cuda { call, node: String::new(), what: failure.words() }
+        })
+    }
+
+    /// Sets memory that a call was given.
+    fn fill_at(&self, at: DevicePtr, n: usize, byte: u8) -> Result<()> {
+        if n == 0 { Ok(()) } else { self.inner.context.fill(at, n, byte) }
+    }
+}
+
+/// A poisoned lock holds a map that is whole: insertions are its only change.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// Bytes for people.
+fn size(bytes: usize) -> String {
+    let b = bytes as f64;
+    match bytes {
+        0..0x40_0000 => format!("{bytes} bytes"),
+        0x40_0000..0x4000_0000 => format!("{:.1} MiB", b / 1048576.0),
+        _ => format!("{:.2} GiB", b / 1073741824.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_device_the_error_says_what_to_do() {
+        let Err(error) = Cuda::open(1 << 40) else { panic!("there are not so many") };
+        let text = error.to_string();
+        assert!(matches!(error, Error::Device(_)), "{error:?}");
+        assert!(text.contains("--device cpu") || text.contains("cuda:0"), "{text}");
+    }
+
+    #[test]
+    fn sizes_are_readable() {
+        assert_eq!(size(1000), "1000 bytes");
+        assert_eq!(size(10 << 20), "10.0 MiB");
+        assert_eq!(size(3 << 29), "1.50 GiB");
+    }
+}

@@ -1,0 +1,383 @@
+//! Runs a planned graph on a device: one loop.
+
+use crate::backend::cpu::{self, In, Memory};
+use crate::backend::{Device, cuda};
+use crate::error::{Error, Result};
+use crate::graph::{Graph, Node, Origin, Place, Plan, Var};
+use crate::ops::Op;
+use crate::tensor::{HostTensor, Spec};
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Memory on a device.
+enum Store {
+    Host(Memory),
+    Cuda(cuda::Buffer),
+}
+
+impl Store {
+    fn new(device: &Device, bytes: usize) -> Result<Store> {
+        match device {
+            Device::Cpu => Ok(Store::Host(Memory::new(bytes))),
+            Device::Cuda(c) => Ok(Store::Cuda(c.alloc(bytes.max(1))?)),
+        }
+    }
+
+    fn write(&mut self, device: &Device, offset: usize, bytes: &[u8]) -> Result<()> {
+        match (self, device) {
+            (Store::Host(m), _) => m.bytes_mut()[offset..offset + bytes.len()].copy_from_slice(bytes),
+            (Store::Cuda(b), Device::Cuda(c)) => c.upload(b, offset, bytes)?,
+            _ => return Err(Error::Device("memory of another device".into())),
+        }
+        Ok(())
+    }
+
+    fn read(&self, device: &Device, offset: usize, spec: Spec) -> Result<HostTensor> {
+        match (self, device) {
+            (Store::Host(m), _) => HostTensor::from_bytes(spec, &m.bytes()[offset..offset + spec.bytes()]),
+            (Store::Cuda(b), Device::Cuda(c)) => {
+                let mut bytes = vec![0; spec.bytes()];
+                c.download(b, offset, &mut bytes)?;
+                HostTensor::from_bytes(spec, &bytes)
+            }
+            _ => Err(Error::Device("memory of another device".into())),
+        }
+    }
+}
+
+/// Weights on a device, by name: immutable, shared by programs.
+#[derive(Clone)]
+pub struct Weights {
+    device: Device,
+    map: HashMap<String, Arc<(Spec, Store)>>,
+}
+
+impl Weights {
+    /// No weights yet.
+    pub fn new(device: &Device) -> Weights {
+        Weights { device: device.clone(), map: HashMap::new() }
+    }
+
+    /// Puts a tensor on the device.
+    ///
+    /// # Errors
+    /// When the device has no room for it.
+    pub fn insert(&mut self, name: &str, tensor: &HostTensor) -> Result<()> {
+        let mut store = Store::new(&self.device, tensor.bytes().len())?;
+        store.write(&self.device, 0, tensor.bytes())?;
+        self.map.insert(name.into(), Arc::new((tensor.spec(), store)));
+        Ok(())
+    }
+
+    /// Whether a weight is there.
+    pub fn contains(&self, name: &str) -> bool {
+        self.map.contains_key(name)
+    }
+
+    /// Bytes of all weights.
+    pub fn bytes(&self) -> usize {
+        self.map.values().map(|w| w.0.bytes()).sum()
+    }
+}
+
+/// What happens during a run, for progress, traces and checks.
+pub trait Hook {
+    /// A node is about to run.
+    ///
+    /// # Errors
+    /// Stops the run.
+    fn before(&mut self, _step: usize, _node: &Node) -> Result<()> {
+        Ok(())
+    }
+    /// A node has run (on a GPU: has been launched).
+    ///
+    /// # Errors
+    /// Stops the run.
+    fn after(&mut self, _step: usize, _node: &Node, _outputs: &dyn Fn(usize) -> Result<HostTensor>) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Nothing happens.
+impl Hook for () {}
+
+/// Reads every output of every node and stops at the first that is not finite.
+pub struct CheckFinite;
+
+impl Hook for CheckFinite {
+    fn after(&mut self, _step: usize, node: &Node, outputs: &dyn Fn(usize) -> Result<HostTensor>) -> Result<()> {
+        for i in 0..node.y.len() {
+            check_finite(&outputs(i)?, node.op.name(), &node.label)?;
+        }
+        Ok(())
+    }
+}
+
+/// [`Error::NonFinite`] naming the first NaN or infinity of a tensor.
+///
+/// # Errors
+/// When there is one.
+pub fn check_finite(x: &HostTensor, op: &str, label: &str) -> Result<()> {
+    let Some((i, v)) = x.to_f32().into_iter().enumerate().find(|(_, v)| !v.is_finite()) else { return Ok(()) };
+    let what = format!("{v} at element {i} of {}", x.spec());
+    Err(Error::NonFinite { op: op.into(), node: label.into(), what })
+}
+
+/// A graph with its plan and its memory on a device.
+pub struct Program {
+    graph: Graph,
+    plan: Plan,
+    device: Device,
+    arena: Store,
+    weights: Vec<Option<Arc<(Spec, Store)>>>,
+    states: Vec<Option<Store>>,
+}
+
+impl Program {
+    /// Plans the graph, takes the memory, binds the weights.
+    ///
+    /// # Errors
+    /// When a weight is missing or has another shape or type, or memory runs out.
+    pub fn new(graph: Graph, weights: &Weights, device: &Device) -> Result<Program> {
+        let plan = Plan::new(&graph)?;
+        let arena = Store::new(device, plan.arena)?;
+        let mut bound = Vec::with_capacity(graph.values().len());
+        let mut states = Vec::with_capacity(graph.values().len());
+        for value in graph.values() {
+            bound.push(match value.origin {
+                Origin::Weight(_) => {
+                    let w = weights.map.get(&value.name);
+                    let w = w.filter(|w| w.0 == value.spec).ok_or_else(|| {
+                        let got = w.map_or("nothing".into(), |w| w.0.to_string());
+                        Error::invalid(format!("weight `{}`: want {}; got {got}", value.name, value.spec))
+                    })?;
+                    Some(w.clone())
+                }
+                _ => None,
+            });
+            states.push(match value.origin {
+                Origin::State => {
+                    let mut store = Store::new(device, value.spec.bytes())?;
+                    store.write(device, 0, &vec![0; value.spec.bytes()])?;
+                    Some(store)
+                }
+                _ => None,
+            });
+        }
+        Ok(Program { graph, plan, device: device.clone(), arena, weights: bound, states })
+    }
+
+    /// The graph.
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    fn leaf(&self, name: &str) -> Result<Var> {
+        let values = self.graph.values().iter();
+        let is = |o: &Origin| matches!(o, Origin::Input | Origin::State);
+        let at = values.enumerate().find(|(_, v)| v.name == name && is(&v.origin)).map(|(i, _)| Var(i as u32));
+        at.ok_or_else(|| Error::invalid(format!("this program has no input or state `{name}`")))
+    }
+
+    /// Whether there is an input or state of this name.
+    pub fn has(&self, name: &str) -> bool {
+        self.leaf(name).is_ok()
+    }
+
+    /// Type and axes of an input or state.
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    pub fn spec(&self, name: &str) -> Result<Spec> {
+        Ok(self.graph.spec(self.leaf(name)?))
+    }
+
+    /// Writes an input or a state. It keeps its value until it is written again (or updated by the graph).
+    ///
+    /// # Errors
+    /// When there is none of that name, or type or axes differ.
+    pub fn write(&mut self, name: &str, x: &HostTensor) -> Result<()> {
+        let v = self.leaf(name)?;
+        let want = self.graph.spec(v);
+        if x.spec() != want {
+            return Err(Error::invalid(format!("input `{name}`: want {want}; got {}", x.spec())));
+        }
+        match (self.plan.places[v.index()], &mut self.states[v.index()]) {
+            (Place::Arena(offset), _) => self.arena.write(&self.device, offset, x.bytes()),
+            (Place::State(_), Some(store)) => store.write(&self.device, 0, x.bytes()),
+            _ => Err(Error::invalid(format!("input `{name}` has no place"))),
+        }
+    }
+
+    /// Reads an output or a state.
+    ///
+    /// # Errors
+    /// When there is none of that name, or the device failed.
+    pub fn read(&self, name: &str) -> Result<HostTensor> {
+        let output = self.graph.outputs().iter().find(|(n, _)| n == name).map(|(_, v)| *v);
+        self.value(output.map_or_else(|| self.leaf(name), Ok)?)
+    }
+
+    fn value(&self, v: Var) -> Result<HostTensor> {
+        let spec = self.graph.spec(v);
+        match self.plan.places[v.index()] {
+            Place::Arena(offset) => self.arena.read(&self.device, offset, spec),
+            Place::State(s) => match &self.states[s.index()] {
+                Some(store) => store.read(&self.device, 0, spec),
+                None => Err(Error::invalid("a state without memory")),
+            },
+            Place::Weight(w) => match &self.weights[w.index()] {
+                Some(w) => w.1.read(&self.device, 0, spec),
+                None => Err(Error::invalid("a weight without memory")),
+            },
+            Place::Unused => Err(Error::invalid("a value without a place")),
+        }
+    }
+
+    /// Runs the graph once.
+    ///
+    /// # Errors
+    /// From a room or the device, with the node's label; or from the hook.
+    pub fn run(&mut self, hook: &mut impl Hook) -> Result<()> {
+        for step in 0..self.graph.nodes().len() {
+            hook.before(step, &self.graph.nodes()[step])?;
+            self.step(step).map_err(|e| e.at_node(&self.graph.nodes()[step].label))?;
+            let node = &self.graph.nodes()[step];
+            hook.after(step, node, &|i| self.value(node.y[i]))?;
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, step: usize) -> Result<()> {
+        match self.device.clone() {
+            Device::Cpu => self.step_cpu(step),
+            Device::Cuda(c) => self.step_cuda(step, &c),
+        }
+    }
+
+    fn step_cuda(&self, step: usize, device: &cuda::Cuda) -> Result<()> {
+        let node = &self.graph.nodes()[step];
+        let operand = |v: &Var| -> Result<cuda::Operand> {
+            let buffer = |s: &Store| match s {
+                Store::Cuda(b) => Ok(b.ptr()),
+                Store::Host(_) => Err(Error::Device("a value on the host in a CUDA program".into())),
+            };
+            let ptr = match self.plan.places[v.index()] {
+                Place::Arena(offset) => buffer(&self.arena)?.offset(offset),
+                Place::Weight(w) => self.weights[w.index()].as_ref().map_or(Ok(Default::default()), |w| buffer(&w.1))?,
+                Place::State(s) => self.states[s.index()].as_ref().map_or(Ok(Default::default()), buffer)?,
+                Place::Unused => Default::default(),
+            };
+            Ok(cuda::Operand { spec: self.graph.spec(*v), ptr })
+        };
+        let x = node.x.iter().map(operand).collect::<Result<Vec<_>>>()?;
+        let y = node.y.iter().map(operand).collect::<Result<Vec<_>>>()?;
+        let arena = match &self.arena {
+            Store::Cuda(b) => b.ptr(),
+            Store::Host(_) => return Err(Error::Device("an arena on the host in a CUDA program".into())),
+        };
+        let specs: Vec<Spec> = x.iter().map(|o| o.spec).collect();
+        let scratch_bytes = node.op.scratch(&specs);
+        let scratch = arena.offset(self.plan.scratch[step]);
+        node.op.cuda(&cuda::Call { device, node: &node.label, x: &x, y: &y, scratch, scratch_bytes })
+    }
+
+    /// Borrows every operand's memory: disjoint pieces of the arena by splitting it in order of offset.
+    fn step_cpu(&mut self, step: usize) -> Result<()> {
+        let node = &self.graph.nodes()[step];
+        let places = &self.plan.places;
+        let specs = |vars: &[Var]| vars.iter().map(|&v| self.graph.spec(v)).collect::<Vec<_>>();
+        let (xs, ys) = (specs(&node.x), specs(&node.y));
+        let same = |a: Var, b: Var| places[a.index()] == places[b.index()] && places[a.index()] != Place::Unused;
+
+        let Store::Host(arena) = &mut self.arena else {
+            return Err(Error::Device("an arena on a GPU in a CPU program".into()));
+        };
+        let mut wanted: Vec<(usize, usize)> = node
+            .x
+            .iter()
+            .chain(&node.y)
+            .filter_map(|v| match places[v.index()] {
+                Place::Arena(offset) => Some((offset, self.graph.spec(*v).bytes())),
+                _ => None,
+            })
+            .collect();
+        wanted.sort_unstable();
+        wanted.dedup_by_key(|w| w.0);
+        let mut pieces: HashMap<Place, &mut [u8]> = HashMap::new();
+        let (mut rest, mut start) = (arena.bytes_mut(), 0);
+        for (offset, bytes) in wanted {
+            let (_, tail) = rest.split_at_mut(offset - start);
+            let (piece, tail) = tail.split_at_mut(bytes);
+            pieces.insert(Place::Arena(offset), piece);
+            (rest, start) = (tail, offset + bytes);
+        }
+        let used: Vec<usize> = (node.x.iter().chain(&node.y))
+            .filter_map(|v| match places[v.index()] {
+                Place::State(s) => Some(s.index()),
+                _ => None,
+            })
+            .collect();
+        for (i, store) in self.states.iter_mut().enumerate().filter(|(i, _)| used.contains(i)) {
+            if let Some(Store::Host(m)) = store {
+                let bytes = self.graph.values()[i].spec.bytes();
+                pieces.insert(Place::State(Var(i as u32)), &mut m.bytes_mut()[..bytes]);
+            }
+        }
+        let mut outputs: Vec<&mut [u8]> = Vec::with_capacity(node.y.len());
+        for y in &node.y {
+            let piece = pieces.remove(&places[y.index()]);
+            outputs.push(piece.ok_or_else(|| Error::invalid("two outputs in one place"))?);
+        }
+        let pieces: HashMap<Place, &[u8]> = pieces.into_iter().map(|(k, v)| (k, &*v)).collect();
+        let mut inputs = Vec::with_capacity(node.x.len());
+        for &x in &node.x {
+            inputs.push(match (places[x.index()], node.y.iter().position(|&y| same(x, y))) {
+                (_, Some(j)) => In::Output(j),
+                (Place::Weight(w), None) => match self.weights[w.index()].as_deref() {
+                    Some((spec, Store::Host(m))) => In::Shared(&m.bytes()[..spec.bytes()]),
+                    _ => return Err(Error::Device("a weight on a GPU in a CPU program".into())),
+                },
+                (place, None) => In::Shared(
+                    pieces.get(&place).copied().ok_or_else(|| Error::invalid("an input without a place"))?,
+                ),
+            });
+        }
+        node.op.cpu(&mut cpu::Call::new(xs, ys, inputs, outputs))
+    }
+}
+
+/// Runs one op on host tensors on a device: for tests and benches of single rooms.
+///
+/// # Errors
+/// Those of the op and of the device.
+pub fn run_op(device: &Device, op: &Op, x: &[HostTensor]) -> Result<Vec<HostTensor>> {
+    let mut g = Graph::new();
+    let updated = |i: usize| op.updates().iter().any(|&(_, input)| input == i);
+    let vars: Vec<Var> = (x.iter().map(HostTensor::spec).enumerate())
+        .map(|(i, s)| {
+            let name = format!("x{i}");
+            if updated(i) { g.state(&name, s.dtype, s.shape) } else { g.input(&name, s.dtype, s.shape) }
+        })
+        .collect();
+    let y = g.push_all(op.name(), op.clone(), &vars)?;
+    op.updates().iter().for_each(|&(output, input)| g.update(vars[input], y[output]));
+    y.iter().enumerate().for_each(|(i, &v)| g.output(&format!("y{i}"), v));
+    let mut program = Program::new(g, &Weights::new(device), device)?;
+    for (i, t) in x.iter().enumerate() {
+        program.write(&format!("x{i}"), t)?;
+    }
+    program.run(&mut ())?;
+    (0..y.len()).map(|i| program.read(&format!("y{i}"))).collect()
+}
+
+/// Bytes of an element type's value, for messages.
+pub fn human_bytes(bytes: usize) -> String {
+    let mib = bytes as f64 / (1 << 20) as f64;
+    if mib >= 1024.0 { format!("{:.2} GiB", mib / 1024.0) } else { format!("{mib:.1} MiB") }
+}

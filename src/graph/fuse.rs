@@ -1,0 +1,71 @@
+//! Fusion: each room may offer a cheaper way to compute what it made; offers are taken until none is left.
+
+use super::{Graph, Node, Origin, Value, Var};
+use crate::error::Result;
+use crate::ops::Op;
+
+/// An offer: compute the same value by another op from other inputs.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Rewrite {
+    /// The op that takes over.
+    pub op: Op,
+    /// Its inputs. All must exist before the node that is replaced.
+    pub x: Vec<Var>,
+}
+
+/// The same graph with every offer taken and what nothing uses any more left out.
+///
+/// # Errors
+/// When an offer has inputs that its op refuses: a fault of the room.
+pub fn fuse(g: &Graph) -> Result<Graph> {
+    let mut g = g.clone();
+    for at in 0..g.nodes.len() {
+        while let Some(rewrite) = g.nodes[at].y.first().and_then(|&y| g.nodes[at].op.fuse(&g, y)) {
+            let specs: Vec<_> = rewrite.x.iter().map(|&v| g.spec(v)).collect();
+            rewrite.op.infer(&specs).map_err(|e| e.at_node(&g.nodes[at].label))?;
+            g.nodes[at].op = rewrite.op;
+            g.nodes[at].x = rewrite.x;
+        }
+    }
+    Ok(prune(&g))
+}
+
+/// Leaves out nodes whose outputs nothing uses.
+fn prune(g: &Graph) -> Graph {
+    let mut needed = vec![false; g.values.len()];
+    g.outputs.iter().for_each(|(_, v)| needed[v.index()] = true);
+    g.updates.iter().for_each(|(_, v)| needed[v.index()] = true);
+    let mut keep = vec![false; g.nodes.len()];
+    for (i, node) in g.nodes.iter().enumerate().rev() {
+        keep[i] = node.y.iter().any(|v| needed[v.index()]);
+        if keep[i] {
+            node.x.iter().for_each(|v| needed[v.index()] = true);
+        }
+    }
+    let mut map: Vec<Var> = vec![Var(u32::MAX); g.values.len()];
+    let mut out = Graph::new();
+    let add = |out: &mut Graph, v: Value| {
+        out.values.push(v);
+        Var(out.values.len() as u32 - 1)
+    };
+    for (i, v) in g.values.iter().enumerate() {
+        // Inputs and states keep their place even if unused: the caller knows them by name.
+        let leaf = matches!(v.origin, Origin::Input | Origin::State);
+        if leaf || (matches!(v.origin, Origin::Weight(_)) && needed[i]) {
+            map[i] = add(&mut out, v.clone());
+        }
+    }
+    for (node, _) in g.nodes.iter().zip(keep).filter(|(_, keep)| *keep) {
+        let n = out.nodes.len();
+        for (k, y) in node.y.iter().enumerate() {
+            let value = Value { origin: Origin::Node(n, k), ..g.values[y.index()].clone() };
+            map[y.index()] = add(&mut out, value);
+        }
+        let mapped = |vars: &[Var]| vars.iter().map(|v| map[v.index()]).collect::<Vec<_>>();
+        let (x, y) = (mapped(&node.x), mapped(&node.y));
+        out.nodes.push(Node { op: node.op.clone(), x, y, label: node.label.clone() });
+    }
+    out.outputs = g.outputs.iter().map(|(name, v)| (name.clone(), map[v.index()])).collect();
+    out.updates = g.updates.iter().map(|(s, v)| (map[s.index()], map[v.index()])).collect();
+    out
+}

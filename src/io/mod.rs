@@ -1,0 +1,26 @@
+//! Files: checkpoints, their configurations, tokenizers, pictures.
+//!
+//! Everything that comes from outside is checked here, once, so that the rest of the engine may trust it.
+//! A file that is damaged, of another kind, or newer than the engine is an error that names the file and what to do.
+
+pub mod atomic;
+pub mod config;
+mod convert;
+pub mod folder;
+mod header;
+pub mod mmap;
+pub mod png;
+pub mod scheduler_config;
+pub mod tokenizer;
+pub mod weights;
+
+mod words;
+
+pub use config::Config;
+pub use folder::{Component, ModelFolder};
+pub use scheduler_config::{SchedulerClass, SchedulerConfig};
+pub use tokenizer::{Encoded, Tokenizer};
+pub use weights::{Checkpoint, Entry, StoredType};
+
+#[cfg(test)]
+mod scratch;

@@ -1,0 +1,82 @@
+//! y = f(x), elementwise, for the activations of the models.
+//!
+//! PyTorch: `F.silu`, `F.gelu`, `F.gelu(approximate="tanh")`; quick GELU is x · sigmoid(1.702 x), as in CLIP.
+//! Kernel: `kernels/activation.cu`.
+use super::prelude::*;
+use crate::kernels::activation as k;
+
+pub use crate::backend::cpu::math::Act;
+
+/// y = act(x).
+#[derive(Clone, PartialEq, Debug)]
+pub struct Activation(pub Act);
+
+/// The number that kernels know an activation by.
+pub(crate) fn code(act: Act) -> i32 {
+    match act {
+        Act::None => 0,
+        Act::Silu => 1,
+        Act::Gelu => 2,
+        Act::QuickGelu => 3,
+        Act::GeluTanh => 4,
+    }
+}
+
+impl Operation for Activation {
+    const NAME: &'static str = "activation";
+
+    fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>> {
+        let want = "x of a float type";
+        let [x0] = args(Self::NAME, want, x)?;
+        ensure!(DType::FLOATS.contains(&x0.dtype), Self::NAME, want, x);
+        Ok(vec![x0])
+    }
+
+    fn spec(&self, x: &[Array]) -> Vec<Array> {
+        vec![x[0].map(|v| self.0.apply_f64(v))]
+    }
+
+    fn magnitude(&self, x: &[Array]) -> Vec<Array> {
+        vec![x[0].map(f64::abs)]
+    }
+
+    fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
+        let x = io.f32(0);
+        io.write(0, |y| cpu::math::activate(self.0, &x, y));
+        Ok(())
+    }
+
+    fn cuda(&self, io: &cuda::Call) -> Result<()> {
+        let spec = io.y_spec(0);
+        let n = spec.shape.numel();
+        let per_block = k::BLOCK * 16 / spec.dtype.size();
+        let params = k::ActivationFwd { y: io.y(0), x: io.x(0), n: n as i64, act: code(self.0) };
+        io.launch(k::ACTIVATION_FWD, spec.dtype, "", [n.div_ceil(per_block), 1, 1], k::BLOCK, params)
+    }
+
+    fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
+        Cost::streaming(8 * y[0].shape.numel(), x, y)
+    }
+
+    fn in_place(&self) -> &'static [(usize, usize)] {
+        &[(0, 0)]
+    }
+
+    fn cases() -> Vec<Case> {
+        let acts = [Act::Silu, Act::Gelu, Act::QuickGelu, Act::GeluTanh];
+        let mut all = Vec::new();
+        for act in acts {
+            all.push(Case::new(Activation(act), [t([1]).normal(0.0, 4.0)]));
+            all.push(Case::new(Activation(act), [t([3, 5, 77]).normal(0.0, 3.0)]));
+            all.push(Case::new(Activation(act), [t([2, 9, 9, 32])]));
+            all.push(Case::new(Activation(act), [t([64]).normal(0.0, 30.0)]));
+        }
+        all.push(Case::new(Activation(Act::Silu), [t([2, 64, 64, 320])]).bench());
+        all
+    }
+
+    fn random(r: &mut Small) -> Case {
+        let act = [Act::Silu, Act::Gelu, Act::QuickGelu, Act::GeluTanh][r.below(4)];
+        Case::new(Activation(act), [t([r.below(5) + 1, r.below(300) + 1]).normal(0.0, 3.0)])
+    }
+}

@@ -1,0 +1,85 @@
+//! y = [a | b] on the last axis: skip connections, and channels of a condition.
+//!
+//! PyTorch (channels last): `torch.cat([a, b], -1)`. Kernel: `kernels/concat.cu`.
+use super::prelude::*;
+use crate::kernels::concat as k;
+
+/// a (…,A) and b (…,C) to (…,A+C).
+#[derive(Clone, PartialEq, Debug)]
+pub struct Concat;
+
+impl Operation for Concat {
+    const NAME: &'static str = "concat";
+
+    fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>> {
+        let want = "a (…,A), b (…,C) of one float type";
+        let [a, b] = args(Self::NAME, want, x)?;
+        let lead = |s: Spec| s.shape.with_last(0);
+        let fits = a.dtype == b.dtype && lead(a) == lead(b) && DType::FLOATS.contains(&a.dtype);
+        ensure!(fits && !a.shape.is_empty(), Self::NAME, want, x);
+        Ok(vec![Spec::new(a.dtype, a.shape.with_last(a.shape.last() + b.shape.last()))])
+    }
+
+    fn spec(&self, x: &[Array]) -> Vec<Array> {
+        let (a, b) = (x[0].shape.last(), x[1].shape.last());
+        let rows = x[0].data.chunks(a).zip(x[1].data.chunks(b));
+        vec![Array {
+            shape: x[0].shape.with_last(a + b),
+            data: rows.flat_map(|(a, b)| a.iter().chain(b).copied()).collect(),
+        }]
+    }
+
+    fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
+        let (a, b) = (io.f32(0), io.f32(1));
+        let (na, nb) = (io.x[0].shape.last(), io.x[1].shape.last());
+        io.write(0, |y| {
+            for ((y, a), b) in y.chunks_mut(na + nb).zip(a.chunks(na)).zip(b.chunks(nb)) {
+                y[..na].copy_from_slice(a);
+                y[na..].copy_from_slice(b);
+            }
+        });
+        Ok(())
+    }
+
+    fn cuda(&self, io: &cuda::Call) -> Result<()> {
+        let y = io.y_spec(0);
+        let n = y.shape.numel();
+        let (a, b) = (io.x_spec(0).shape.last(), io.x_spec(1).shape.last());
+        let p = k::ConcatFwd {
+            y: io.y(0),
+            a: io.x(0),
+            b: io.x(1),
+            n: n as i64,
+            a_len: io.int(a)?,
+            b_len: io.int(b)?,
+        };
+        io.launch(k::CONCAT_FWD, y.dtype, "", [n.div_ceil(k::BLOCK), 1, 1], k::BLOCK, p)
+    }
+
+    fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
+        Cost::streaming(0, x, y)
+    }
+
+    fn cases() -> Vec<Case> {
+        let cat = |lead: &[usize], a: usize, b: usize| {
+            let s = |n| [lead, &[n]].concat();
+            Case::new(Concat, [t(s(a).as_slice()), t(s(b).as_slice())])
+        };
+        vec![
+            cat(&[], 1, 1),
+            cat(&[1], 3, 2),
+            cat(&[2, 5, 7], 64, 32),
+            cat(&[3, 4, 4], 4, 5),
+            cat(&[1, 9], 1, 8),
+            cat(&[2, 8, 8], 32, 32),
+            cat(&[77], 5, 60),
+            cat(&[1, 1, 1], 1280, 640),
+            cat(&[2, 64, 64], 320, 320).bench(),
+        ]
+    }
+
+    fn random(r: &mut Small) -> Case {
+        let rows = r.below(40) + 1;
+        Case::new(Concat, [t([rows, r.below(70) + 1]), t([rows, r.below(70) + 1])])
+    }
+}

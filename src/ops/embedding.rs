@@ -1,0 +1,112 @@
+//! y[b,t] = table[ids[b,t]] + positions[t]: token and position embeddings of the text encoders.
+//!
+//! PyTorch: `F.embedding(ids, table) + positions`. Kernel: `kernels/embedding.cu`.
+use super::prelude::*;
+use crate::kernels::embedding as k;
+
+/// ids (B,T) i32, table (V,C)\[, positions (P,C) with P ≥ T\] to (B,T,C).
+#[derive(Clone, PartialEq, Debug)]
+pub struct Embedding {
+    /// Whether positions are given.
+    pub positions: bool,
+}
+
+impl Operation for Embedding {
+    const NAME: &'static str = "embedding";
+
+    fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>> {
+        let want = "ids (B,T) of i32, table (V,C)[, positions (P,C), P ≥ T] of one float type";
+        ensure!(x.len() == 2 + self.positions as usize, Self::NAME, want, x);
+        let (ids, table) = (x[0], x[1]);
+        let fits = ids.dtype == DType::I32
+            && ids.shape.len() == 2
+            && table.shape.len() == 2
+            && DType::FLOATS.contains(&table.dtype)
+            && x.get(2).is_none_or(|p| {
+                p.dtype == table.dtype
+                    && p.shape.len() == 2
+                    && p.shape[1] == table.shape[1]
+                    && p.shape[0] >= ids.shape[1]
+            });
+        ensure!(fits, Self::NAME, want, x);
+        Ok(vec![Spec::new(table.dtype, [ids.shape[0], ids.shape[1], table.shape[1]])])
+    }
+
+    fn spec(&self, x: &[Array]) -> Vec<Array> {
+        let (b, t, c) = (x[0].shape[0], x[0].shape[1], x[1].shape[1]);
+        vec![Array::from_fn([b, t, c], |i| {
+            let id = x[0].at(&i[..2]) as usize;
+            x[1].at(&[id, i[2]]) + if self.positions { x[2].at(&[i[1], i[2]]) } else { 0.0 }
+        })]
+    }
+
+    fn magnitude(&self, x: &[Array]) -> Vec<Array> {
+        let mut x = x.to_vec();
+        x[1..].iter_mut().for_each(|a| *a = a.map(f64::abs));
+        self.spec(&x)
+    }
+
+    fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
+        let (ids, table) = (io.i32(0), io.f32(1));
+        let positions = self.positions.then(|| io.f32(2));
+        let (tokens, v, c) = (io.x[0].shape[1], io.x[1].shape[0], io.x[1].shape[1]);
+        if let Some(bad) = ids.iter().find(|&&id| id < 0 || id as usize >= v) {
+            return Err(Error::invalid(format!("embedding: want ids from 0 to {}; got {bad}", v - 1)));
+        }
+        io.write(0, |y| {
+            for (i, (row, &id)) in y.chunks_mut(c).zip(ids.iter()).enumerate() {
+                row.copy_from_slice(&table[id as usize * c..][..c]);
+                if let Some(p) = &positions {
+                    row.iter_mut().zip(&p[i % tokens * c..][..c]).for_each(|(y, p)| *y += p);
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn cuda(&self, io: &cuda::Call) -> Result<()> {
+        let y = io.y_spec(0).shape;
+        let p = k::EmbeddingFwd {
+            y: io.y(0),
+            ids: io.x(0),
+            table: io.x(1),
+            positions: if self.positions { io.x(2) } else { Default::default() },
+            tokens: io.int(y[1])?,
+            v: io.int(io.x_spec(1).shape[0])?,
+            c: io.int(y[2])?,
+        };
+        io.launch(k::EMBEDDING_FWD, io.y_spec(0).dtype, "", [y[0] * y[1], 1, 1], k::BLOCK, p)
+    }
+
+    fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
+        let moved = y[0].bytes() * (2 + self.positions as usize) + x[0].bytes();
+        Cost { flops: y[0].shape.numel() as f64, bytes: moved as f64 }
+    }
+
+    fn cases() -> Vec<Case> {
+        let embed = |b, tokens, v, c, p: usize| {
+            let mut args = vec![ids([b, tokens], v), t([v, c])];
+            args.extend((p > 0).then(|| t([p, c])));
+            Case::new(Embedding { positions: p > 0 }, args)
+        };
+        vec![
+            embed(1, 1, 1, 1, 0),
+            embed(1, 1, 2, 3, 1),
+            embed(2, 77, 1000, 32, 77),
+            embed(3, 5, 10, 130, 9),
+            embed(1, 9, 64, 257, 0),
+            embed(2, 3, 7, 8, 3),
+            embed(4, 1, 100, 16, 0),
+            embed(1, 77, 500, 48, 77),
+            embed(2, 77, 49408, 768, 77).bench(),
+        ]
+    }
+
+    fn random(r: &mut Small) -> Case {
+        let (tokens, v, c) = (r.below(20) + 1, r.below(50) + 1, r.below(140) + 1);
+        let mut args = vec![ids([r.below(3) + 1, tokens], v), t([v, c])];
+        let positions = r.below(2) == 0;
+        args.extend(positions.then(|| t([tokens + r.below(5), c])));
+        Case::new(Embedding { positions }, args)
+    }
+}

@@ -1,0 +1,82 @@
+//! y = value · GELU(gate), where value and gate are the halves of the last axis.
+//!
+//! PyTorch: `a, b = x.chunk(2, -1); a * F.gelu(b)`. Kernel: `kernels/geglu.cu`.
+use super::activation::Act;
+use super::prelude::*;
+use crate::kernels::geglu as k;
+use rayon::prelude::*;
+
+/// x (…,2E) to (…,E): the gated feed-forward of the transformer blocks.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Geglu;
+
+impl Operation for Geglu {
+    const NAME: &'static str = "geglu";
+
+    fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>> {
+        let want = "x (…,2E) of a float type";
+        let [x0] = args(Self::NAME, want, x)?;
+        let fits = x0.shape.last() % 2 == 0 && !x0.shape.is_empty() && DType::FLOATS.contains(&x0.dtype);
+        ensure!(fits, Self::NAME, want, x);
+        Ok(vec![Spec::new(x0.dtype, x0.shape.with_last(x0.shape.last() / 2))])
+    }
+
+    fn spec(&self, x: &[Array]) -> Vec<Array> {
+        let e = x[0].shape.last() / 2;
+        let rows = x[0].data.chunks(2 * e);
+        let data = rows.flat_map(|r| (0..e).map(|i| r[i] * Act::Gelu.apply_f64(r[e + i]))).collect();
+        vec![Array { shape: x[0].shape.with_last(e), data }]
+    }
+
+    fn magnitude(&self, x: &[Array]) -> Vec<Array> {
+        let e = x[0].shape.last() / 2;
+        let data = x[0].data.chunks(2 * e).flat_map(|r| (0..e).map(|i| (r[i] * r[e + i]).abs())).collect();
+        vec![Array { shape: x[0].shape.with_last(e), data }]
+    }
+
+    fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
+        let x = io.f32(0);
+        let e = io.y[0].shape.last();
+        let rows = (8192 / e).max(1);
+        io.write(0, |y| {
+            y.par_chunks_mut(rows * e).zip(x.par_chunks(rows * 2 * e)).for_each(|(y, x)| {
+                for (y, x) in y.chunks_mut(e).zip(x.chunks(2 * e)) {
+                    cpu::math::activate(Act::Gelu, &x[e..], y);
+                    y.iter_mut().zip(x).for_each(|(y, value)| *y *= value);
+                }
+            });
+        });
+        Ok(())
+    }
+
+    fn cuda(&self, io: &cuda::Call) -> Result<()> {
+        let y = io.y_spec(0);
+        let n = y.shape.numel();
+        let p = k::GegluFwd { y: io.y(0), x: io.x(0), n: n as i64, e: io.int(y.shape.last())? };
+        io.launch(k::GEGLU_FWD, y.dtype, "", [n.div_ceil(k::BLOCK), 1, 1], k::BLOCK, p)
+    }
+
+    fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
+        Cost::streaming(12 * y[0].shape.numel(), x, y)
+    }
+
+    fn cases() -> Vec<Case> {
+        let shapes: [&[usize]; 8] = [
+            &[2],
+            &[1, 6],
+            &[3, 5, 8],
+            &[2, 4, 4, 256],
+            &[77, 74],
+            &[1, 1, 514],
+            &[300, 2],
+            &[2, 9, 128],
+        ];
+        let mut all: Vec<Case> = shapes.iter().map(|&s| Case::new(Geglu, [t(s).normal(0.0, 2.0)])).collect();
+        all.push(Case::new(Geglu, [t([2, 64, 64, 2560])]).bench());
+        all
+    }
+
+    fn random(r: &mut Small) -> Case {
+        Case::new(Geglu, [t([r.below(30) + 1, 2 * (r.below(90) + 1)]).normal(0.0, 2.0)])
+    }
+}

@@ -1,0 +1,128 @@
+//! y = (x − mean) · rstd · w + bias, mean and variance over the last axis.
+//!
+//! PyTorch: `F.layer_norm(x, (C,), w, b, eps)`. Kernel: `kernels/layer_norm.cu`.
+use super::prelude::*;
+use crate::kernels::layer_norm as k;
+use rayon::prelude::*;
+
+/// Layer normalisation of x (…,C) with w, bias (C).
+#[derive(Clone, PartialEq, Debug)]
+pub struct LayerNorm {
+    /// Added to the variance.
+    pub eps: f32,
+}
+
+/// Statistics of a row in f64: mean, mean of absolute values, reciprocal deviation.
+#[derive(Clone, Copy)]
+struct Stats {
+    mean: f64,
+    size: f64,
+    rstd: f64,
+}
+
+impl LayerNorm {
+    fn each(&self, x: &[Array], f: impl Fn(f64, Stats, f64, f64) -> f64) -> Vec<Array> {
+        let c = x[0].shape.last();
+        let mut y = x[0].clone();
+        for row in y.data.chunks_mut(c) {
+            let mean = row.iter().sum::<f64>() / c as f64;
+            let var = row.iter().map(|v| (v - mean) * (v - mean)).sum::<f64>() / c as f64;
+            let size = row.iter().map(|v| v.abs()).sum::<f64>() / c as f64;
+            let stats = Stats { mean, size, rstd: 1.0 / (var + self.eps as f64).sqrt() };
+            for (i, v) in row.iter_mut().enumerate() {
+                *v = f(*v, stats, x[1].data[i], x[2].data[i]);
+            }
+        }
+        vec![y]
+    }
+}
+
+impl Operation for LayerNorm {
+    const NAME: &'static str = "layer_norm";
+
+    fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>> {
+        let want = "x (…,C), w (C), bias (C) of one float type";
+        let [x0, w, b] = args(Self::NAME, want, x)?;
+        let fits = !x0.shape.is_empty() && *w.shape == [x0.shape.last()] && w == b && w.dtype == x0.dtype;
+        ensure!(fits && DType::FLOATS.contains(&x0.dtype), Self::NAME, want, x);
+        Ok(vec![x0])
+    }
+
+    fn spec(&self, x: &[Array]) -> Vec<Array> {
+        self.each(x, |v, s, w, b| (v - s.mean) * s.rstd * w + b)
+    }
+
+    /// What is summed: x, and the row's values into its mean, both amplified by rstd.
+    fn magnitude(&self, x: &[Array]) -> Vec<Array> {
+        self.each(x, |v, s, w, b| (v.abs() + s.size) * s.rstd * w.abs() + b.abs())
+    }
+
+    fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
+        let (x, w, bias) = (io.f32(0), io.f32(1), io.f32(2));
+        let c = io.x[0].shape.last();
+        let chunk = (8192 / c).max(1) * c;
+        io.write(0, |y| {
+            y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).for_each(|(y, x)| {
+                for (y, x) in y.chunks_mut(c).zip(x.chunks(c)) {
+                    let (mean, var) = cpu::math::mean_var(x);
+                    let rstd = (1.0 / (var + self.eps as f64).sqrt()) as f32;
+                    let (high, low) = (mean as f32, (mean - mean as f32 as f64) as f32);
+                    for i in 0..c {
+                        y[i] = ((x[i] - high) - low) * rstd * w[i] + bias[i];
+                    }
+                }
+            });
+        });
+        Ok(())
+    }
+
+    fn cuda(&self, io: &cuda::Call) -> Result<()> {
+        let s = io.x_spec(0).shape;
+        let p = k::LayerNormFwd {
+            y: io.y(0),
+            x: io.x(0),
+            w: io.x(1),
+            bias: io.x(2),
+            rows: io.int(s.rows())?,
+            c: io.int(s.last())?,
+            eps: self.eps,
+        };
+        let grid = [s.rows().div_ceil(k::BLOCK / 32), 1, 1];
+        io.launch(k::LAYER_NORM_FWD, io.x_spec(0).dtype, "", grid, k::BLOCK, p)
+    }
+
+    fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
+        Cost::streaming(8 * y[0].shape.numel(), x, y)
+    }
+
+    fn cases() -> Vec<Case> {
+        let norm = |x: &[usize]| {
+            let c = x[x.len() - 1];
+            Case::new(LayerNorm { eps: 1e-5 }, [t(x), t([c]).normal(1.0, 0.2), t([c])])
+        };
+        let mut far = norm(&[9, 64]);
+        far.args[0] = t([9, 64]).normal(100.0, 0.01);
+        let far = far.only(&[DType::F32]).loose(
+            8.0,
+            "the norm bound assumes |y| near |x|; here the input's own rounding is 1e-3 of its deviation",
+        );
+        vec![
+            norm(&[1, 2]),
+            norm(&[3, 7]),
+            norm(&[2, 77, 32]),
+            norm(&[2, 5, 5, 64]),
+            norm(&[13, 320]),
+            norm(&[3, 33]),
+            norm(&[1, 1280]),
+            norm(&[5, 9, 100]),
+            far,
+            norm(&[2, 64, 64, 320]).bench(),
+        ]
+    }
+
+    fn random(r: &mut Small) -> Case {
+        let c = r.below(200) + 2;
+        let x = t([r.below(20) + 1, c]).normal(-0.5, 2.0);
+        Case::new(LayerNorm { eps: 1e-5 }, [x, t([c]).normal(1.0, 0.2), t([c])])
+    }
+}

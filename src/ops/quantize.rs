@@ -1,0 +1,120 @@
+//! The nearest code: k = argmin |z − e_k|², the lowest k where several are nearest; y = e_k.
+//!
+//! van den Oord et al. 2017; Rombach et al. 2022, section 3.1. PyTorch: `torch.cdist(z, e).argmin(-1)`.
+//! Kernel: `kernels/quantize.cu`. Distances are summed in f32 from differences, so near ties are decided as finely as
+//! the type of z allows.
+use super::prelude::*;
+use crate::kernels::quantize as k;
+use rayon::prelude::*;
+
+/// z (…,C) and codebook (V,C) to the quantised latent (…,C) and the codes (…) i32.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Quantize;
+
+impl Operation for Quantize {
+    const NAME: &'static str = "quantize";
+
+    fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>> {
+        let want = "z (…,C), codebook (V,C) of one float type, V > 0";
+        let [z, codes] = args(Self::NAME, want, x)?;
+        let fits = z.dtype == codes.dtype
+            && DType::FLOATS.contains(&z.dtype)
+            && codes.shape.len() == 2
+            && codes.shape[0] > 0
+            && !z.shape.is_empty()
+            && z.shape.last() == codes.shape[1];
+        ensure!(fits, Self::NAME, want, x);
+        let lead = &z.shape[..z.shape.len() - 1];
+        Ok(vec![z, Spec::new(DType::I32, lead)])
+    }
+
+    fn spec(&self, x: &[Array]) -> Vec<Array> {
+        let c = x[0].shape.last();
+        let mut y = x[0].clone();
+        let lead = &x[0].shape[..x[0].shape.len() - 1];
+        let mut codes = Array::zeros(lead);
+        for (row, code) in y.data.chunks_mut(c).zip(&mut codes.data) {
+            let mut best = (f64::INFINITY, 0);
+            for (i, e) in x[1].data.chunks(c).enumerate() {
+                let d: f64 = row.iter().zip(e).map(|(a, b)| (a - b) * (a - b)).sum();
+                if d < best.0 {
+                    best = (d, i);
+                }
+            }
+            *code = best.1 as f64;
+            row.copy_from_slice(&x[1].data[best.1 * c..][..c]);
+        }
+        vec![y, codes]
+    }
+
+    fn magnitude(&self, x: &[Array]) -> Vec<Array> {
+        let [y, codes] = &self.spec(x)[..] else { return vec![] };
+        vec![y.map(f64::abs), codes.map(|_| 0.0)]
+    }
+
+    fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
+        let (z, codes) = (io.f32(0), io.f32(1));
+        let c = io.x[1].shape[1];
+        let nearest: Vec<i32> = z
+            .par_chunks(c)
+            .map(|z| {
+                let mut best = (f32::INFINITY, 0);
+                for (i, e) in codes.chunks(c).enumerate() {
+                    let d = z.iter().zip(e).fold(0.0f32, |d, (a, b)| (a - b).mul_add(a - b, d));
+                    if d < best.0 {
+                        best = (d, i as i32);
+                    }
+                }
+                best.1
+            })
+            .collect();
+        io.i32_mut(1).copy_from_slice(&nearest);
+        io.write(0, |y| {
+            for (row, &i) in y.chunks_mut(c).zip(&nearest) {
+                row.copy_from_slice(&codes[i as usize * c..][..c]);
+            }
+        });
+        Ok(())
+    }
+
+    fn cuda(&self, io: &cuda::Call) -> Result<()> {
+        let (rows, codes) = (io.x_spec(0).shape.rows(), io.x_spec(1).shape);
+        let p = k::QuantizeFwd {
+            y: io.y(0),
+            codes: io.y(1),
+            z: io.x(0),
+            book: io.x(1),
+            rows: io.int(rows)?,
+            v: io.int(codes[0])?,
+            c: io.int(codes[1])?,
+        };
+        io.launch(k::QUANTIZE_FWD, io.x_spec(0).dtype, "", [rows.div_ceil(k::BLOCK), 1, 1], k::BLOCK, p)
+    }
+
+    fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
+        Cost::streaming(3 * x[0].shape.rows() * x[1].shape.numel(), x, y)
+    }
+
+    fn cases() -> Vec<Case> {
+        let q = |z: &[usize], v: usize| Case::new(Quantize, [t(z), t([v, z[z.len() - 1]])]);
+        let mut tie = q(&[4, 2], 6);
+        tie.args[1] = t([6, 2]).values(vec![9.0, 9.0, 1.0, 0.0, 1.0, 0.0, 9.0, 9.0, 1.0, 0.0, 9.0, 9.0]);
+        tie.args[0] = t([4, 2]).values(vec![1.0, 0.0, 0.5, 0.0, 8.0, 9.0, 1.0, 1.0]);
+        vec![
+            q(&[1, 1], 1),
+            q(&[1, 3], 2),
+            q(&[2, 8, 8, 3], 256),
+            q(&[3, 5, 7, 4], 100),
+            q(&[129, 3], 33),
+            q(&[2, 3, 3, 8], 64),
+            q(&[9, 256], 17),
+            tie,
+            q(&[1, 64, 64, 3], 8192).bench(),
+        ]
+    }
+
+    fn random(r: &mut Small) -> Case {
+        let c = r.below(9) + 1;
+        Case::new(Quantize, [t([r.below(100) + 1, c]), t([r.below(60) + 1, c])])
+    }
+}

@@ -1,0 +1,422 @@
+// One block of threads on one OS thread. A thread that never waits costs a function call: the loop that starts threads
+// takes the next one on the same stack. Only who waits keeps a stack, and the next thread gets another one.
+
+#include "block.h"
+
+#include <csetjmp>
+#include <csignal>
+#include <cstdlib>
+#include <cstring>
+
+#include "dev.cuh"
+
+namespace {
+constexpr unsigned SMEM = 48 * 1024, BAND_BYTES = 64;
+constexpr unsigned char POISON = 0xff, BAND = 0xfd;
+
+const char* const op_names[] = {"shfl_xor", "shfl_down", "shfl", "ballot", "warp_sum", "warp_max"};
+const char* const block_names[] = {"", "", "", "", "block_sum", "block_max"};
+constexpr int SYNC_WARP = 100, SYNC_BLOCK = 101;
+
+const char* name_of(int op) {
+    return op == SYNC_WARP ? "sync_warp" : op == SYNC_BLOCK ? "sync_block" : op >= 200 ? block_names[op - 200] : op_names[op];
+}
+
+struct Waiting {
+    int op = 0, line = 0;
+};
+
+struct Warp {
+    uint32_t all, ready, unstarted, arrived, done;
+    int op, line;
+    uint32_t values[32], results[32];
+    int arguments[32];
+};
+
+// Everything that one OS thread needs to run blocks; made once per thread.
+struct Runner {
+    Stacks stacks;
+    Context main, dead, contexts[1024];
+    Stack* held[1024];
+    Stack* current_stack = nullptr;
+    Waiting waiting[1024];
+    Warp warps[32];
+    float values[1024];
+    float block_result = 0;
+    uint32_t ready_warps = 0;
+    unsigned threads = 0, arrived = 0, finished = 0, warp_count = 0, last_warp = 0;
+    int barrier_op = 0, barrier_line = 0;
+    float* scratch = nullptr;
+    const Launch* launch = nullptr;
+    Random random{1};
+    bool running = false, failed = false;
+    alignas(1024) unsigned char smem[BAND_BYTES + SMEM + BAND_BYTES];
+    unsigned smem_bytes = 0;
+};
+
+thread_local Runner* runner = nullptr;
+#define R (*runner)
+
+void set_current(unsigned t) {
+    ldm_thread.thread = t;
+    ldm_thread.lane = t & 31;
+    ldm_thread.warp = t >> 5;
+}
+
+unsigned choose(uint32_t mask) {
+    switch (settings.order) {
+        case Order::Forward: return unsigned(__builtin_ctz(mask));
+        case Order::Reverse: return 31u - unsigned(__builtin_clz(mask));
+        case Order::Random: break;
+    }
+    const unsigned turn = unsigned(R.random.next() >> 59);
+    const uint32_t turned = turn ? mask >> turn | mask << (32 - turn) : mask;
+    return (unsigned(__builtin_ctz(turned)) + turn) & 31;
+}
+
+// The thread to run next, or -1. A warp goes on while it can: that keeps few stacks alive.
+int pick() {
+    if (!R.ready_warps) return -1;
+    unsigned w = R.last_warp;
+    if (!(R.ready_warps >> w & 1) || settings.order == Order::Random) w = choose(R.ready_warps);
+    R.last_warp = w;
+    return int(w * 32 + choose(R.warps[w].ready));
+}
+
+void set_ready(unsigned w, uint32_t lanes) {
+    R.warps[w].ready |= lanes;
+    if (R.warps[w].ready) R.ready_warps |= 1u << w;
+}
+
+void take(unsigned t) {
+    Warp& warp = R.warps[t >> 5];
+    warp.ready &= ~(1u << (t & 31));
+    if (!warp.ready) R.ready_warps &= ~(1u << (t >> 5));
+}
+
+[[noreturn]] void leave() {
+    R.running = false;
+    ldm_switch(&R.dead, &R.main);
+    abort();
+}
+
+[[noreturn]] void deadlock() {
+    std::string text = "deadlock: no thread can go on;";
+    int shown = 0, last_op = -1, last_line = -1;
+    for (unsigned t = 0; t < R.threads && shown < 6; t++) {
+        const Waiting& wait = R.waiting[t];
+        if (wait.line == 0 || (wait.op == last_op && wait.line == last_line)) continue;
+        text += format(" thread %u waits in %s of line %d;", t, name_of(wait.op), wait.line);
+        last_op = wait.op;
+        last_line = wait.line;
+        shown++;
+    }
+    kernel_violation(LAUNCH_FAILED, 0, text);
+}
+
+void run_threads();
+
+// Goes on with another thread; returns when this one was released and chosen again.
+void wait_as(unsigned t) {
+    const int next = pick();
+    if (next < 0) deadlock();
+    take(unsigned(next));
+    Stack* mine = R.current_stack;
+    R.held[t] = mine;
+    Warp& warp = R.warps[unsigned(next) >> 5];
+    const uint32_t bit = 1u << (next & 31);
+    set_current(unsigned(next));
+    if (warp.unstarted & bit) {
+        Context fresh;
+        R.current_stack = R.stacks.take(&fresh, run_threads);
+        ldm_switch(&R.contexts[t], &fresh);
+    } else {
+        R.current_stack = R.held[next];
+        ldm_switch(&R.contexts[t], &R.contexts[next]);
+    }
+}
+
+void finish(unsigned t) {
+    Warp& warp = R.warps[t >> 5];
+    if (warp.arrived)
+        kernel_violation(LAUNCH_FAILED, warp.line, format("thread %u exits while lane %d of its warp waits in %s", t,
+                                                          __builtin_ctz(warp.arrived), name_of(warp.op)));
+    if (R.arrived)
+        kernel_violation(LAUNCH_FAILED, R.barrier_line, format("thread %u exits while others wait in %s: every thread must reach it",
+                                                               t, name_of(R.barrier_op)));
+    warp.done |= 1u << (t & 31);
+    R.finished++;
+}
+
+void check_smem() {
+    if (!R.smem_bytes) return;
+    const unsigned char* low = R.smem;
+    const unsigned char* high = R.smem + BAND_BYTES + R.smem_bytes;
+    for (unsigned i = 0; i < BAND_BYTES; i++)
+        if (low[i] != BAND || high[i] != BAND)
+            kernel_violation(ILLEGAL_ADDRESS, 0, format("something wrote %s the block's %u bytes of shared memory",
+                                                        high[i] != BAND ? "past" : "before", R.smem_bytes));
+}
+
+// The body of every stack: runs threads that have not started; leaves for another stack when there are none.
+void run_threads() {
+    const void* params = R.launch->params.data();
+    auto entry = R.launch->kernel->entry;
+    for (;;) {
+        const unsigned t = ldm_thread.thread;
+        R.warps[t >> 5].unstarted &= ~(1u << (t & 31));
+        entry(params);
+        const unsigned over = ldm_thread.thread;
+        finish(over);
+        // Most kernels never wait: the next lane of the same warp, without asking further.
+        Warp& warp = R.warps[over >> 5];
+        if (warp.ready && warp.ready == warp.unstarted && settings.order == Order::Forward) {
+            const unsigned lane = unsigned(__builtin_ctz(warp.ready));
+            warp.ready &= warp.ready - 1;
+            if (!warp.ready) R.ready_warps &= ~(1u << (over >> 5));
+            set_current((over & ~31u) + lane);
+            continue;
+        }
+        const int next = pick();
+        if (next < 0) {
+            if (R.finished != R.threads) deadlock();
+            check_smem();
+            leave();
+        }
+        take(unsigned(next));
+        set_current(unsigned(next));
+        if (R.warps[next >> 5].unstarted >> (next & 31) & 1) continue;
+        R.stacks.give(R.current_stack);
+        R.current_stack = R.held[next];
+        ldm_switch(&R.dead, &R.contexts[next]);
+    }
+}
+
+// The last lane of a warp's rendezvous computes for all.
+void complete(Warp& warp) {
+    switch (warp.op) {
+        case LDM_XOR:
+        case LDM_DOWN:
+        case LDM_INDEX:
+            for (int i = 0; i < 32; i++) {
+                const int a = warp.arguments[i];
+                int from = warp.op == LDM_XOR ? i ^ a : warp.op == LDM_DOWN ? i + a : a & 31;
+                if (from < 0 || from > 31) from = i;
+                warp.results[i] = warp.values[from];
+            }
+            break;
+        case LDM_BALLOT: {
+            uint32_t mask = 0;
+            for (int i = 0; i < 32; i++) mask |= uint32_t(warp.values[i] != 0) << i;
+            for (int i = 0; i < 32; i++) warp.results[i] = mask;
+            break;
+        }
+        case LDM_SUM:
+        case LDM_MAX: {
+            float v[32];
+            memcpy(v, warp.values, sizeof v);
+            for (int m = 16; m > 0; m >>= 1)
+                for (int i = 0; i < m; i++) v[i] = warp.op == LDM_SUM ? v[i] + v[i + m] : max_f(v[i], v[i + m]);
+            for (int i = 0; i < 32; i++) memcpy(&warp.results[i], v, 4);
+            break;
+        }
+        default: break;
+    }
+}
+
+// True for the lane that came last: it goes on without a switch.
+bool arrive_warp(unsigned t, int op, int line) {
+    Warp& warp = R.warps[t >> 5];
+    const uint32_t bit = 1u << (t & 31);
+    if (warp.done)
+        kernel_violation(LAUNCH_FAILED, line, format("%s with inactive lanes: lane %d of warp %u has exited", name_of(op),
+                                                     __builtin_ctz(warp.done), t >> 5));
+    if (op != SYNC_WARP && warp.all != ~0u)
+        kernel_violation(LAUNCH_FAILED, line, format("%s with inactive lanes: warp %u has %d threads", name_of(op), t >> 5,
+                                                     __builtin_popcount(warp.all)));
+    if (warp.arrived == 0) {
+        warp.op = op;
+        warp.line = line;
+    } else if (warp.op != op || warp.line != line) {
+        kernel_violation(LAUNCH_FAILED, line,
+                         format("diverged warp %u: lane %d waits in %s of line %d, lane %u comes to %s", t >> 5,
+                                __builtin_ctz(warp.arrived), name_of(warp.op), warp.line, t & 31, name_of(op)));
+    }
+    warp.arrived |= bit;
+    if (warp.arrived != warp.all) return false;
+    complete(warp);
+    warp.arrived = 0;
+    for (uint32_t others = warp.all & ~bit; others; others &= others - 1)
+        R.waiting[(t & ~31u) + unsigned(__builtin_ctz(others))].line = 0;
+    set_ready(t >> 5, warp.all & ~bit);
+    return true;
+}
+
+bool arrive_block(unsigned t, int op, int line) {
+    if (R.finished)
+        for (unsigned w = 0; w < R.warp_count; w++)
+            if (R.warps[w].done)
+                kernel_violation(LAUNCH_FAILED, line, format("thread %u has exited before %s: every thread must reach it",
+                                                             w * 32 + unsigned(__builtin_ctz(R.warps[w].done)), name_of(op)));
+    if (R.arrived == 0) {
+        R.barrier_op = op;
+        R.barrier_line = line;
+    } else if (R.barrier_op != op || R.barrier_line != line) {
+        kernel_violation(LAUNCH_FAILED, line, format("divergent barrier: others wait in %s of line %d, this thread comes to %s",
+                                                     name_of(R.barrier_op), R.barrier_line, name_of(op)));
+    }
+    if (++R.arrived != R.threads) return false;
+    R.arrived = 0;
+    for (unsigned w = 0; w < R.warp_count; w++) set_ready(w, R.warps[w].all);
+    for (unsigned i = 0; i < R.threads; i++) R.waiting[i].line = 0;
+    take(t);
+    return true;
+}
+
+void wait_in(unsigned t, int op, int line) {
+    R.waiting[t].op = op;
+    R.waiting[t].line = line;
+    wait_as(t);
+}
+
+// A plain pointer went astray: say where, and end the block instead of the process.
+struct sigaction before_segv, before_bus;
+void on_fault(int signal, siginfo_t* info, void* context) {
+    if (runner && runner->running) {
+        sigset_t set;
+        sigemptyset(&set);
+        sigaddset(&set, signal);
+        pthread_sigmask(SIG_UNBLOCK, &set, nullptr);
+        kernel_violation(ILLEGAL_ADDRESS, 0, format("access through a plain pointer to %p, or a stack of a thread that is full", info->si_addr));
+    }
+    const struct sigaction& old = signal == SIGSEGV ? before_segv : before_bus;
+    if (old.sa_flags & SA_SIGINFO) return old.sa_sigaction(signal, info, context);
+    if (old.sa_handler != SIG_DFL && old.sa_handler != SIG_IGN) return old.sa_handler(signal);
+    ::signal(signal, SIG_DFL);
+}
+
+void catch_faults() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        struct sigaction action = {};
+        action.sa_sigaction = on_fault;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+        sigaction(SIGSEGV, &action, &before_segv);
+        sigaction(SIGBUS, &action, &before_bus);
+    });
+    stack_t stack = {};
+    sigaltstack(nullptr, &stack);
+    if (!(stack.ss_flags & SS_DISABLE)) return;
+    stack.ss_sp = malloc(64 * 1024);
+    stack.ss_size = 64 * 1024;
+    stack.ss_flags = 0;
+    sigaltstack(&stack, nullptr);
+}
+}  // namespace
+
+bool in_kernel() { return runner && runner->running; }
+
+void kernel_violation(Result code, int line, const std::string& text) {
+    const Launch& launch = *R.launch;
+    const std::string where = line ? format("%s:%d: ", launch.kernel->file.c_str(), line) : std::string();
+    violation(code, format("kernel %s (%s), block (%u,%u,%u), thread %u: %s%s", launch.kernel->name.c_str(),
+                           launch.kernel->unit.c_str(), ldm_thread.block[0], ldm_thread.block[1], ldm_thread.block[2],
+                           ldm_thread.thread, where.c_str(), text.c_str()));
+    R.failed = true;
+    leave();
+}
+
+bool block_run(const Launch& launch, uint64_t index) {
+    if (!runner) runner = new Runner;
+    catch_faults();
+    memory_bind_thread();
+    R.launch = &launch;
+    R.random.state = settings.order_seed * 0x9e3779b97f4a7c15ull + index;
+    ldm_thread.block[0] = unsigned(index % launch.grid[0]);
+    ldm_thread.block[1] = unsigned(index / launch.grid[0] % launch.grid[1]);
+    ldm_thread.block[2] = unsigned(index / launch.grid[0] / launch.grid[1]);
+    for (int i = 0; i < 3; i++) ldm_thread.grid[i] = launch.grid[i];
+    ldm_thread.block_dim = launch.block;
+    ldm_thread.smem_key = nullptr;
+    ldm_thread.smem = nullptr;
+    R.smem_bytes = 0;
+    R.threads = launch.block;
+    R.warp_count = (launch.block + 31) / 32;
+    R.arrived = R.finished = 0;
+    R.ready_warps = 0;
+    R.failed = false;
+    for (unsigned w = 0; w < R.warp_count; w++) {
+        Warp& warp = R.warps[w];
+        const unsigned lanes = launch.block - w * 32 < 32 ? launch.block - w * 32 : 32;
+        warp.all = warp.unstarted = lanes == 32 ? ~0u : (1u << lanes) - 1;
+        warp.ready = warp.arrived = warp.done = 0;
+        set_ready(w, warp.all);
+    }
+    for (unsigned t = 0; t < launch.block; t++) R.waiting[t].line = 0;
+    R.last_warp = choose(R.ready_warps);
+    const unsigned first = unsigned(pick());
+    take(first);
+    set_current(first);
+    Context start;
+    R.current_stack = R.stacks.take(&start, run_threads);
+    R.running = true;
+    ldm_switch(&R.main, &start);
+    R.stacks.give_all();
+    return !R.failed;
+}
+
+API void* ldm_emu_smem(const void* key, unsigned long long bytes, unsigned align, int line) {
+    if (ldm_thread.smem_key) kernel_violation(LAUNCH_FAILED, line, "a second struct of shared memory: a kernel has one");
+    unsigned char* at = R.smem + BAND_BYTES;
+    if (align > BAND_BYTES) kernel_violation(LAUNCH_FAILED, line, format("shared memory aligned to %u bytes", align));
+    memset(at - BAND_BYTES, BAND, BAND_BYTES);
+    memset(at, POISON, bytes);
+    memset(at + bytes, BAND, BAND_BYTES);
+    R.smem_bytes = unsigned(bytes);
+    ldm_thread.smem_key = key;
+    ldm_thread.smem = at;
+    return at;
+}
+
+API void ldm_emu_sync_block(int line) {
+    const unsigned t = ldm_thread.thread;
+    if (arrive_block(t, SYNC_BLOCK, line)) check_smem();
+    else wait_in(t, SYNC_BLOCK, line);
+}
+
+API void ldm_emu_sync_warp(int line) {
+    const unsigned t = ldm_thread.thread;
+    if (!arrive_warp(t, SYNC_WARP, line)) wait_in(t, SYNC_WARP, line);
+}
+
+API unsigned ldm_emu_warp(int what, unsigned value, int argument, int line) {
+    const unsigned t = ldm_thread.thread;
+    Warp& warp = R.warps[t >> 5];
+    warp.values[t & 31] = value;
+    warp.arguments[t & 31] = argument;
+    if (!arrive_warp(t, what, line)) wait_in(t, what, line);
+    return warp.results[t & 31];
+}
+
+API float ldm_emu_block(int what, float value, float* scratch, unsigned block, int line) {
+    const unsigned t = ldm_thread.thread;
+    const int op = 200 + what;
+    if (block != R.threads)
+        kernel_violation(LAUNCH_FAILED, line, format("%s<%u> in a block of %u threads", name_of(op), block, R.threads));
+    R.values[t] = value;
+    if (!arrive_block(t, op, line)) {
+        wait_in(t, op, line);
+        return R.block_result;
+    }
+    float result = 0;
+    for (unsigned w = 0; w < block / 32; w++) {
+        float v[32];
+        memcpy(v, R.values + w * 32, sizeof v);
+        for (int m = 16; m > 0; m >>= 1)
+            for (int i = 0; i < m; i++) v[i] = what == LDM_SUM ? v[i] + v[i + m] : max_f(v[i], v[i + m]);
+        scratch[w] = v[0];
+        result = w == 0 ? v[0] : what == LDM_SUM ? result + v[0] : max_f(result, v[0]);
+    }
+    R.block_result = result;
+    return result;
+}

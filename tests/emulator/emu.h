@@ -1,0 +1,170 @@
+// The parts of the emulator, and what they say to each other. Everything that a driver call touches lies behind one
+// lock; kernels run on several OS threads, one block on one of them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#define API extern "C" __attribute__((visibility("default")))
+
+enum Result : int {
+    SUCCESS = 0,
+    INVALID_VALUE = 1,
+    OUT_OF_MEMORY = 2,
+    NOT_INITIALIZED = 3,
+    INVALID_DEVICE = 101,
+    INVALID_IMAGE = 200,
+    INVALID_CONTEXT = 201,
+    NO_BINARY_FOR_GPU = 209,
+    ECC_UNCORRECTABLE = 214,
+    SHARED_OBJECT_INIT_FAILED = 303,
+    INVALID_HANDLE = 400,
+    ILLEGAL_STATE = 401,
+    NOT_FOUND = 500,
+    NOT_READY = 600,
+    ILLEGAL_ADDRESS = 700,
+    LAUNCH_OUT_OF_RESOURCES = 701,
+    ASSERT = 710,
+    MISALIGNED_ADDRESS = 716,
+    LAUNCH_FAILED = 719,
+    NOT_SUPPORTED = 801,
+    CAPTURE_UNSUPPORTED = 900,
+    CAPTURE_INVALIDATED = 901,
+    CAPTURE_ISOLATION = 905,
+    CAPTURED_EVENT = 907,
+    UNKNOWN = 999,
+};
+
+// ------------------------------------------------------------------------------------------------------ settings
+
+enum class Order { Forward, Reverse, Random };
+enum class Async { Late, Early, Random };
+
+struct Settings {
+    Order order = Order::Forward;
+    uint64_t order_seed = 1;
+    Async async = Async::Late;
+    uint64_t async_seed = 1;
+    bool uninitialised_is_error = true;
+    unsigned threads = 0;              // OS threads that run blocks; 0: as many as the machine has, for large launches
+    uint64_t memory = 16ull << 30;     // what the device says it has
+    std::string units;                 // folder of the compiled kernels
+};
+extern Settings settings;
+
+// A small generator (splitmix64): the seeds of `settings` make a run repeatable.
+struct Random {
+    uint64_t state;
+    uint64_t next() {
+        uint64_t z = (state += 0x9e3779b97f4a7c15ull);
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+        return z ^ (z >> 31);
+    }
+};
+
+// ------------------------------------------------------------------------------------------------------- reports
+
+// Kinds of call that can be made to fail, and that are counted.
+enum class Call { Alloc, Copy, Load, Launch, Sync, Host, Graph, COUNT };
+
+std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
+// Remembers a violation, prints it, and makes it the context's sticky error. The first one wins. Any thread may call it.
+Result violation(Result code, const std::string& text);
+// Remembers and prints why a call is refused; the context stays usable.
+Result refuse(Result code, const std::string& text);
+Result sticky();
+// Counts the call; an error if this one is to fail.
+Result injected(Call call);
+uint64_t counted(Call call);
+
+// The lock of the driver: held by every exported call.
+extern std::recursive_mutex driver_lock;
+#define LOCKED std::lock_guard<std::recursive_mutex> locked_(driver_lock)
+// A call that a broken context refuses.
+#define WORKING                               \
+    LOCKED;                                   \
+    if (Result e_ = sticky()) return e_
+
+// -------------------------------------------------------------------------------------------------------- memory
+
+// Device memory. `whose` names the caller in reports.
+Result memory_alloc(uint64_t bytes, uint64_t* out);
+Result memory_free(uint64_t at, const char* whose);
+// Is [at, at+bytes) inside one live allocation?
+Result memory_check(uint64_t at, uint64_t bytes, const char* whose);
+// Looks at the guard bands of the allocation that holds `at`, or of all.
+Result memory_guards(uint64_t at, const char* whose);
+Result memory_all_guards(const char* whose);
+void memory_written(uint64_t at, uint64_t bytes);
+void memory_poison(uint64_t at, uint64_t bytes);
+void memory_copy_shadow(uint64_t to, uint64_t from, uint64_t bytes);
+bool memory_is_device(uint64_t at);
+// What lies at an address, in words.
+std::string memory_describe(uint64_t at);
+void memory_bind_thread();
+struct MemoryUse {
+    uint64_t live, bytes, peak;
+};
+MemoryUse memory_use();
+
+// Page-locked host memory.
+Result host_alloc(size_t bytes, void** out);
+Result host_free(void* at);
+bool host_is_pinned(const void* at, size_t bytes);
+
+// -------------------------------------------------------------------------------------------------------- kernels
+
+struct Kernel {
+    std::string name, unit, file;
+    void (*entry)(const void* params) = nullptr;
+    unsigned params = 0, bounds = 1024;
+};
+
+struct Module {
+    void* library = nullptr;
+    std::string unit, stem;
+    std::vector<std::unique_ptr<Kernel>> kernels;
+};
+
+Result module_load(const void* image, Module** out);
+Result module_kernel(Module* module, const char* name, Kernel** out);
+
+struct Launch {
+    Kernel* kernel;
+    unsigned grid[3], block;
+    std::vector<char> params;
+};
+// Runs all blocks; the answer is the violation, if one happened.
+Result launch_run(const Launch& launch);
+
+// Reports a violation of the kernel thread that runs now, and leaves its block. Does not return.
+[[noreturn]] void kernel_violation(Result code, int line, const std::string& text);
+// Is a kernel thread running on this OS thread?
+bool in_kernel();
+
+// -------------------------------------------------------------------------------------------------------- streams
+
+struct Operation {
+    const char* what;
+    std::function<Result()> run;
+};
+extern const char* const freeing;                   // the `what` of an operation that gives memory back
+struct Stream;
+struct Graph {
+    std::vector<Operation> operations;
+};
+
+Stream* stream_of(void* handle);                    // null, for a handle that is none
+Result stream_push(Stream* stream, Operation operation);
+Result stream_drain(Stream* stream);
+Result stream_drain_all();
+bool stream_capturing(Stream* stream);
+// Refuses a call that may not be made while a stream captures, and spoils that capture, as a driver does.
+Result capture_forbids(const char* whose);
+void streams_forget();                              // drops what is queued, after a reset

@@ -1,0 +1,146 @@
+//! Every room against its specification, on the same inputs rounded to the type under test: CPU code, and CUDA code on
+//! the emulator or on a card. The rooms come from the list; none is named here.
+
+mod common;
+
+use ldm::backend::Device;
+use ldm::exec;
+use ldm::ops::{Case, ROOMS, Room};
+use ldm::rng::Small;
+use ldm::tensor::{DType, HostTensor};
+
+/// Seeded random cases per room.
+const RANDOM: usize = 64;
+
+/// Small cases: the listed ones that are not benches, and the random ones.
+fn cases(room: &Room) -> Vec<Case> {
+    let mut r = Small::new(0x1d);
+    let listed = (room.cases)().into_iter().filter(|c| !c.bench);
+    let random = (0..RANDOM).map(|_| (room.random)(&mut r));
+    listed.chain(random).collect()
+}
+
+/// Bound in norm (DESIGN 4).
+fn norm_bound(t: DType) -> f64 {
+    match t {
+        DType::F32 => 1e-5,
+        DType::F16 => 1e-3,
+        DType::BF16 => 8e-3,
+        DType::I32 => 0.0,
+    }
+}
+
+/// Runs a case and compares each output with the specification, in norm and element by element.
+fn check(device: &Device, case: &Case, t: DType, seed: u64) -> Result<(), String> {
+    let arrays = case.inputs(t, seed);
+    let specs = case.specs(t);
+    let err = |e: ldm::Error| format!("{}: {e}", case.name(t));
+    let inputs: Vec<HostTensor> = (arrays.iter().zip(&specs))
+        .map(|(a, &s)| a.to_tensor(s))
+        .collect::<Result<_, _>>()
+        .map_err(err)?;
+    let got = exec::run_op(device, &case.op, &inputs).map_err(err)?;
+    let (want, size) = (case.op.spec(&arrays), case.op.magnitude(&arrays));
+    let factor = case.loose.map_or(1.0, |(f, _)| f);
+    for (j, got) in got.iter().enumerate() {
+        // A result in a coarser type than the inputs is rounded to that type.
+        let dtype = got.spec().dtype;
+        let coarse = if dtype.eps() > t.eps() { dtype } else { t };
+        let (ours, theirs) = (got.to_f64(), &want[j].data);
+        if ours.len() != theirs.len() {
+            return Err(format!("{}: output {j} has {} elements, want {}", case.name(t), ours.len(), theirs.len()));
+        }
+        if dtype == DType::I32 {
+            if let Some(i) = (0..ours.len()).find(|&i| ours[i] != theirs[i]) {
+                return Err(format!("{}: output {j}[{i}]: want {}; got {}", case.name(t), theirs[i], ours[i]));
+            }
+            continue;
+        }
+        let eps = if dtype == DType::F32 && coarse == DType::F32 { DType::F32.eps() } else { coarse.eps() };
+        let (mut diff, mut norm) = (0.0, 0.0);
+        for i in 0..ours.len() {
+            let d = (ours[i] - theirs[i]).abs();
+            let bound = 8.0 * eps * size[j].data[i] * factor + f64::from(f32::MIN_POSITIVE);
+            if !(d <= bound) {
+                return Err(format!(
+                    "{}: output {j}[{i}]: want {}; got {}; off by {d:e}, bound {bound:e}",
+                    case.name(t),
+                    theirs[i],
+                    ours[i]
+                ));
+            }
+            diff += d * d;
+            norm += theirs[i] * theirs[i];
+        }
+        // Where the exact result is zero or nearly so, the elementwise bound alone speaks.
+        let scale: f64 = size[j].data.iter().map(|v| v * v).sum();
+        let bound = norm_bound(coarse) * factor;
+        if norm > 1e-4 * scale && diff.sqrt() > bound * norm.sqrt() {
+            let rel = (diff / norm).sqrt();
+            return Err(format!("{}: output {j}: relative error {rel:e}, bound {bound:e}", case.name(t)));
+        }
+    }
+    Ok(())
+}
+
+fn run(room: &Room, device: &Device) {
+    for (i, case) in cases(room).iter().enumerate() {
+        for &t in case.types {
+            if let Err(e) = check(device, case, t, 100 + i as u64) {
+                panic!("{}: case {i}: {e}", room.name);
+            }
+        }
+    }
+}
+
+/// The room of this name.
+fn room(name: &str) -> &'static Room {
+    ROOMS.iter().find(|r| r.name == name).expect("the list and its macro agree")
+}
+
+macro_rules! suite {
+    ($($file:ident : $($Op:ident),+ ;)+) => {
+        $(mod $file {
+            #[test]
+            fn cpu() {
+                $(super::run(super::room(<ldm::ops::$Op as ldm::ops::Operation>::NAME), &ldm::backend::Device::Cpu);)+
+            }
+
+            #[test]
+            fn cuda() {
+                super::common::on_cuda(|device| {
+                    $(super::run(super::room(<ldm::ops::$Op as ldm::ops::Operation>::NAME), device);)+
+                });
+            }
+        })+
+    };
+}
+ldm::rooms!(suite);
+
+#[test]
+fn every_room_has_cases_and_its_own_name() {
+    let mut names: Vec<_> = ROOMS.iter().map(|r| r.name).collect();
+    names.sort_unstable();
+    names.dedup();
+    assert_eq!(names.len(), ROOMS.len());
+    for room in ROOMS {
+        let listed = (room.cases)().into_iter().filter(|c| !c.bench).count();
+        assert!(listed >= 8, "{}: {listed} listed cases, want at least 8", room.name);
+    }
+}
+
+#[test]
+fn a_wrong_result_is_found() {
+    // The harness itself: a case whose op computes something else must fail.
+    use ldm::ops::{Act, Activation, t};
+    let case = Case::new(Activation(Act::Gelu), [t([40])]);
+    let mut wrong = case.clone();
+    wrong.op = Activation(Act::GeluTanh).into();
+    let x = case.inputs(DType::F32, 1);
+    let got = wrong.op.spec(&x);
+    let want = case.op.spec(&x);
+    let bound = 8.0 * DType::F32.eps();
+    let size = case.op.magnitude(&x);
+    assert!((0..40).any(|i| (got[0].data[i] - want[0].data[i]).abs() > bound * size[0].data[i]));
+    assert!(check(&Device::Cpu, &case, DType::F32, 1).is_ok());
+}
