@@ -1,13 +1,16 @@
 //! Runs a planned graph on a device: one loop.
 
 use crate::backend::cpu::{self, In, Memory};
-use crate::backend::{Device, cuda};
+use crate::backend::cuda;
 use crate::error::{Error, Result};
-use crate::graph::{Graph, Node, Origin, Place, Plan, Var};
+use crate::graph::{Node, Origin, Place, Plan, Var, fuse};
 use crate::ops::Op;
 use crate::tensor::{HostTensor, Spec};
 use std::collections::HashMap;
 use std::sync::Arc;
+
+pub use crate::backend::{Device, DeviceName};
+pub use crate::graph::Graph;
 
 /// Memory on a device.
 enum Store {
@@ -134,11 +137,12 @@ pub struct Program {
 }
 
 impl Program {
-    /// Plans the graph, takes the memory, binds the weights.
+    /// Fuses and plans the graph, takes the memory, binds the weights.
     ///
     /// # Errors
     /// When a weight is missing or has another shape or type, or memory runs out.
     pub fn new(graph: Graph, weights: &Weights, device: &Device) -> Result<Program> {
+        let graph = fuse(&graph)?;
         let plan = Plan::new(&graph)?;
         let arena = Store::new(device, plan.arena)?;
         let mut bound = Vec::with_capacity(graph.values().len());
@@ -165,6 +169,23 @@ impl Program {
             });
         }
         Ok(Program { graph, plan, device: device.clone(), arena, weights: bound, states })
+    }
+
+    /// The plan that [`Program::new`] would make, without taking memory.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn measure(graph: &Graph) -> Result<Plan> {
+        Plan::new(&fuse(graph)?)
+    }
+
+    /// The graph as it would run, as text.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn show(graph: &Graph) -> Result<String> {
+        let graph = fuse(graph)?;
+        Ok(graph.show(Some(&Plan::new(&graph)?)))
     }
 
     /// The graph.

@@ -11,6 +11,9 @@
 //! (O,KH,KW,I).
 
 pub mod backend;
+#[cfg(feature = "cli")]
+pub mod cli;
+pub mod diffusion;
 pub mod error;
 pub mod exec;
 pub mod graph;
@@ -19,6 +22,7 @@ pub mod kernels;
 pub mod models;
 pub mod nn;
 pub mod ops;
+pub mod pipeline;
 pub mod rng;
 pub mod samplers;
 pub mod tensor;

@@ -271,3 +271,10 @@ mod tests {
         assert!((0..1000).map(|_| s.range(-2.0, 3.0)).all(|v| (-2.0..3.0).contains(&v)));
     }
 }
+
+/// A seed that nobody chose, below 2³² so that it is short to type again.
+pub fn fresh_seed() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    // The standard library keys each of these from the operating system's randomness.
+    std::collections::hash_map::RandomState::new().build_hasher().finish() >> 32
+}

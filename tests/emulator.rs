@@ -2,14 +2,11 @@
 //! orders of threads and of stream operations; and the same for what the host may do wrong.
 #![allow(unsafe_code)]
 
-#[path = "common/emulator.rs"]
-mod emulator;
-
-use std::ffi::{CString, c_void};
-use std::sync::{Mutex, MutexGuard};
+#[path = "emulator/harness.rs"]
+mod harness;
 
 use cudarc::driver::sys::{self, CUresult};
-use emulator::Emulator;
+use harness::{Bench, Memory, Pinned, Step, kernel, kernel_of, launch, launch_3d, ok, stream};
 
 const CONFIGURATIONS: [&str; 6] = [
     "order=forward;async=late",
@@ -20,161 +17,11 @@ const CONFIGURATIONS: [&str; 6] = [
     "order=reverse;async=late",
 ];
 
-/// The emulator, held by one test at a time: its settings and its sticky error belong to the process.
-struct Bench {
-    emulator: Emulator,
-    _held: MutexGuard<'static, ()>,
-}
-
-impl Bench {
-    /// `None`, said loudly, where there is nothing to test.
-    fn new(test: &str) -> Option<Bench> {
-        static ONE: Mutex<()> = Mutex::new(());
-        let held = ONE.lock().unwrap_or_else(|e| e.into_inner());
-        match emulator::start_on(&["tests/emulator/bad", "tests/emulator/own"]) {
-            Ok(Some(emulator)) => {
-                emulator.reset();
-                emulator.configure("order=forward;async=late;fail=none;uninit=error;threads=0");
-                unsafe {
-                    ok(sys::cuInit(0));
-                    let mut context = std::ptr::null_mut();
-                    ok(sys::cuDevicePrimaryCtxRetain(&mut context, 0));
-                    ok(sys::cuCtxSetCurrent(context));
-                }
-                Some(Bench { emulator, _held: held })
-            }
-            Ok(None) => {
-                eprintln!("SKIPPED: {test}: LDM_TEST_DEVICE=cuda, and this tests the emulator");
-                None
-            }
-            Err(why) => {
-                eprintln!("SKIPPED: {test}: {why}");
-                None
-            }
-        }
-    }
-}
-
-fn ok(result: CUresult) {
-    assert_eq!(result, CUresult::CUDA_SUCCESS);
-}
-
-type Step<T> = Result<T, CUresult>;
-
-fn step(result: CUresult) -> Step<()> {
-    if result == CUresult::CUDA_SUCCESS { Ok(()) } else { Err(result) }
-}
-
-/// Device memory that is freed when dropped.
-struct Memory(u64);
-
-impl Memory {
-    fn new(bytes: usize) -> Step<Memory> {
-        let mut at = 0;
-        step(unsafe { sys::cuMemAlloc_v2(&mut at, bytes) })?;
-        Ok(Memory(at))
-    }
-
-    fn with(values: &[f32], stream: sys::CUstream) -> Step<Memory> {
-        let memory = Memory::new(size_of_val(values))?;
-        step(unsafe {
-            sys::cuMemcpyHtoDAsync_v2(memory.0, values.as_ptr().cast(), size_of_val(values), stream)
-        })?;
-        Ok(memory)
-    }
-
-    fn read(&self, n: usize, stream: sys::CUstream) -> Step<Vec<f32>> {
-        let mut out = vec![0f32; n];
-        step(unsafe { sys::cuMemcpyDtoHAsync_v2(out.as_mut_ptr().cast(), self.0, 4 * n, stream) })?;
-        step(unsafe { sys::cuStreamSynchronize(stream) })?;
-        Ok(out)
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        let _ = unsafe { sys::cuMemFree_v2(self.0) };
-    }
-}
-
-/// Page-locked host memory.
-struct Pinned {
-    at: *mut f32,
-    n: usize,
-}
-
-impl Pinned {
-    fn new(n: usize) -> Pinned {
-        let mut at: *mut c_void = std::ptr::null_mut();
-        ok(unsafe { sys::cuMemHostAlloc(&mut at, 4 * n, 0) });
-        Pinned { at: at.cast(), n }
-    }
-
-    fn values(&mut self) -> &mut [f32] {
-        unsafe { std::slice::from_raw_parts_mut(self.at, self.n) }
-    }
-}
-
-impl Drop for Pinned {
-    fn drop(&mut self) {
-        ok(unsafe { sys::cuMemFreeHost(self.at.cast()) });
-    }
-}
-
-fn stream() -> sys::CUstream {
-    let mut stream = std::ptr::null_mut();
-    ok(unsafe { sys::cuStreamCreate(&mut stream, 1) });
-    stream
-}
-
 #[repr(C)]
 struct Params {
     y: u64,
     x: u64,
     n: i32,
-}
-
-#[repr(C, align(16))]
-struct Image([u8; 80]);
-
-/// A module and its kernel, by the header that stands before an image.
-fn kernel(stem: &str, variant: &str) -> Step<sys::CUfunction> {
-    kernel_of(stem, "f32", variant)
-}
-
-fn kernel_of(stem: &str, dtype: &str, variant: &str) -> Step<sys::CUfunction> {
-    let mut image = Box::new(Image([0; 80]));
-    image.0[..8].copy_from_slice(b"LDMKERN1");
-    image.0[8..8 + stem.len()].copy_from_slice(stem.as_bytes());
-    image.0[40..40 + dtype.len()].copy_from_slice(dtype.as_bytes());
-    image.0[48..48 + variant.len()].copy_from_slice(variant.as_bytes());
-    let (mut module, mut function) = (std::ptr::null_mut(), std::ptr::null_mut());
-    let name = CString::new(stem).unwrap();
-    step(unsafe { sys::cuModuleLoadData(&mut module, image.0[64..].as_ptr().cast()) })?;
-    step(unsafe { sys::cuModuleGetFunction(&mut function, module, name.as_ptr()) })?;
-    Ok(function)
-}
-
-fn launch<P>(
-    function: sys::CUfunction,
-    grid: usize,
-    block: usize,
-    stream: sys::CUstream,
-    params: P,
-) -> Step<()> {
-    launch_3d(function, [grid as u32, 1, 1], block as u32, stream, params)
-}
-
-fn launch_3d<P>(
-    function: sys::CUfunction,
-    [x, y, z]: [u32; 3],
-    block: u32,
-    stream: sys::CUstream,
-    mut params: P,
-) -> Step<()> {
-    let mut pointers = [(&raw mut params).cast::<c_void>()];
-    let (pointers, extra) = (pointers.as_mut_ptr(), std::ptr::null_mut());
-    step(unsafe { sys::cuLaunchKernel(function, x, y, z, block, 1, 1, 0, stream, pointers, extra) })
 }
 
 fn inputs(n: usize) -> Vec<f32> {

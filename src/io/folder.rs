@@ -1,7 +1,6 @@
 //! A pipeline as diffusers stores it: `model_index.json`, and one folder for each component.
 
 use super::config::Config;
-use super::scheduler_config::SchedulerConfig;
 use super::tokenizer::Tokenizer;
 use super::weights::Checkpoint;
 use crate::error::{Error, Result};
@@ -122,14 +121,6 @@ impl ModelFolder {
         Checkpoint::open(&self.component(name)?.path)
     }
 
-    /// `scheduler/scheduler_config.json`.
-    ///
-    /// # Errors
-    /// As [`ModelFolder::component`] and [`SchedulerConfig::read`].
-    pub fn scheduler(&self) -> Result<SchedulerConfig> {
-        SchedulerConfig::read(self.component("scheduler")?.path.join("scheduler_config.json"))
-    }
-
     /// The CLIP tokenizer in a component's folder.
     ///
     /// # Errors
@@ -189,7 +180,6 @@ mod tests {
         assert_eq!(m.config("unet").unwrap().usize("sample_size").unwrap(), 64);
         assert!(m.has("vae") && !m.has("safety_checker"));
         assert!(!m.index().bool("requires_safety_checker").unwrap());
-        m.scheduler().unwrap();
 
         assert!(
             text(m.component("vae")).contains("vae: not found; model_index.json lists it as AutoencoderKL")

@@ -10,7 +10,6 @@ pub mod folder;
 mod header;
 pub mod mmap;
 pub mod png;
-pub mod scheduler_config;
 pub mod tokenizer;
 pub mod weights;
 
@@ -18,7 +17,6 @@ mod words;
 
 pub use config::Config;
 pub use folder::{Component, ModelFolder};
-pub use scheduler_config::{SchedulerClass, SchedulerConfig};
 pub use tokenizer::{Encoded, Tokenizer};
 pub use weights::{Checkpoint, Entry, StoredType};
 

@@ -4,7 +4,7 @@ use super::Model;
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Layout, Var};
 use crate::io::Config;
-use crate::nn::{ResBlock, conv3x3, downsample, group_norm, join, linear, self_attention, upsample};
+use crate::nn::{ResBlock, cast, conv3x3, downsample, group_norm, join, linear, self_attention, upsample};
 use crate::ops::{Act, Quantize};
 use crate::tensor::DType;
 
@@ -131,6 +131,22 @@ impl Codec {
     }
 }
 
+/// A graph from one f32 input to one f32 output, computed in another type.
+fn between(
+    (from, to): (&str, &str),
+    shape: [usize; 4],
+    dtype: DType,
+    build: impl FnOnce(&mut Graph, Var) -> Result<Var>,
+) -> Result<Graph> {
+    let mut g = Graph::new();
+    let x = g.input(from, DType::F32, shape);
+    let x = cast(&mut g, from, x, dtype, 1.0)?;
+    let y = build(&mut g, x)?;
+    let y = cast(&mut g, to, y, DType::F32, 1.0)?;
+    g.output(to, y);
+    Ok(g)
+}
+
 /// An autoencoder whose latents are drawn from a normal distribution that the encoder predicts.
 #[derive(Clone, PartialEq, Debug)]
 pub struct AutoencoderKL {
@@ -188,6 +204,24 @@ impl AutoencoderKL {
             z
         };
         self.codec.decoder(g, z)
+    }
+
+    /// [`AutoencoderKL::encode`] from `image` to `moments`, f32.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn encode_graph(&self, [b, h, w]: [usize; 3], dtype: DType) -> Result<Graph> {
+        let shape = [b, h, w, self.codec.in_channels];
+        between(("image", "moments"), shape, dtype, |g, x| self.encode(g, x))
+    }
+
+    /// [`AutoencoderKL::decode`] from `latents` to `image`, f32.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn decode_graph(&self, [b, h, w]: [usize; 3], dtype: DType) -> Result<Graph> {
+        let shape = [b, h, w, self.codec.latent_channels];
+        between(("latents", "image"), shape, dtype, |g, z| self.decode(g, z))
     }
 }
 
@@ -266,5 +300,37 @@ impl VQModel {
         let z = self.quantize(g, z)?.quantized;
         let z = linear(g, "post_quant_conv", z, self.codec.latent_channels, true, Act::None)?;
         self.codec.decoder(g, z)
+    }
+
+    /// [`VQModel::encode`] from `image` to `latents`, f32.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn encode_graph(&self, [b, h, w]: [usize; 3], dtype: DType) -> Result<Graph> {
+        let shape = [b, h, w, self.codec.in_channels];
+        between(("image", "latents"), shape, dtype, |g, x| self.encode(g, x))
+    }
+
+    /// [`VQModel::quantize`] from `latents` to `quantized`, f32, and `codes`, i32.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn quantize_graph(&self, [b, h, w]: [usize; 3], dtype: DType) -> Result<Graph> {
+        let mut codes = None;
+        let mut g = between(("latents", "quantized"), [b, h, w, self.code_width], dtype, |g, z| {
+            let encoded = self.quantize(g, z)?;
+            codes = Some(encoded.codes);
+            Ok(encoded.quantized)
+        })?;
+        codes.into_iter().for_each(|v| g.output("codes", v));
+        Ok(g)
+    }
+
+    /// [`VQModel::decode`] from `latents` to `image`, f32.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn decode_graph(&self, [b, h, w]: [usize; 3], dtype: DType) -> Result<Graph> {
+        between(("latents", "image"), [b, h, w, self.code_width], dtype, |g, z| self.decode(g, z))
     }
 }

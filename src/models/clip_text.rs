@@ -4,11 +4,11 @@
 //! transformers `CLIPTextModel`.
 
 use super::Model;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::graph::{Graph, Layout, Var};
 use crate::io::Config;
 use crate::io::config::TRANSFORMERS_KEYS;
-use crate::nn::{add, attention, join, layer_norm, linear};
+use crate::nn::{add, attention, cast, join, layer_norm, linear};
 use crate::ops::{Act, Embedding};
 use crate::tensor::DType;
 
@@ -105,6 +105,47 @@ impl ClipText {
         }
         let last = self.final_norm(g, x)?;
         Ok(Hidden { states, last })
+    }
+
+    /// ids (B,T) i32 to `context` (B,T,E) f32, what the UNet attends to. `skip` leaves out that many of the last layers
+    /// (the last layer norm stays).
+    ///
+    /// # Errors
+    /// When the prompt is longer than the position table, or there are fewer layers than are skipped.
+    pub fn context_graph(&self, b: usize, t: usize, dtype: DType, skip: usize) -> Result<Graph> {
+        let mut g = Graph::new();
+        let ids = g.input("ids", DType::I32, [b, t]);
+        let hidden = self.build(&mut g, ids, dtype)?;
+        let context = match skip {
+            0 => hidden.last,
+            _ => {
+                let at = (self.layers.checked_sub(skip)).ok_or_else(|| {
+                    Error::invalid(format!("clip skip: want fewer than {} layers; got {skip}", self.layers + 1))
+                })?;
+                self.final_norm(&mut g, hidden.states[at])?
+            }
+        };
+        let context = cast(&mut g, "context", context, DType::F32, 1.0)?;
+        g.output("context", context);
+        Ok(g)
+    }
+
+    /// ids (B,T) i32 to `hidden_00` … and `last`, (B,T,E) f32 each: for comparison with other engines.
+    ///
+    /// # Errors
+    /// When the prompt is longer than the position table.
+    pub fn states_graph(&self, b: usize, t: usize, dtype: DType) -> Result<Graph> {
+        let mut g = Graph::new();
+        let ids = g.input("ids", DType::I32, [b, t]);
+        let hidden = self.build(&mut g, ids, dtype)?;
+        for (i, &state) in hidden.states.iter().enumerate() {
+            let name = format!("hidden_{i:02}");
+            let state = cast(&mut g, &name, state, DType::F32, 1.0)?;
+            g.output(&name, state);
+        }
+        let last = cast(&mut g, "last", hidden.last, DType::F32, 1.0)?;
+        g.output("last", last);
+        Ok(g)
     }
 
     /// The layer norm after the last layer, over any hidden state: what `clip skip` feeds to the UNet.

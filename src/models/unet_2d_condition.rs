@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::graph::{Graph, Var};
 use crate::io::Config;
 use crate::nn::{
-    ResBlock, SpatialTransformer, conv3x3, downsample, group_norm, join, linear, spatial_transformer, upsample,
+    ResBlock, SpatialTransformer, cast, conv3x3, downsample, group_norm, join, linear, spatial_transformer, upsample,
 };
 use crate::ops::{Act, Concat, Timestep};
 use crate::tensor::DType;
@@ -271,6 +271,23 @@ impl UNet2DCondition {
         }
         let h = group_norm(g, "conv_norm_out", h, self.res.groups, self.res.eps, Act::Silu)?;
         conv3x3(g, "conv_out", h, self.out_channels)
+    }
+
+    /// One forward pass: `sample` (B,H,W,C), `timestep` (1), `context` (B,S,E), all f32, to `out` (B,H,W,O) f32.
+    ///
+    /// # Errors
+    /// As [`UNet2DCondition::build`].
+    pub fn graph(&self, [b, h, w]: [usize; 3], tokens: usize, dtype: DType) -> Result<Graph> {
+        let mut g = Graph::new();
+        let x = g.input("sample", DType::F32, [b, h, w, self.in_channels]);
+        let t = g.input("timestep", DType::F32, [1]);
+        let context = g.input("context", DType::F32, [b, tokens, self.context]);
+        let x = cast(&mut g, "sample", x, dtype, 1.0)?;
+        let context = cast(&mut g, "context", context, dtype, 1.0)?;
+        let y = self.build(&mut g, x, t, context)?;
+        let y = cast(&mut g, "out", y, DType::F32, 1.0)?;
+        g.output("out", y);
+        Ok(g)
     }
 
     fn transformer(&self, g: &mut Graph, at: &str, x: Var, context: Var, level: &Level) -> Result<Var> {

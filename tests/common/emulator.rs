@@ -33,7 +33,7 @@ pub struct Emulator {
 impl Emulator {
     /// Changes settings: `order=forward|reverse|random:SEED`, `async=late|early|random:SEED`,
     /// `fail=alloc:3,copy:2,load:1,launch:5,sync:1,host:1,graph:1` (the n-th such call from now on fails) or `fail=none`,
-    /// `uninit=error|ignore`, `threads=N`, `memory=BYTES`; several are joined by `;`. Panics on an unknown one.
+    /// `uninit=error|ignore`, `threads=N`, `memory=BYTES`, `timeout=SECONDS` of one launch; several are joined by `;`. Panics on an unknown one.
     pub fn configure(&self, settings: &str) {
         let text = CString::new(settings).unwrap();
         assert_eq!(unsafe { (self.configure)(text.as_ptr()) }, 0, "emulator: settings `{settings}`");

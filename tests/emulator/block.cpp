@@ -304,12 +304,10 @@ void catch_faults() {
         sigaction(SIGSEGV, &action, &before_segv);
         sigaction(SIGBUS, &action, &before_bus);
     });
+    // A stack of our own for the handler: those that Rust gives its threads are too small to print on.
     stack_t stack = {};
-    sigaltstack(nullptr, &stack);
-    if (!(stack.ss_flags & SS_DISABLE)) return;
-    stack.ss_sp = malloc(64 * 1024);
-    stack.ss_size = 64 * 1024;
-    stack.ss_flags = 0;
+    stack.ss_size = 128 * 1024;
+    stack.ss_sp = malloc(stack.ss_size);
     sigaltstack(&stack, nullptr);
 }
 }  // namespace
@@ -327,9 +325,11 @@ void kernel_violation(Result code, int line, const std::string& text) {
 }
 
 bool block_run(const Launch& launch, uint64_t index) {
-    if (!runner) runner = new Runner;
-    catch_faults();
-    memory_bind_thread();
+    if (!runner) {
+        runner = new Runner;
+        catch_faults();
+        memory_bind_thread();
+    }
     R.launch = &launch;
     R.random.state = settings.order_seed * 0x9e3779b97f4a7c15ull + index;
     ldm_thread.block[0] = unsigned(index % launch.grid[0]);

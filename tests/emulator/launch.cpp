@@ -4,7 +4,9 @@
 #include <dlfcn.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <thread>
@@ -61,6 +63,32 @@ void worker(unsigned number) {
     }
 }
 
+// A kernel that spins for ever cannot be stopped from outside; at least the process ends, and says where it was.
+std::mutex watched_lock;
+const Launch* watched = nullptr;
+std::chrono::steady_clock::time_point watched_since;
+
+void watch() {
+    for (;;) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(500));
+        std::lock_guard<std::mutex> hold(watched_lock);
+        if (!watched || settings.timeout == 0) continue;
+        if (std::chrono::steady_clock::now() - watched_since < std::chrono::seconds(settings.timeout)) continue;
+        fprintf(stderr, "ldm emulator: kernel %s (%s), grid (%u,%u,%u), block %u, runs for more than %u s (setting `timeout`)\n",
+                watched->kernel->name.c_str(), watched->kernel->unit.c_str(), watched->grid[0], watched->grid[1], watched->grid[2],
+                watched->block, settings.timeout);
+        abort();
+    }
+}
+
+void set_watched(const Launch* launch) {
+    static std::once_flag once;
+    std::call_once(once, [] { std::thread(watch).detach(); });
+    std::lock_guard<std::mutex> hold(watched_lock);
+    watched = launch;
+    watched_since = std::chrono::steady_clock::now();
+}
+
 uint64_t common_divisor(uint64_t a, uint64_t b) {
     while (b) {
         const uint64_t c = a % b;
@@ -94,6 +122,7 @@ Result launch_run(const Launch& launch) {
     unsigned threads = settings.threads ? settings.threads : std::thread::hardware_concurrency();
     if (threads > 16) threads = 16;
     if (blocks < 2 || (!settings.threads && blocks * launch.block < SMALL)) threads = 1;
+    set_watched(&launch);
     if (threads <= 1) {
         work(job);
     } else {
@@ -111,6 +140,7 @@ Result launch_run(const Launch& launch) {
         p.job = nullptr;
         p.idle.wait(hold, [&] { return p.busy == 0; });
     }
+    set_watched(nullptr);
     if (job.failed) return sticky();
     const MemoryUse use = memory_use();
     if (use.live > 256) return SUCCESS;

@@ -84,6 +84,7 @@ bool set(const std::string& key, const std::string& value) {
     }
     if (key == "units") return settings.units = value, true;
     if (key == "threads" && number(value, &n)) return settings.threads = unsigned(n), true;
+    if (key == "timeout" && number(value, &n)) return settings.timeout = unsigned(n), true;
     if (key == "memory" && number(value, &n)) return settings.memory = n, true;
     return key == "fail" && set_fail(value);
 }
@@ -136,7 +137,7 @@ __attribute__((constructor)) static void read_environment() {
     static const char* const names[][2] = {{"LDM_EMULATOR_ORDER", "order"}, {"LDM_EMULATOR_ASYNC", "async"},
                                            {"LDM_EMULATOR_FAIL", "fail"},   {"LDM_EMULATOR_UNINIT", "uninit"},
                                            {"LDM_EMULATOR_THREADS", "threads"}, {"LDM_EMULATOR_MEMORY", "memory"},
-                                           {"LDM_EMULATOR_UNITS", "units"}};
+                                           {"LDM_EMULATOR_UNITS", "units"}, {"LDM_EMULATOR_TIMEOUT", "timeout"}};
     for (const auto& name : names) {
         const char* value = getenv(name[0]);
         if (value && *value && !set(name[1], value)) {

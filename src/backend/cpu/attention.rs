@@ -15,7 +15,7 @@ use std::ops::Range;
 /// Queries of one task, about: nine register tiles of 14 rows.
 const QUERIES: usize = 126;
 /// Keys of one block: the scores of a register tile's rows stay in the first-level cache.
-const KEYS: usize = 512;
+const KEYS: usize = 256;
 /// Floats of packed K and V at a time; more batch items than fit go through in groups.
 const PACKED: usize = 8 << 20;
 
@@ -39,7 +39,11 @@ impl<'a> Heads<'a> {
 
     fn check(&self, name: &str, b: usize, tokens: usize, width: usize) {
         let want = (b - 1) * self.batch + (tokens - 1) * self.row + width;
-        assert!(self.data.len() >= want, "attention: {name} has {} elements, want {want} or more", self.data.len());
+        assert!(
+            self.data.len() >= want,
+            "attention: {name} has {} elements, want {want} or more",
+            self.data.len()
+        );
     }
 }
 

@@ -268,7 +268,15 @@ impl Panels {
     }
 
     /// Packs one panel of one K block from rows (N,K) or, `transposed`, (K,N), with `ld` floats between rows.
-    pub(super) fn pack(&self, w: &[f32], transposed: bool, ld: usize, block: usize, panel: usize, out: &mut [f32]) {
+    pub(super) fn pack(
+        &self,
+        w: &[f32],
+        transposed: bool,
+        ld: usize,
+        block: usize,
+        panel: usize,
+        out: &mut [f32],
+    ) {
         let ((k0, kc), width, n0) = (self.block(block), self.width(panel), panel * self.isa.nr());
         let cols = width.min(self.n - n0);
         if !transposed {
@@ -293,7 +301,9 @@ impl Panels {
                 rest = tail;
             }
         }
-        parts.into_par_iter().for_each(|(block, panel, part)| self.pack(w, transposed, ld, block, panel, part));
+        parts
+            .into_par_iter()
+            .for_each(|(block, panel, part)| self.pack(w, transposed, ld, block, panel, part));
     }
 }
 
@@ -312,7 +322,11 @@ impl PackedW {
 
     /// [`PackedW::new`] for a given instruction set.
     pub fn new_with(isa: Isa, w: &[f32], n: usize, k: usize) -> PackedW {
-        assert!(w.len() == n * k && n * k > 0, "PackedW: w has {} elements, want {n} · {k}, not zero", w.len());
+        assert!(
+            w.len() == n * k && n * k > 0,
+            "PackedW: w has {} elements, want {n} · {k}, not zero",
+            w.len()
+        );
         let panels = Panels::new(isa, n, k, KC);
         let (mut data, start) = scratch_line(panels.len());
         panels.pack_all(w, false, &mut data[start..start + panels.len()]);
@@ -374,7 +388,8 @@ impl Epilogue<'_> {
             assert_eq!(bias.len(), n, "epilogue: length of bias");
         }
         if let Some(batch) = self.batch {
-            let fits = batch.data.len() == n || (batch.rows > 0 && batch.data.len() == m.div_ceil(batch.rows) * n);
+            let fits =
+                batch.data.len() == n || (batch.rows > 0 && batch.data.len() == m.div_ceil(batch.rows) * n);
             assert!(fits, "epilogue: batch has {} elements for {m} rows of {n}", batch.data.len());
         }
         if let Some(residual) = self.residual {
@@ -419,7 +434,16 @@ impl Kernel for AddTwo<'_> {
 
 /// C block (+)= A lines (rows × kc, row stride LDA) · one packed panel, whose first column is column c0 of the block.
 /// Rows are dealt evenly, so that no tile is left with one or two.
-pub(super) fn multiply(isa: Isa, a: &[f32], panel: &[f32], width: usize, kc: usize, c: &mut Block, c0: usize, add: bool) {
+pub(super) fn multiply(
+    isa: Isa,
+    a: &[f32],
+    panel: &[f32],
+    width: usize,
+    kc: usize,
+    c: &mut Block,
+    c0: usize,
+    add: bool,
+) {
     let rows = c.rows();
     let tiles = rows.div_ceil(isa.mr());
     let cols = width.min(c.cols() - c0);
@@ -456,8 +480,12 @@ pub fn gemm_with(isa: Isa, a: &impl Rows, w: Weights, n: usize, epilogue: &Epilo
     assert_eq!(out.len(), m * n, "gemm: length of the output, ({m}, {n})");
     epilogue.check(m, n);
     match w {
-        Weights::Raw(w) | Weights::Transposed(w) => assert_eq!(w.len(), n * k, "gemm: length of w, {n} · {k}"),
-        Weights::Packed(w) => assert_eq!(w.panels, Panels::new(isa, n, k, KC), "gemm: packed for another product"),
+        Weights::Raw(w) | Weights::Transposed(w) => {
+            assert_eq!(w.len(), n * k, "gemm: length of w, {n} · {k}")
+        }
+        Weights::Packed(w) => {
+            assert_eq!(w.panels, Panels::new(isa, n, k, KC), "gemm: packed for another product")
+        }
     }
     if m == 0 || n == 0 {
         return;
@@ -494,7 +522,16 @@ fn many_rows(panels: Panels, a: &impl Rows, packed: &[f32], epilogue: &Epilogue,
                 a.pack(m0, c.rows(), k0, kc, lines, LDA);
                 for panel in first..last {
                     let b = &packed[panels.range(block, panel)];
-                    multiply(isa, lines, b, panels.width(panel), kc, &mut c, panel * isa.nr() - n0, block > 0);
+                    multiply(
+                        isa,
+                        lines,
+                        b,
+                        panels.width(panel),
+                        kc,
+                        &mut c,
+                        panel * isa.nr() - n0,
+                        block > 0,
+                    );
                 }
             }
         });

@@ -283,7 +283,12 @@ pub fn scale_shift_act(x: &[f32], a: &[f32], b: &[f32], act: Act, y: &mut [f32])
 
 /// [`scale_shift_act`] on a given instruction set.
 pub fn scale_shift_act_with(isa: Isa, x: &[f32], a: &[f32], b: &[f32], act: Act, y: &mut [f32]) {
-    assert!(!a.is_empty() && a.len() == b.len(), "scale_shift_act: a has {}, b {} channels", a.len(), b.len());
+    assert!(
+        !a.is_empty() && a.len() == b.len(),
+        "scale_shift_act: a has {}, b {} channels",
+        a.len(),
+        b.len()
+    );
     assert!(x.len() == y.len() && x.len() % a.len() == 0, "scale_shift_act: x {}, y {}", x.len(), y.len());
     with_formula!(act, f => isa.run(ScaleShift { x, a, b, y, f }));
 }
@@ -362,7 +367,11 @@ pub fn group_stats(x: &[f32], c: usize, groups: usize, stats: &mut [(f64, f64)])
 /// [`group_stats`] on a given instruction set; the bits are the same on all.
 pub fn group_stats_with(isa: Isa, x: &[f32], c: usize, groups: usize, stats: &mut [(f64, f64)]) {
     assert!(groups > 0 && c % groups == 0, "group_stats: {c} channels do not divide into {groups} groups");
-    assert!(!x.is_empty() && x.len() % c == 0, "group_stats: {} elements are no whole pixels of {c} channels", x.len());
+    assert!(
+        !x.is_empty() && x.len() % c == 0,
+        "group_stats: {} elements are no whole pixels of {c} channels",
+        x.len()
+    );
     assert_eq!(stats.len(), groups, "group_stats: length of stats");
     const CHUNK: usize = 1 << 15;
     let pixels = (CHUNK / c).max(1);

@@ -8,85 +8,14 @@
 //! and calls the one asked for. Register tiles are reached through [`tile`].
 #![allow(unsafe_code)]
 
+mod isa;
+
+pub use isa::Isa;
+use std::array::from_fn;
 use std::marker::PhantomData;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// An instruction set that the CPU engine is compiled for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Isa {
-    /// Plain Rust that the compiler vectorises for the target's baseline; on every architecture.
-    Portable,
-    /// x86-64 with AVX2, FMA and F16C: 8 lanes, 16 registers.
-    Avx2,
-    /// x86-64 with AVX-512 F, BW, DQ and VL: 16 lanes, 32 registers.
-    Avx512,
-}
-
 impl Isa {
-    /// What this machine can run, slowest first. Asked once.
-    pub fn available() -> &'static [Isa] {
-        static LIST: OnceLock<Vec<Isa>> = OnceLock::new();
-        LIST.get_or_init(|| [Isa::Portable, Isa::Avx2, Isa::Avx512].into_iter().filter(|i| i.detect()).collect())
-    }
-
-    /// The fastest instruction set of this machine.
-    pub fn best() -> Isa {
-        *Self::available().last().expect("`Portable` is always available")
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    fn detect(self) -> bool {
-        // The standard library caches the answers: this is a load and a mask.
-        let avx2 = || {
-            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
-        };
-        match self {
-            Isa::Portable => true,
-            Isa::Avx2 => avx2(),
-            Isa::Avx512 => {
-                avx2()
-                    && is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512dq")
-                    && is_x86_feature_detected!("avx512vl")
-            }
-        }
-    }
-
-    #[cfg(not(target_arch = "x86_64"))]
-    fn detect(self) -> bool {
-        self == Isa::Portable
-    }
-
-    /// Panics unless this machine has the instruction set: what makes the dispatch below sound.
-    fn check(self) {
-        assert!(self.detect(), "instruction set {self:?} is not on this machine; it has {:?}", Self::available());
-    }
-
-    /// f32 lanes of one vector.
-    pub const fn lanes(self) -> usize {
-        match self {
-            Isa::Portable => 4,
-            Isa::Avx2 => 8,
-            Isa::Avx512 => 16,
-        }
-    }
-
-    /// Columns of a full register tile: two vectors. The last panel of a matrix may be half as wide.
-    pub const fn nr(self) -> usize {
-        2 * self.lanes()
-    }
-
-    /// Rows of a full register tile. Fewer rows have tiles of their own.
-    pub const fn mr(self) -> usize {
-        match self {
-            Isa::Portable => PORTABLE_ROWS,
-            Isa::Avx2 => 6,
-            Isa::Avx512 => 14,
-        }
-    }
-
     /// Runs `kernel`, compiled for this instruction set. Panics if the machine does not have it.
     pub fn run<K: Kernel>(self, kernel: K) -> K::Out {
         self.check();
@@ -188,85 +117,70 @@ pub trait Simd: Copy {
     }
 }
 
+/// Methods of [`Simd`] over one vector type, a line each.
+macro_rules! methods {
+    ($f:ty: $($name:ident($($arg:ident),*) $body:expr;)*) => {
+        $(#[inline(always)] fn $name(self, $($arg: $f),*) -> $f { $body })*
+    };
+}
+
+/// The methods that touch memory, and `splat`: expressions of a pointer p, of p and v, and of a float.
+macro_rules! memory {
+    ($f:ty: $p:ident $load:expr, $v:ident $store:expr, $x:ident $splat:expr) => {
+        #[inline(always)]
+        unsafe fn load_ptr(self, $p: *const f32) -> $f {
+            // SAFETY: the caller's promise.
+            unsafe { $load }
+        }
+        #[inline(always)]
+        unsafe fn store_ptr(self, $p: *mut f32, $v: $f) {
+            // SAFETY: the caller's promise.
+            unsafe { $store }
+        }
+        #[inline(always)]
+        fn splat(self, $x: f32) -> $f {
+            // SAFETY: the token proves that the machine has the instruction.
+            #[allow(unused_unsafe)]
+            unsafe {
+                $splat
+            }
+        }
+    };
+}
+
 /// Four lanes of plain Rust.
 #[derive(Clone, Copy)]
 pub struct Portable(());
 
-/// Rows of the portable tile: as many as the baseline's registers hold (16 on x86-64, 32 elsewhere).
-const PORTABLE_ROWS: usize = if cfg!(target_arch = "x86_64") { 4 } else { 8 };
+type Four = [f32; 4];
 
 /// `mul_add` is one instruction where the baseline has it, and a slow library call where it has not.
 const BASELINE_FMA: bool = cfg!(any(target_feature = "fma", target_arch = "aarch64"));
 
+/// Adding it to |x| < 2^22, and taking it off again, rounds x to an integer.
+const ROUNDING: f32 = 12_582_912.0;
+
 #[inline(always)]
-fn zip(a: [f32; 4], b: [f32; 4], f: impl Fn(f32, f32) -> f32) -> [f32; 4] {
-    [f(a[0], b[0]), f(a[1], b[1]), f(a[2], b[2]), f(a[3], b[3])]
+fn zip(a: Four, b: Four, f: impl Fn(f32, f32) -> f32) -> Four {
+    from_fn(|i| f(a[i], b[i]))
 }
 
 impl Simd for Portable {
-    type F = [f32; 4];
+    type F = Four;
     const LANES: usize = 4;
 
-    #[inline(always)]
-    unsafe fn load_ptr(self, p: *const f32) -> [f32; 4] {
-        // SAFETY: the caller's promise.
-        unsafe { p.cast::<[f32; 4]>().read_unaligned() }
-    }
-    #[inline(always)]
-    unsafe fn store_ptr(self, p: *mut f32, v: [f32; 4]) {
-        // SAFETY: the caller's promise.
-        unsafe { p.cast::<[f32; 4]>().write_unaligned(v) }
-    }
-    #[inline(always)]
-    fn splat(self, x: f32) -> [f32; 4] {
-        [x; 4]
-    }
-    #[inline(always)]
-    fn add(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
-        zip(a, b, |a, b| a + b)
-    }
-    #[inline(always)]
-    fn sub(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
-        zip(a, b, |a, b| a - b)
-    }
-    #[inline(always)]
-    fn mul(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
-        zip(a, b, |a, b| a * b)
-    }
-    #[inline(always)]
-    fn div(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
-        zip(a, b, |a, b| a / b)
-    }
-    #[inline(always)]
-    fn fma(self, a: [f32; 4], b: [f32; 4], c: [f32; 4]) -> [f32; 4] {
-        if BASELINE_FMA {
-            [a[0].mul_add(b[0], c[0]), a[1].mul_add(b[1], c[1]), a[2].mul_add(b[2], c[2]), a[3].mul_add(b[3], c[3])]
-        } else {
-            self.add(self.mul(a, b), c)
-        }
-    }
-    #[inline(always)]
-    fn min(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
-        zip(a, b, |a, b| if a < b { a } else { b })
-    }
-    #[inline(always)]
-    fn max(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
-        zip(a, b, |a, b| if a > b { a } else { b })
-    }
-    #[inline(always)]
-    fn round(self, a: [f32; 4]) -> [f32; 4] {
-        // Adding 1.5 · 2^23 leaves no fraction bits; the callers' values are far below 2^22.
-        const MAGIC: f32 = 12_582_912.0;
-        a.map(|x| (x + MAGIC) - MAGIC)
-    }
-    #[inline(always)]
-    fn pow2(self, n: [f32; 4]) -> [f32; 4] {
-        n.map(|n| f32::from_bits(((n as i32).wrapping_add(127) as u32) << 23))
-    }
-    #[inline(always)]
-    fn select_lt(self, a: [f32; 4], b: [f32; 4], yes: [f32; 4], no: [f32; 4]) -> [f32; 4] {
-        let pick = |i: usize| if a[i] < b[i] { yes[i] } else { no[i] };
-        [pick(0), pick(1), pick(2), pick(3)]
+    memory! { Four: p p.cast::<Four>().read_unaligned(), v p.cast::<Four>().write_unaligned(v), x [x; 4] }
+    methods! { Four:
+        add(a, b) zip(a, b, |a, b| a + b);
+        sub(a, b) zip(a, b, |a, b| a - b);
+        mul(a, b) zip(a, b, |a, b| a * b);
+        div(a, b) zip(a, b, |a, b| a / b);
+        fma(a, b, c) from_fn(|i| if BASELINE_FMA { a[i].mul_add(b[i], c[i]) } else { a[i] * b[i] + c[i] });
+        min(a, b) zip(a, b, |a, b| if a < b { a } else { b });
+        max(a, b) zip(a, b, |a, b| if a > b { a } else { b });
+        round(a) a.map(|a| (a + ROUNDING) - ROUNDING);
+        pow2(n) n.map(|n| f32::from_bits(((n as i32).wrapping_add(127) as u32) << 23));
+        select_lt(a, b, yes, no) from_fn(|i| if a[i] < b[i] { yes[i] } else { no[i] });
     }
 }
 
@@ -282,28 +196,30 @@ pub const MAX_NR: usize = 32;
 /// See [`MAX_NR`].
 pub const MAX_MR: usize = 14;
 
-type TileFn = unsafe fn(*const f32, *const f32, usize, *mut f32, usize, bool);
+type TileFn = unsafe fn(&Tile);
 
-/// C (R × V vectors) = A · B, or += : R · V accumulators in registers, one fused multiply-add chain per element in
-/// order of k, whatever the tile's size. So an element's bits do not depend on how a matrix is cut into tiles.
-///
-/// # Safety
-/// a is readable for ·LDA + kc floats, b for kc·V·LANES, c is writable for ·ldc + V·LANES.
-#[inline(always)]
-unsafe fn tile_body<S: Simd, const R: usize, const V: usize>(
-    s: S,
+/// What a register tile works on: C (row stride ldc) = A (row stride [`LDA`], kc long) · B (kc lines), or +=.
+struct Tile {
     a: *const f32,
     b: *const f32,
     kc: usize,
     c: *mut f32,
     ldc: usize,
     accumulate: bool,
-) {
+}
+
+/// R rows by V vectors: R · V accumulators in registers, one fused multiply-add chain per element in order of k,
+/// whatever the tile's size. So an element's bits do not depend on how a matrix is cut into tiles.
+///
+/// # Safety
+/// a is readable for ·LDA + kc floats, b for kc·V·LANES, c writable for ·ldc + V·LANES.
+#[inline(always)]
+unsafe fn tile_body<S: Simd, const R: usize, const V: usize>(s: S, t: &Tile) {
     let mut acc = [[s.splat(0.0); V]; R];
     // SAFETY: the caller's promise bounds every offset below.
     unsafe {
-        let (mut a, mut b) = (a, b);
-        for _ in 0..kc {
+        let (mut a, mut b) = (t.a, t.b);
+        for _ in 0..t.kc {
             let mut row = [s.splat(0.0); V];
             for v in 0..V {
                 row[v] = s.load_ptr(b.add(v * S::LANES));
@@ -319,8 +235,8 @@ unsafe fn tile_body<S: Simd, const R: usize, const V: usize>(
         }
         for r in 0..R {
             for v in 0..V {
-                let p = c.add(r * ldc + v * S::LANES);
-                let sum = if accumulate { s.add(s.load_ptr(p), acc[r][v]) } else { acc[r][v] };
+                let p = t.c.add(r * t.ldc + v * S::LANES);
+                let sum = if t.accumulate { s.add(s.load_ptr(p), acc[r][v]) } else { acc[r][v] };
                 s.store_ptr(p, sum);
             }
         }
@@ -329,16 +245,9 @@ unsafe fn tile_body<S: Simd, const R: usize, const V: usize>(
 
 /// # Safety
 /// As [`tile_body`].
-unsafe fn tile_portable<const R: usize, const V: usize>(
-    a: *const f32,
-    b: *const f32,
-    kc: usize,
-    c: *mut f32,
-    ldc: usize,
-    accumulate: bool,
-) {
+unsafe fn tile_portable<const R: usize, const V: usize>(t: &Tile) {
     // SAFETY: the caller's promise.
-    unsafe { tile_body::<Portable, R, V>(Portable(()), a, b, kc, c, ldc, accumulate) }
+    unsafe { tile_body::<Portable, R, V>(Portable(()), t) }
 }
 
 /// `[width in vectors - 1][rows - 1]`
@@ -351,6 +260,7 @@ static PORTABLE_TILES: [[TileFn; 8]; 2] = tiles!(tile_portable, 1 2 3 4 5 6 7 8)
 /// C\[r0.., c0..\] (rows × width) = A (rows × kc, row stride [`LDA`]) · B (kc × width), or += if `accumulate`.
 ///
 /// `rows` is 1..=mr, `width` is nr or nr / 2 of `isa`. An element is one chain of fused multiply-adds in order of k.
+#[allow(clippy::too_many_arguments)]
 pub fn tile(
     isa: Isa,
     rows: usize,
@@ -377,7 +287,10 @@ pub fn tile(
         _ => unreachable!("`check` refuses other instruction sets on this architecture"),
     };
     // SAFETY: `check` has seen the instruction set; the assertions above are what a tile asks of a, b and c.
-    unsafe { f(a.as_ptr(), b.as_ptr(), kc, c.ptr.add(r0 * c.ld + c0), c.ld, accumulate) }
+    unsafe {
+        let c0 = c.ptr.add(r0 * c.ld + c0);
+        f(&Tile { a: a.as_ptr(), b: b.as_ptr(), kc, c: c0, ldc: c.ld, accumulate })
+    }
 }
 
 /// out\[k·width + r\] = src\[r·ld + k\] for r < rows, k < kc, and 0 for rows <= r < width: packs rows into a panel.
@@ -464,9 +377,12 @@ impl<'a> Grid<'a> {
         self.taken.len()
     }
 
-    /// Takes rectangle `index` (row by row): its first row, its first column, and the rectangle. Panics the second time.
+    /// Takes rectangle `index` (row by row): its first row, its first column, and itself. Panics the second time.
     pub fn take(&self, index: usize) -> (usize, usize, Block<'a>) {
-        assert!(!self.taken[index].swap(true, Ordering::Relaxed), "block {index} of the grid was taken before");
+        assert!(
+            !self.taken[index].swap(true, Ordering::Relaxed),
+            "block {index} of the grid was taken before"
+        );
         let across = self.n.div_ceil(self.nb);
         let (m0, n0) = (index / across * self.mb, index % across * self.nb);
         // SAFETY: m0 < m and n0 < n, so the offset is inside the matrix.
@@ -478,7 +394,7 @@ impl<'a> Grid<'a> {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Kernel, Simd, TileFn, tile_body};
+    use super::{Kernel, Simd, Tile, TileFn, tile_body};
     use std::arch::x86_64::*;
 
     /// Eight lanes.
@@ -505,31 +421,17 @@ mod x86 {
     /// # Safety
     /// The machine has the features; pointers as `tile_body`.
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile_avx2<const R: usize, const V: usize>(
-        a: *const f32,
-        b: *const f32,
-        kc: usize,
-        c: *mut f32,
-        ldc: usize,
-        accumulate: bool,
-    ) {
+    unsafe fn tile_avx2<const R: usize, const V: usize>(t: &Tile) {
         // SAFETY: the caller's promise.
-        unsafe { tile_body::<Ymm, R, V>(Ymm(()), a, b, kc, c, ldc, accumulate) }
+        unsafe { tile_body::<Ymm, R, V>(Ymm(()), t) }
     }
 
     /// # Safety
     /// The machine has the features; pointers as `tile_body`.
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
-    unsafe fn tile_avx512<const R: usize, const V: usize>(
-        a: *const f32,
-        b: *const f32,
-        kc: usize,
-        c: *mut f32,
-        ldc: usize,
-        accumulate: bool,
-    ) {
+    unsafe fn tile_avx512<const R: usize, const V: usize>(t: &Tile) {
         // SAFETY: the caller's promise.
-        unsafe { tile_body::<Zmm, R, V>(Zmm(()), a, b, kc, c, ldc, accumulate) }
+        unsafe { tile_body::<Zmm, R, V>(Zmm(()), t) }
     }
 
     pub(super) static AVX2_TILES: [[TileFn; 6]; 2] = tiles!(tile_avx2, 1 2 3 4 5 6);
@@ -540,7 +442,14 @@ mod x86 {
     /// # Safety
     /// The machine has AVX2; src is readable for (rows-1)·ld + kc floats, out writable for (kc-1)·width + rows.
     #[target_feature(enable = "avx2")]
-    pub(super) unsafe fn transpose8(src: *const f32, ld: usize, rows: usize, kc: usize, width: usize, out: *mut f32) {
+    pub(super) unsafe fn transpose8(
+        src: *const f32,
+        ld: usize,
+        rows: usize,
+        kc: usize,
+        width: usize,
+        out: *mut f32,
+    ) {
         // Along k within a strip of eight rows: eight streams of reads, which the prefetcher follows.
         for r in (0..rows).step_by(8) {
             for k in (0..kc).step_by(8) {
@@ -550,7 +459,11 @@ mod x86 {
                     if k % 16 == 0 {
                         // Rows are far apart, and a block of k too short for the hardware to see a stream: ask for
                         // the next strip, or for the same rows in the next block of k. May point past the end.
-                        let next = if r + 8 < rows { p.wrapping_add(8 * ld) } else { p.wrapping_sub(r * ld).wrapping_add(kc) };
+                        let next = if r + 8 < rows {
+                            p.wrapping_add(8 * ld)
+                        } else {
+                            p.wrapping_sub(r * ld).wrapping_add(kc)
+                        };
                         for i in 0..8 {
                             _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(i * ld).cast());
                         }
@@ -579,90 +492,64 @@ mod x86 {
                     let q = out.add(k * width + r);
                     for i in 0..4 {
                         _mm256_storeu_ps(q.add(i * width), _mm256_permute2f128_ps::<0x20>(top[i], bottom[i]));
-                        _mm256_storeu_ps(q.add((i + 4) * width), _mm256_permute2f128_ps::<0x31>(top[i], bottom[i]));
+                        _mm256_storeu_ps(
+                            q.add((i + 4) * width),
+                            _mm256_permute2f128_ps::<0x31>(top[i], bottom[i]),
+                        );
                     }
                 }
             }
         }
     }
 
-    /// Each method is one or two intrinsics. They are inlined into functions that have the features, and a token
-    /// exists only there: that is the safety of every `unsafe` block in here.
-    macro_rules! vector {
-        ($token:ident, $f:ty, $lanes:literal, $load:ident $store:ident $splat:ident $add:ident $sub:ident $mul:ident
-         $div:ident $fma:ident $min:ident $max:ident, $round:expr, ($n:ident) $pow2:expr, ($a:ident $b:ident $yes:ident $no:ident) $select:expr) => {
-            impl Simd for $token {
-                type F = $f;
-                const LANES: usize = $lanes;
-                #[inline(always)]
-                unsafe fn load_ptr(self, p: *const f32) -> $f {
-                    unsafe { $load(p) }
-                }
-                #[inline(always)]
-                unsafe fn store_ptr(self, p: *mut f32, v: $f) {
-                    unsafe { $store(p, v) }
-                }
-                #[inline(always)]
-                fn splat(self, x: f32) -> $f {
-                    unsafe { $splat(x) }
-                }
-                #[inline(always)]
-                fn add(self, a: $f, b: $f) -> $f {
-                    unsafe { $add(a, b) }
-                }
-                #[inline(always)]
-                fn sub(self, a: $f, b: $f) -> $f {
-                    unsafe { $sub(a, b) }
-                }
-                #[inline(always)]
-                fn mul(self, a: $f, b: $f) -> $f {
-                    unsafe { $mul(a, b) }
-                }
-                #[inline(always)]
-                fn div(self, a: $f, b: $f) -> $f {
-                    unsafe { $div(a, b) }
-                }
-                #[inline(always)]
-                fn fma(self, a: $f, b: $f, c: $f) -> $f {
-                    unsafe { $fma(a, b, c) }
-                }
-                #[inline(always)]
-                fn min(self, a: $f, b: $f) -> $f {
-                    unsafe { $min(a, b) }
-                }
-                #[inline(always)]
-                fn max(self, a: $f, b: $f) -> $f {
-                    unsafe { $max(a, b) }
-                }
-                #[inline(always)]
-                fn round(self, a: $f) -> $f {
-                    unsafe { $round(a) }
-                }
-                #[inline(always)]
-                fn pow2(self, $n: $f) -> $f {
-                    unsafe { $pow2 }
-                }
-                #[inline(always)]
-                fn select_lt(self, $a: $f, $b: $f, $yes: $f, $no: $f) -> $f {
-                    unsafe { $select }
-                }
-            }
-        };
+    const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+
+    // SAFETY of all `unsafe` in these two: a method is inlined into a function that has the features, because a token
+    // exists only there; what pointers must point to is the caller's promise.
+    impl Simd for Ymm {
+        type F = __m256;
+        const LANES: usize = 8;
+
+        memory! { __m256: p _mm256_loadu_ps(p), v _mm256_storeu_ps(p, v), x _mm256_set1_ps(x) }
+        methods! { __m256:
+            add(a, b) unsafe { _mm256_add_ps(a, b) };
+            sub(a, b) unsafe { _mm256_sub_ps(a, b) };
+            mul(a, b) unsafe { _mm256_mul_ps(a, b) };
+            div(a, b) unsafe { _mm256_div_ps(a, b) };
+            fma(a, b, c) unsafe { _mm256_fmadd_ps(a, b, c) };
+            min(a, b) unsafe { _mm256_min_ps(a, b) };
+            max(a, b) unsafe { _mm256_max_ps(a, b) };
+            round(a) unsafe { _mm256_round_ps::<NEAREST>(a) };
+            pow2(n) unsafe {
+                let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
+            };
+            select_lt(a, b, yes, no) unsafe { _mm256_blendv_ps(no, yes, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b)) };
+        }
     }
 
-    const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    vector!(
-        Ymm, __m256, 8, _mm256_loadu_ps _mm256_storeu_ps _mm256_set1_ps _mm256_add_ps _mm256_sub_ps _mm256_mul_ps
-        _mm256_div_ps _mm256_fmadd_ps _mm256_min_ps _mm256_max_ps,
-        _mm256_round_ps::<NEAREST>,
-        (n) _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)))),
-        (a b yes no) _mm256_blendv_ps(no, yes, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b))
-    );
-    vector!(
-        Zmm, __m512, 16, _mm512_loadu_ps _mm512_storeu_ps _mm512_set1_ps _mm512_add_ps _mm512_sub_ps _mm512_mul_ps
-        _mm512_div_ps _mm512_fmadd_ps _mm512_min_ps _mm512_max_ps,
-        _mm512_roundscale_ps::<NEAREST>,
-        (n) _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)))),
-        (a b yes no) _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), no, yes)
-    );
+    impl Simd for Zmm {
+        type F = __m512;
+        const LANES: usize = 16;
+
+        memory! { __m512: p _mm512_loadu_ps(p), v _mm512_storeu_ps(p, v), x _mm512_set1_ps(x) }
+        methods! { __m512:
+            add(a, b) unsafe { _mm512_add_ps(a, b) };
+            sub(a, b) unsafe { _mm512_sub_ps(a, b) };
+            mul(a, b) unsafe { _mm512_mul_ps(a, b) };
+            div(a, b) unsafe { _mm512_div_ps(a, b) };
+            fma(a, b, c) unsafe { _mm512_fmadd_ps(a, b, c) };
+            min(a, b) unsafe { _mm512_min_ps(a, b) };
+            max(a, b) unsafe { _mm512_max_ps(a, b) };
+            round(a) unsafe { _mm512_roundscale_ps::<NEAREST>(a) };
+            pow2(n) unsafe {
+                let biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased))
+            };
+            select_lt(a, b, yes, no) unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), no, yes) };
+        }
+    }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,98 @@
+//! The commands: one file each, one line in the list.
+
+mod info;
+mod progress;
+mod sample;
+mod verify;
+
+use crate::error::{Error, Result};
+use crate::tensor::DType;
+use clap::{Args, Parser, Subcommand};
+use std::io::Write;
+use std::process::ExitCode;
+
+/// Latent diffusion: sample from Stable Diffusion checkpoints, on a CPU or an NVIDIA GPU.
+#[derive(Parser, Debug)]
+#[command(name = "ldm", version, about, max_term_width = 110)]
+#[command(after_help = "Exit codes: 0 done, 1 failed (or diverged, for verify), 2 a request that cannot be met.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+macro_rules! commands {
+    ($($(#[$doc:meta])* $Name:ident($file:ident),)+) => {
+        #[derive(Subcommand, Debug)]
+        enum Command { $($(#[$doc])* $Name($file::Arguments),)+ }
+
+        impl Command {
+            fn run(self) -> Result<ExitCode> {
+                match self { $(Command::$Name(arguments) => $file::run(arguments),)+ }
+            }
+        }
+    };
+}
+
+commands! {
+    /// Make pictures from a prompt
+    Sample(sample),
+    /// Compare a checkpoint's results with tensors recorded from diffusers
+    Verify(verify),
+    /// Say what a checkpoint is, and what a picture costs
+    Info(info),
+}
+
+/// What every command that runs a model takes.
+#[derive(Args, Debug, Clone)]
+struct DeviceFlags {
+    /// Where to run: auto (a GPU where there is one, else the CPU), cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    device: String,
+    /// Type of weights and activations: f32, f16 or bf16 [default: that of the file on a GPU, f32 on a CPU]
+    #[arg(long, value_name = "TYPE")]
+    dtype: Option<String>,
+    /// Threads of the CPU [default: all cores]
+    #[arg(short, long, value_name = "N")]
+    threads: Option<usize>,
+}
+
+impl DeviceFlags {
+    fn open(&self) -> Result<crate::exec::Device> {
+        if let Some(n) = self.threads {
+            if n == 0 {
+                return Err(Error::invalid("threads: want at least 1; got 0"));
+            }
+            // Fails only when the pool is running already, which it is not: this is the first thing a command does.
+            rayon::ThreadPoolBuilder::new()
+                .num_threads(n)
+                .build_global()
+                .map_err(|e| Error::invalid(format!("threads: {e}")))?;
+        }
+        crate::exec::Device::open(self.device.parse()?)
+    }
+
+    fn dtype(&self) -> Result<Option<DType>> {
+        self.dtype.as_deref().map(str::parse).transpose()
+    }
+}
+
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match cli.command.run() {
+        Ok(code) => code,
+        Err(e) => {
+            let _ = writeln!(std::io::stderr(), "error: {e}");
+            ExitCode::from(e.exit_code())
+        }
+    }
+}
+
+/// Prints to standard output; a reader that closed the pipe ends the program quietly.
+fn print(text: &str) -> Result<()> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        Err(e) => Err(Error::file("<stdout>", e)),
+        Ok(()) => Ok(()),
+    }
+}

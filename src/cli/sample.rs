@@ -1,0 +1,150 @@
+//! `ldm sample`: pictures from a prompt.
+
+use super::progress::Progress;
+use super::{DeviceFlags, print};
+use crate::error::{Error, Result};
+use crate::io::{ModelFolder, atomic, png};
+use crate::pipeline::{Observer, Picture, Pipeline, Request};
+use crate::rng::fresh_seed;
+use crate::samplers::Choice;
+use clap::Args;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// Flags are those of stable-diffusion.cpp and diffusers.
+#[derive(Args, Debug)]
+pub(super) struct Arguments {
+    /// A checkpoint: a diffusers folder (with model_index.json)
+    #[arg(short, long, value_name = "FOLDER")]
+    model: PathBuf,
+    /// What the picture shows
+    #[arg(short, long, value_name = "TEXT")]
+    prompt: String,
+    /// What the picture does not show
+    #[arg(short, long, default_value = "", hide_default_value = true, value_name = "TEXT")]
+    negative_prompt: String,
+    /// Where the picture goes; several are numbered: out_0.png, out_1.png, …
+    #[arg(short, long, default_value = "out.png", value_name = "FILE")]
+    output: PathBuf,
+    /// Steps of the sampler
+    #[arg(long, default_value_t = 30, value_name = "N")]
+    steps: usize,
+    /// Sampler: ddim, plms, euler, dpm++2m (also "DPM++ 2M Karras", ddim_trailing) [default: the checkpoint's]
+    #[arg(long, value_name = "NAME")]
+    sampling_method: Option<Choice>,
+    /// How strongly the prompt guides; 1 for not at all
+    #[arg(long, alias = "guidance-scale", default_value_t = 7.5, value_name = "X")]
+    cfg_scale: f64,
+    /// The same seed makes the same picture; -1 for a random one [default: random]
+    #[arg(short, long, default_value_t = -1, hide_default_value = true, allow_negative_numbers = true, value_name = "N")]
+    seed: i64,
+    /// Pixels [default: what the model was made for]
+    #[arg(short = 'W', long, value_name = "PIXELS")]
+    width: Option<usize>,
+    /// Pixels [default: what the model was made for]
+    #[arg(short = 'H', long, value_name = "PIXELS")]
+    height: Option<usize>,
+    /// Pictures that are made together; picture i has seed + i
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    batch_size: usize,
+    /// Share of fresh noise in the steps of ddim, 0 to 1
+    #[arg(long, default_value_t = 0.0, value_name = "X")]
+    eta: f64,
+    /// Text layer that is used, counted from the end: 1 the last, 2 the one before
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    clip_skip: usize,
+    /// Leave the settings out of the PNG
+    #[arg(long)]
+    disable_image_metadata: bool,
+    /// Say nothing but warnings and errors
+    #[arg(short, long)]
+    quiet: bool,
+    #[command(flatten)]
+    device: DeviceFlags,
+}
+
+impl Arguments {
+    fn request(&self, seed: u64) -> Result<Request> {
+        let finite = |name: &str, v: f64, low: f64, high: f64| {
+            if v.is_finite() && (low..=high).contains(&v) {
+                return Ok(());
+            }
+            Err(Error::invalid(format!("{name}: want a number from {low} to {high}; got {v}")))
+        };
+        finite("--cfg-scale", self.cfg_scale, 0.0, 1000.0)?;
+        finite("--eta", self.eta, 0.0, 1.0)?;
+        for (name, n) in [("--steps", self.steps), ("--batch-size", self.batch_size), ("--clip-skip", self.clip_skip)]
+        {
+            if n == 0 {
+                return Err(Error::invalid(format!("{name}: want at least 1; got 0")));
+            }
+        }
+        Ok(Request {
+            prompt: self.prompt.clone(),
+            negative: self.negative_prompt.clone(),
+            width: self.width,
+            height: self.height,
+            steps: self.steps,
+            method: self.sampling_method.clone(),
+            cfg_scale: self.cfg_scale,
+            seed,
+            batch: self.batch_size,
+            clip_skip: self.clip_skip - 1,
+            eta: self.eta,
+        })
+    }
+}
+
+pub(super) fn run(a: Arguments) -> Result<ExitCode> {
+    let seed = u64::try_from(a.seed).unwrap_or_else(|_| fresh_seed());
+    let request = a.request(seed)?;
+    // Before any work: can the result be written?
+    let files = names(&a.output, a.batch_size);
+    files.iter().try_for_each(atomic::check_target)?;
+    let dtype = a.device.dtype()?;
+    let device = a.device.open()?;
+    let mut progress = Progress::new(a.quiet);
+    progress.stage("loading")?;
+    let pipeline = Pipeline::open(&ModelFolder::open(&a.model)?, &device, dtype)?;
+    let method = pipeline.blueprint().choose(&request)?.0;
+    progress.finish();
+    if !a.quiet {
+        eprintln!("{}; {}, seed {seed}", pipeline.describe(), method.label());
+    }
+    let pictures = pipeline.generate(&request, &mut progress)?;
+    progress.finish();
+    for (picture, file) in pictures.iter().zip(&files) {
+        let text = (!a.disable_image_metadata).then(|| parameters(&a, picture, method.label()));
+        png::write_rgb8(file, picture.width, picture.height, &picture.rgb, text.as_deref())?;
+        print(&format!("{}\n", file.display()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `out.png`, or `out_0.png` … where there are several.
+fn names(output: &Path, count: usize) -> Vec<PathBuf> {
+    if count == 1 {
+        return vec![output.into()];
+    }
+    let stem = output.file_stem().unwrap_or_default().to_string_lossy();
+    let extension = output.extension().map_or("png".into(), |e| e.to_string_lossy());
+    (0..count).map(|i| output.with_file_name(format!("{stem}_{i}.{extension}"))).collect()
+}
+
+/// The text that other programs read settings from.
+fn parameters(a: &Arguments, picture: &Picture, sampler: &str) -> String {
+    let mut text = a.prompt.clone();
+    if !a.negative_prompt.is_empty() {
+        text += &format!("\nNegative prompt: {}", a.negative_prompt);
+    }
+    let model = a.model.file_name().unwrap_or_default().to_string_lossy();
+    let (w, h, version) = (picture.width, picture.height, env!("CARGO_PKG_VERSION"));
+    text += &format!(
+        "\nSteps: {}, Sampler: {sampler}, CFG scale: {}, Seed: {}, Size: {w}x{h}, Model: {model}",
+        a.steps, a.cfg_scale, picture.seed
+    );
+    if a.clip_skip > 1 {
+        text += &format!(", Clip skip: {}", a.clip_skip);
+    }
+    text + &format!(", RNG: CPU, Version: ldm {version}")
+}

@@ -1,0 +1,245 @@
+//! A sampler joined to a model: one graph per evaluation, from the state through the UNet and guidance to the next
+//! state; a table on the device says what each evaluation does.
+
+use crate::error::{Error, Result};
+use crate::exec::{CheckFinite, Device, Program, Weights};
+use crate::graph::Graph;
+use crate::models::UNet2DCondition;
+use crate::nn::cast;
+use crate::ops::{Advance, Concat, Prepare, TABLE};
+use crate::samplers::{Ladder, Method, Row, Table};
+use crate::tensor::{DType, HostTensor, Spec};
+
+/// What a sampling run is made of.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Images B.
+    pub batch: usize,
+    /// Height and width of the latents.
+    pub size: [usize; 2],
+    /// Context tokens S.
+    pub tokens: usize,
+    /// Guidance scale; above 1 the unconditional half runs too.
+    pub guidance: f64,
+    /// Type of weights and activations.
+    pub dtype: DType,
+}
+
+impl Settings {
+    /// Rows per image: 2 with guidance, else 1 (as diffusers decides it).
+    pub fn copies(&self) -> usize {
+        1 + (self.guidance > 1.0) as usize
+    }
+}
+
+/// A sampling run: a program for its evaluations, and where it stands.
+pub struct Sampling {
+    program: Program,
+    table: Table,
+    settings: Settings,
+    channels: usize,
+    done: usize,
+}
+
+/// The graph of one evaluation, and the table that it follows.
+///
+/// # Errors
+/// When the sizes do not fit the model.
+pub fn evaluation_graph(unet: &UNet2DCondition, table: &Table, s: &Settings) -> Result<Graph> {
+    let mut g = Graph::new();
+    let (copies, [h, w]) = (s.copies(), s.size);
+    let latents = [s.batch, h, w, unet.out_channels];
+    let stack = |n: usize| [n, latents[0], h, w, latents[3]];
+    let slots = g.state("slots", DType::F32, stack(table.slots));
+    let counter = g.state("counter", DType::I32, [4]);
+    let rows = g.input("table", DType::F32, [table.rows.len(), TABLE]);
+    let noise = g.input("noise", DType::F32, stack(table.noises.max(1)));
+    let context = g.input("context", DType::F32, [copies * s.batch, s.tokens, unet.context]);
+    let context = cast(&mut g, "context", context, s.dtype, 1.0)?;
+
+    let y = g.push_all("prepare", Prepare { copies, dtype: s.dtype }, &[slots, rows, counter])?;
+    let (mut x, t, counter_now) = (y[0], y[1], y[2]);
+    let extra = unet.in_channels.checked_sub(unet.out_channels).ok_or_else(|| {
+        Error::invalid(format!("unet: {} channels in, {} out", unet.in_channels, unet.out_channels))
+    })?;
+    if extra > 0 {
+        let condition = g.input("condition", DType::F32, [copies * s.batch, h, w, extra]);
+        let condition = cast(&mut g, "condition", condition, s.dtype, 1.0)?;
+        x = g.push("condition.concat", Concat, &[x, condition])?;
+    }
+    let m = unet.build(&mut g, x, t, context)?;
+    let y = g.push_all("advance", Advance { copies }, &[slots, m, rows, counter_now, noise])?;
+    g.update(slots, y[0]);
+    g.update(counter, y[1]);
+    g.output("guided", y[2]);
+    Ok(g)
+}
+
+/// A row as the device reads it.
+fn packed(row: &Row, guidance: f64) -> [f32; TABLE] {
+    let mut y = [0.0; TABLE];
+    y[..8].copy_from_slice(&[
+        row.timestep,
+        row.scale_in,
+        row.dx,
+        row.dm,
+        row.clip,
+        row.cm,
+        row.cd,
+        row.cz,
+    ]);
+    y[8..16].copy_from_slice(&row.c);
+    let slots = [row.x_slot, row.next_slot, row.keep_m, row.keep_d, row.noise];
+    y[16..21].iter_mut().zip(slots).for_each(|(y, slot)| *y = slot as f32);
+    y[21] = guidance as f32;
+    y
+}
+
+impl Sampling {
+    /// Prepares a run of `method` along `ladder`.
+    ///
+    /// # Errors
+    /// When the sizes do not fit the model, or memory runs out.
+    pub fn new(
+        unet: &UNet2DCondition,
+        weights: &Weights,
+        device: &Device,
+        (method, ladder): (Method, &Ladder),
+        settings: Settings,
+    ) -> Result<Sampling> {
+        let table = method.table(ladder)?;
+        let graph = evaluation_graph(unet, &table, &settings)?;
+        let mut program = Program::new(graph, weights, device)?;
+        let rows: Vec<f32> = table.rows.iter().flat_map(|r| packed(r, settings.guidance)).collect();
+        program.write("table", &HostTensor::f32([table.rows.len(), TABLE], rows)?)?;
+        program.write("noise", &HostTensor::zeros(program.spec("noise")?))?;
+        let channels = unet.out_channels;
+        Ok(Sampling { program, table, settings, channels, done: 0 })
+    }
+
+    /// Axes of the latents, (B,H,W,C).
+    pub fn latents(&self) -> [usize; 4] {
+        [self.settings.batch, self.settings.size[0], self.settings.size[1], self.channels]
+    }
+
+    /// Fresh noises that the run needs beside the initial one.
+    pub fn noises(&self) -> usize {
+        self.table.noises
+    }
+
+    /// What unit noise is multiplied with to become the first state.
+    pub fn noise_scale(&self) -> f64 {
+        self.table.noise_scale
+    }
+
+    /// Evaluations of the model.
+    pub fn evaluations(&self) -> usize {
+        self.table.rows.len()
+    }
+
+    /// Timestep of an evaluation.
+    pub fn timestep(&self, k: usize) -> f32 {
+        self.table.rows[k].timestep
+    }
+
+    /// The program, to inspect.
+    pub fn program(&self) -> &Program {
+        &self.program
+    }
+
+    /// The context (copies·B,S,E) f32, unconditional half first.
+    ///
+    /// # Errors
+    /// When the axes differ.
+    pub fn set_context(&mut self, context: &HostTensor) -> Result<()> {
+        self.program.write("context", context)
+    }
+
+    /// Channels beside the latents (copies·B,H,W,X) f32: mask and masked image of an inpainting model.
+    ///
+    /// # Errors
+    /// When the model has none, or the axes differ.
+    pub fn set_condition(&mut self, condition: &HostTensor) -> Result<()> {
+        self.program.write("condition", condition)
+    }
+
+    /// The noises (Z,B,H,W,C) f32, Z = max(1, [`Sampling::noises`]).
+    ///
+    /// # Errors
+    /// When the axes differ.
+    pub fn set_noise(&mut self, noise: &HostTensor) -> Result<()> {
+        self.program.write("noise", noise)
+    }
+
+    /// Starts from a state (B,H,W,C) f32, already scaled.
+    ///
+    /// # Errors
+    /// When the axes differ.
+    pub fn start(&mut self, x: &HostTensor) -> Result<()> {
+        let want = Spec::new(DType::F32, self.latents());
+        if x.spec() != want {
+            return Err(Error::invalid(format!("initial latents: want {want}; got {}", x.spec())));
+        }
+        let n = want.shape.numel();
+        let mut slots = vec![0.0; n * self.table.slots];
+        slots[self.table.first_slot * n..][..n].copy_from_slice(&x.to_f32());
+        let [b, h, w, c] = self.latents();
+        self.program.write("slots", &HostTensor::f32([self.table.slots, b, h, w, c], slots)?)?;
+        self.program.write("counter", &HostTensor::i32([4], vec![0; 4])?)?;
+        self.done = 0;
+        Ok(())
+    }
+
+    /// Runs the next evaluation; `false` when there is none left.
+    ///
+    /// # Errors
+    /// From the device; [`Error::NonFinite`] naming the first node whose result is not finite.
+    pub fn step(&mut self) -> Result<bool> {
+        if self.done == self.table.rows.len() {
+            return Ok(false);
+        }
+        self.program.run(&mut ())?;
+        let flag = match self.program.read("counter")?.data() {
+            crate::tensor::Data::I32(v) => v[2],
+            _ => 0,
+        };
+        if flag != 0 {
+            // A row never writes a slot that it reads, so the evaluation can be repeated with a check after each node.
+            let k = self.done as i32;
+            self.program.write("counter", &HostTensor::i32([4], vec![k, k, 0, 0])?)?;
+            self.program.run(&mut CheckFinite)?;
+            return Err(Error::NonFinite {
+                op: "unet".into(),
+                node: String::new(),
+                what: format!("a value that was not finite at evaluation {k} and is when repeated"),
+            });
+        }
+        self.done += 1;
+        Ok(self.done < self.table.rows.len())
+    }
+
+    /// Evaluations that are done.
+    pub fn done(&self) -> usize {
+        self.done
+    }
+
+    /// The model's prediction after guidance at the last evaluation, (B,H,W,C) f32.
+    ///
+    /// # Errors
+    /// From the device.
+    pub fn guided(&self) -> Result<HostTensor> {
+        self.program.read("guided")
+    }
+
+    /// The state after the last evaluation, (B,H,W,C) f32, in the sampler's own scale.
+    ///
+    /// # Errors
+    /// From the device.
+    pub fn state(&self) -> Result<HostTensor> {
+        // The state between two evaluations is what the next one reads.
+        let slot = self.table.rows.get(self.done).map_or(self.table.last_slot, |next| next.x_slot as usize);
+        let slots = self.program.read("slots")?.to_f32();
+        let n = slots.len() / self.table.slots;
+        HostTensor::f32(self.latents(), slots[slot * n..][..n].to_vec())
+    }
+}

@@ -1,0 +1,250 @@
+//! From a prompt to a picture: text encoder, sampling, decoder, with the checkpoint of a diffusers folder.
+
+mod blueprint;
+mod request;
+pub mod verify;
+
+pub use blueprint::{Blueprint, Estimate, Vae};
+pub use request::{Observer, Picture, Request};
+
+use crate::diffusion::{Sampling, Settings};
+use crate::error::{Error, Result};
+use crate::exec::{Device, Program, Weights, check_finite, human_bytes};
+use crate::io::{Checkpoint, Encoded, ModelFolder, Tokenizer};
+use crate::models::load::stored_type;
+use crate::models::{Inventory, Model, load};
+use crate::rng::Generator;
+use crate::tensor::{DType, HostTensor};
+use blueprint::vae_name;
+
+/// Puts the weights of a component on a device.
+fn weights<M: Model>(
+    folder: &ModelFolder,
+    name: &str,
+    model: &M,
+    device: &Device,
+    dtype: DType,
+) -> Result<Weights> {
+    let inventory = Inventory::of(&model.inventory(dtype)?);
+    let mut weights = Weights::new(device);
+    load(&folder.checkpoint(name)?, &inventory, |name, tensor| weights.insert(name, &tensor))?;
+    Ok(weights)
+}
+
+/// A Stable Diffusion pipeline: everything that a diffusers folder holds, ready on a device.
+pub struct Pipeline {
+    blueprint: Blueprint,
+    device: Device,
+    dtype: DType,
+    tokenizer: Tokenizer,
+    text: Weights,
+    unet: Weights,
+    vae: Weights,
+}
+
+impl Pipeline {
+    /// Loads a diffusers folder. Without a type, that of the UNet's file on a GPU and f32 on a CPU.
+    ///
+    /// # Errors
+    /// When the folder, a configuration or a tensor is not what it should be; nothing is guessed.
+    pub fn open(folder: &ModelFolder, device: &Device, dtype: Option<DType>) -> Result<Pipeline> {
+        let blueprint = Blueprint::read(folder)?;
+        let dtype = match dtype {
+            Some(dtype) => dtype,
+            None => default_type(device, &folder.checkpoint("unet")?),
+        };
+        let tokenizer = folder.tokenizer("tokenizer")?;
+        if tokenizer.vocab_size() > blueprint.text.vocabulary {
+            return Err(Error::Config {
+                file: folder.component("tokenizer")?.path.clone(),
+                key: "vocabulary".into(),
+                want: format!("at most the text encoder's {} tokens", blueprint.text.vocabulary),
+                got: tokenizer.vocab_size().to_string(),
+            });
+        }
+        Ok(Pipeline {
+            device: device.clone(),
+            dtype,
+            tokenizer,
+            text: weights(folder, "text_encoder", &blueprint.text, device, dtype)?,
+            unet: weights(folder, "unet", &blueprint.unet, device, dtype)?,
+            vae: match &blueprint.vae {
+                Vae::Kl(model) => weights(folder, vae_name(folder), model, device, dtype)?,
+                Vae::Vq(model) => weights(folder, vae_name(folder), model, device, dtype)?,
+            },
+            blueprint,
+        })
+    }
+
+    /// The models and settings, without weights.
+    pub fn blueprint(&self) -> &Blueprint {
+        &self.blueprint
+    }
+
+    /// Type of weights and activations.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Bytes of all weights.
+    pub fn weight_bytes(&self) -> usize {
+        self.text.bytes() + self.unet.bytes() + self.vae.bytes()
+    }
+
+    /// Makes the pictures.
+    ///
+    /// # Errors
+    /// For a request that cannot be met, a device that fails, or values that are not finite.
+    pub fn generate(&self, r: &Request, observer: &mut dyn Observer) -> Result<Vec<Picture>> {
+        let (width, height) = self.blueprint.size(r)?;
+        let size = self.blueprint.latent_size(r)?;
+        if r.batch == 0 {
+            return Err(Error::invalid("batch size: want at least 1; got 0"));
+        }
+        let unet = &self.blueprint.unet;
+        if unet.in_channels != unet.out_channels {
+            return Err(Error::invalid(format!(
+                "this is an inpainting model ({} input channels): it needs a picture and a mask, which `sample` does not take yet",
+                unet.in_channels
+            )));
+        }
+        let (method, schedule) = self.blueprint.choose(r)?;
+        let ladder = method.ladder(&schedule, r.steps, 0)?;
+
+        observer.stage("text")?;
+        let tokens = self.tokenizer.max_length();
+        let settings = Settings { batch: r.batch, size, tokens, guidance: r.cfg_scale, dtype: self.dtype };
+        let context = self.context(r, settings.copies(), observer)?;
+
+        observer.stage("sampling")?;
+        let latents = {
+            let mut run = Sampling::new(unet, &self.unet, &self.device, (method, &ladder), settings)?;
+            run.set_context(&context)?;
+            let (first, rest) = self.noise(r, &run)?;
+            run.start(&first)?;
+            if run.noises() > 0 {
+                run.set_noise(&rest)?;
+            }
+            while {
+                let more = run.step()?;
+                observer.step(run.done(), run.evaluations())?;
+                more
+            } {}
+            run.state()?
+        };
+
+        observer.stage("decoding")?;
+        let n = latents.shape().numel() / r.batch;
+        let z = latents.to_f32();
+        let [_, h, w, c] = *latents.shape() else { return Err(Error::invalid("latents without four axes")) };
+        // One at a time: the decoder's arena is the largest of all.
+        (0..r.batch)
+            .map(|i| {
+                let z = HostTensor::f32([1, h, w, c], z[i * n..][..n].to_vec())?;
+                let rgb = to_bytes(&self.decode(&z)?.to_f32());
+                Ok(Picture { width, height, rgb, seed: r.seed.wrapping_add(i as u64) })
+            })
+            .collect()
+    }
+
+    fn encode_prompt(&self, what: &str, prompt: &str, observer: &mut dyn Observer) -> Result<Encoded> {
+        let encoded = self.tokenizer.encode(prompt)?;
+        if let Some(cut) = &encoded.cut {
+            let (max, n) = (self.tokenizer.max_length() - 2, encoded.tokens);
+            observer.warning(&format!("the {what} has {n} tokens, the model takes {max}; this was cut off: {cut}"));
+        }
+        Ok(encoded)
+    }
+
+    /// The context of a request, (copies·B,S,E) f32.
+    fn context(&self, r: &Request, copies: usize, observer: &mut dyn Observer) -> Result<HostTensor> {
+        let mut ids = Vec::new();
+        if copies == 2 {
+            ids.extend(self.encode_prompt("negative prompt", &r.negative, observer)?.ids);
+        }
+        ids.extend(self.encode_prompt("prompt", &r.prompt, observer)?.ids);
+        let hidden = self.encode_text(&ids, copies, r.clip_skip)?;
+        repeat(&hidden, r.batch)
+    }
+
+    /// ids (rows·T) to the hidden states (rows,T,E) f32.
+    fn encode_text(&self, ids: &[i32], rows: usize, skip: usize) -> Result<HostTensor> {
+        let tokens = ids.len() / rows;
+        let graph = self.blueprint.text.context_graph(rows, tokens, self.dtype, skip)?;
+        let mut program = Program::new(graph, &self.text, &self.device)?;
+        program.write("ids", &HostTensor::i32([rows, tokens], ids.to_vec())?)?;
+        finite(&mut program, "context", "text encoder")
+    }
+
+    /// Initial noise, already scaled, and the noises of the steps: each image's from its own generator.
+    fn noise(&self, r: &Request, run: &Sampling) -> Result<(HostTensor, HostTensor)> {
+        let [b, h, w, c] = run.latents();
+        let (n, count) = (h * w * c, run.noises());
+        let mut first = Vec::with_capacity(b * n);
+        let mut rest = vec![0.0; count.max(1) * b * n];
+        for i in 0..b {
+            let mut generator = Generator::new(r.seed.wrapping_add(i as u64));
+            let mut draw = || {
+                HostTensor::f32([c, h, w], generator.randn(n)).and_then(|t| t.permute(&[1, 2, 0]))
+            };
+            first.extend(draw()?.to_f32().iter().map(|v| v * run.noise_scale() as f32));
+            for k in 0..count {
+                rest[(k * b + i) * n..][..n].copy_from_slice(&draw()?.to_f32());
+            }
+        }
+        Ok((HostTensor::f32([b, h, w, c], first)?, HostTensor::f32([count.max(1), b, h, w, c], rest)?))
+    }
+
+    /// Latents (B,h,w,Z) in the sampler's scale to pictures (B,H,W,C) in −1…1.
+    fn decode(&self, latents: &HostTensor) -> Result<HostTensor> {
+        let factor = 1.0 / self.blueprint.vae.codec().scaling_factor;
+        let scaled = latents.to_f32().iter().map(|v| (*v as f64 * factor) as f32).collect();
+        self.decode_scaled(&HostTensor::f32(latents.shape(), scaled)?)
+    }
+
+    fn decode_scaled(&self, z: &HostTensor) -> Result<HostTensor> {
+        let [b, h, w, _] = *z.shape() else { return Err(Error::invalid("latents without four axes")) };
+        let graph = self.blueprint.vae.decode_graph([b, h, w], self.dtype)?;
+        let mut program = Program::new(graph, &self.vae, &self.device)?;
+        program.write("latents", z)?;
+        finite(&mut program, "image", "decoder")
+    }
+
+    /// One line about what was loaded.
+    pub fn describe(&self) -> String {
+        let (device, dtype, bytes) = (self.device.describe(), self.dtype, human_bytes(self.weight_bytes()));
+        format!("{device}, {dtype}, {bytes} of weights")
+    }
+}
+
+/// The type to compute in when nobody says: that of the file on a GPU, f32 on a CPU.
+fn default_type(device: &Device, unet: &Checkpoint) -> DType {
+    match device {
+        Device::Cpu => DType::F32,
+        Device::Cuda(_) => stored_type(unet),
+    }
+}
+
+/// Runs a program and reads an output; where that is not finite, repeats the run to find the node that made it so.
+fn finite(program: &mut Program, output: &str, part: &str) -> Result<HostTensor> {
+    program.run(&mut ())?;
+    let y = program.read(output)?;
+    if check_finite(&y, part, "").is_err() {
+        program.run(&mut crate::exec::CheckFinite)?;
+        check_finite(&y, part, "")?;
+    }
+    Ok(y)
+}
+
+/// Each row `times` times in a row: (R,T,E) to (R·times,T,E).
+fn repeat(x: &HostTensor, times: usize) -> Result<HostTensor> {
+    let [rows, t, e] = *x.shape() else { return Err(Error::invalid("a context without three axes")) };
+    let v = x.to_f32();
+    let data = (0..rows * times).flat_map(|i| v[i / times * t * e..][..t * e].iter().copied()).collect();
+    HostTensor::f32([rows * times, t, e], data)
+}
+
+/// −1…1 to bytes, as diffusers rounds them.
+fn to_bytes(x: &[f32]) -> Vec<u8> {
+    x.iter().map(|v| ((v / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8).collect()
+}

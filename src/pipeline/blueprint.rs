@@ -1,0 +1,245 @@
+//! What a folder describes, without its weights: enough to say what a picture costs.
+
+use super::Request;
+use crate::diffusion::{Settings, evaluation_graph};
+use crate::error::{Error, Result};
+use crate::exec::{Graph, Program};
+use crate::io::ModelFolder;
+use crate::models::{AutoencoderKL, ClipText, Codec, Model, UNet2DCondition, VQModel};
+use crate::samplers::{Method, ScheduleConfig};
+use crate::tensor::DType;
+
+/// An autoencoder of either kind.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Vae {
+    /// KL-regularised.
+    Kl(AutoencoderKL),
+    /// VQ-regularised.
+    Vq(VQModel),
+}
+
+impl Vae {
+    /// Encoder and decoder.
+    pub fn codec(&self) -> &Codec {
+        match self {
+            Vae::Kl(v) => &v.codec,
+            Vae::Vq(v) => &v.codec,
+        }
+    }
+
+    /// `latents` (B,h,w,Z) to `image` (B,H,W,C), f32.
+    ///
+    /// # Errors
+    /// When the sizes do not fit.
+    pub fn decode_graph(&self, size: [usize; 3], dtype: DType) -> Result<Graph> {
+        match self {
+            Vae::Kl(v) => v.decode_graph(size, dtype),
+            Vae::Vq(v) => v.decode_graph(size, dtype),
+        }
+    }
+
+    /// The autoencoder of a folder.
+    ///
+    /// # Errors
+    /// When its configuration is not understood.
+    pub fn read(folder: &ModelFolder) -> Result<Vae> {
+        let name = vae_name(folder);
+        match &*folder.component(name)?.class {
+            "VQModel" => Ok(Vae::Vq(model(folder, name)?)),
+            _ => Ok(Vae::Kl(model(folder, name)?)),
+        }
+    }
+}
+
+/// The folder that the autoencoder is in: older pipelines call it `vqvae`, of whatever kind it is.
+pub(super) fn vae_name(folder: &ModelFolder) -> &'static str {
+    if folder.has("vqvae") { "vqvae" } else { "vae" }
+}
+
+/// Reads a component's configuration as the model that it must be.
+pub(super) fn model<M: Model>(folder: &ModelFolder, name: &str) -> Result<M> {
+    let component = folder.component(name)?;
+    if !M::CLASSES.contains(&&*component.class) {
+        return Err(Error::Config {
+            file: folder.index().file().into(),
+            key: name.into(),
+            want: M::CLASSES.join(" or "),
+            got: component.class.clone(),
+        });
+    }
+    M::from_config(&folder.config(name)?)
+}
+
+/// What a picture of some size costs.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Estimate {
+    /// Bytes of the arena of one evaluation of the UNet.
+    pub unet_arena: usize,
+    /// Bytes of the arena of the decoder, for one picture.
+    pub decoder_arena: usize,
+    /// Floating-point operations of one evaluation.
+    pub unet_flops: f64,
+    /// Floating-point operations of decoding one picture.
+    pub decoder_flops: f64,
+    /// Rows that one evaluation takes: the batch, twice with guidance.
+    pub rows: usize,
+    /// Evaluations of the UNet.
+    pub evaluations: usize,
+}
+
+/// The models and settings of a Stable Diffusion folder.
+#[derive(Clone, Debug)]
+pub struct Blueprint {
+    /// The text encoder.
+    pub text: ClipText,
+    /// The UNet.
+    pub unet: UNet2DCondition,
+    /// The autoencoder.
+    pub vae: Vae,
+    /// The noise schedule.
+    pub schedule: ScheduleConfig,
+    /// The scheduler's class, as the folder names it.
+    pub scheduler: String,
+}
+
+impl Blueprint {
+    /// Pipelines of diffusers that are run as they are.
+    pub const PIPELINES: &'static [&'static str] = &["StableDiffusionPipeline", "StableDiffusionInpaintPipeline"];
+
+    /// Reads the configurations of a folder.
+    ///
+    /// # Errors
+    /// When one is not understood, or the parts do not fit each other.
+    pub fn read(folder: &ModelFolder) -> Result<Blueprint> {
+        if !Self::PIPELINES.contains(&folder.class()) {
+            return Err(Error::Config {
+                file: folder.index().file().into(),
+                key: "_class_name".into(),
+                want: Self::PIPELINES.join(" or "),
+                got: folder.class().into(),
+            });
+        }
+        let (scheduler, schedule) = scheduler(folder)?;
+        let (text, unet, vae) = (
+            model::<ClipText>(folder, "text_encoder")?,
+            model::<UNet2DCondition>(folder, "unet")?,
+            Vae::read(folder)?,
+        );
+        let wrong = |component: &str, key: &str, want: String, got: usize| {
+            let file = folder.component(component).map(|c| c.path.join("config.json")).unwrap_or_default();
+            Err(Error::Config { file, key: key.into(), want, got: got.to_string() })
+        };
+        if text.hidden != unet.context {
+            let want = format!("the UNet's cross_attention_dim {}", unet.context);
+            return wrong("text_encoder", "hidden_size", want, text.hidden);
+        }
+        let z = vae.codec().latent_channels;
+        if unet.out_channels != z {
+            return wrong("unet", "out_channels", format!("the autoencoder's latent_channels {z}"), unet.out_channels);
+        }
+        if unet.in_channels < z {
+            return wrong("unet", "in_channels", format!("at least latent_channels {z}"), unet.in_channels);
+        }
+        Ok(Blueprint { text, unet, vae, schedule, scheduler })
+    }
+
+    /// Width and height of a request's pictures, in pixels.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] that names the nearest size that works.
+    pub fn size(&self, r: &Request) -> Result<(usize, usize)> {
+        let f = self.vae.codec().factor();
+        let native = self.unet.sample_size * f;
+        let (width, height) = (r.width.unwrap_or(native), r.height.unwrap_or(native));
+        let m = f * self.unet.multiple();
+        if width == 0 || height == 0 || width % m != 0 || height % m != 0 {
+            let near = |n: usize| ((n + m / 2) / m).max(1) * m;
+            return Err(Error::invalid(format!(
+                "size {width}x{height}: width and height must be multiples of {m} for this model; the nearest is {}x{}",
+                near(width),
+                near(height)
+            )));
+        }
+        Ok((width, height))
+    }
+
+    /// Height and width of a request's latents.
+    ///
+    /// # Errors
+    /// As [`Blueprint::size`].
+    pub fn latent_size(&self, r: &Request) -> Result<[usize; 2]> {
+        let ((width, height), f) = (self.size(r)?, self.vae.codec().factor());
+        Ok([height / f, width / f])
+    }
+
+    /// The sampler of a request with its schedule.
+    ///
+    /// # Errors
+    /// When neither the request nor the folder names one that there is.
+    pub fn choose(&self, r: &Request) -> Result<(Method, ScheduleConfig)> {
+        let mut schedule = self.schedule.clone();
+        schedule.eta = r.eta;
+        if let Some(choice) = &r.method {
+            choice.apply(&mut schedule);
+            return Ok((choice.method, schedule));
+        }
+        let names = || Method::ALL.iter().map(|m| m.name()).collect::<Vec<_>>().join(", ");
+        let method = self.scheduler.parse().map_err(|_| {
+            Error::invalid(format!(
+                "the checkpoint's scheduler {} is not supported; choose one with --sampling-method: {}",
+                self.scheduler,
+                names()
+            ))
+        })?;
+        Ok((method, schedule))
+    }
+
+    fn evaluation(&self, r: &Request, dtype: DType) -> Result<(Graph, usize, Settings)> {
+        let size = self.latent_size(r)?;
+        let (method, schedule) = self.choose(r)?;
+        let table = method.table(&method.ladder(&schedule, r.steps, 0)?)?;
+        let (batch, tokens) = (r.batch, self.text.positions);
+        let s = Settings { batch, size, tokens, guidance: r.cfg_scale, dtype };
+        Ok((evaluation_graph(&self.unet, &table, &s)?, table.rows.len(), s))
+    }
+
+    /// Memory and work for a request, without running it.
+    ///
+    /// # Errors
+    /// When the model cannot take the size.
+    pub fn estimate(&self, r: &Request, dtype: DType) -> Result<Estimate> {
+        let (unet, evaluations, s) = self.evaluation(r, dtype)?;
+        let [h, w] = s.size;
+        let decoder = self.vae.decode_graph([1, h, w], dtype)?;
+        Ok(Estimate {
+            unet_arena: Program::measure(&unet)?.arena,
+            decoder_arena: Program::measure(&decoder)?.arena,
+            unet_flops: unet.total_cost().flops,
+            decoder_flops: decoder.total_cost().flops,
+            rows: s.copies() * s.batch,
+            evaluations,
+        })
+    }
+
+    /// The graph of one evaluation as text, fused and planned.
+    ///
+    /// # Errors
+    /// As [`Blueprint::estimate`].
+    pub fn show(&self, r: &Request, dtype: DType) -> Result<String> {
+        Program::show(&self.evaluation(r, dtype)?.0)
+    }
+}
+
+/// The scheduler of a folder: its class and settings.
+pub(super) fn scheduler(folder: &ModelFolder) -> Result<(String, ScheduleConfig)> {
+    let component = folder.component("scheduler")?;
+    let path = component.path.join("scheduler_config.json");
+    let text = std::fs::read_to_string(&path).map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?;
+    let mut schedule = ScheduleConfig::from_text(&text, &path)?;
+    if folder.class().starts_with("StableDiffusion") {
+        // diffusers' pipelines overrule old configurations in these two, whatever they say.
+        schedule.steps_offset = Some(1);
+        schedule.clip_sample = Some(false);
+    }
+    Ok((component.class.clone(), schedule))
+}

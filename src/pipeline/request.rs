@@ -1,0 +1,84 @@
+//! What a caller asks for, hears meanwhile, and gets.
+
+use crate::error::Result;
+use crate::samplers::Choice;
+
+/// A request for pictures. Fields are as the flags of `ldm sample`.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// What the pictures show.
+    pub prompt: String,
+    /// What they do not show.
+    pub negative: String,
+    /// Pixels; by default what the model was made for.
+    pub width: Option<usize>,
+    /// Pixels; by default what the model was made for.
+    pub height: Option<usize>,
+    /// Steps of the sampler.
+    pub steps: usize,
+    /// Sampler; by default that of the checkpoint.
+    pub method: Option<Choice>,
+    /// Guidance scale; 1 is none.
+    pub cfg_scale: f64,
+    /// Seed of the first picture; picture i has seed + i.
+    pub seed: u64,
+    /// Pictures, which go through the UNet together.
+    pub batch: usize,
+    /// Last layers of the text encoder that are left out.
+    pub clip_skip: usize,
+    /// Share of fresh noise in DDIM's steps.
+    pub eta: f64,
+}
+
+impl Default for Request {
+    fn default() -> Request {
+        Request {
+            prompt: String::new(),
+            negative: String::new(),
+            width: None,
+            height: None,
+            steps: 30,
+            method: None,
+            cfg_scale: 7.5,
+            seed: 0,
+            batch: 1,
+            clip_skip: 0,
+            eta: 0.0,
+        }
+    }
+}
+
+/// A finished picture.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Picture {
+    /// Pixels.
+    pub width: usize,
+    /// Pixels.
+    pub height: usize,
+    /// Rows of RGB bytes.
+    pub rgb: Vec<u8>,
+    /// The seed that makes it again, alone or in a batch.
+    pub seed: u64,
+}
+
+/// What a caller hears while pictures are made. Every method may stop the run with [`crate::Error::Cancelled`].
+pub trait Observer {
+    /// A part of the work begins: `text`, `sampling`, `decoding`.
+    ///
+    /// # Errors
+    /// Stops the run.
+    fn stage(&mut self, _name: &str) -> Result<()> {
+        Ok(())
+    }
+    /// Evaluation `done` of `of` is finished.
+    ///
+    /// # Errors
+    /// Stops the run.
+    fn step(&mut self, _done: usize, _of: usize) -> Result<()> {
+        Ok(())
+    }
+    /// Something that the user should know and that stops nothing.
+    fn warning(&mut self, _what: &str) {}
+}
+
+impl Observer for () {}

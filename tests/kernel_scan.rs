@@ -1,0 +1,111 @@
+//! The scanner of kernel files: what it reads, and what it refuses, with file and line.
+
+#[path = "../build/scan.rs"]
+#[allow(dead_code)]
+mod scan;
+
+use scan::{Kind, Unit, camel_case, scan};
+
+const GOOD: &str = r#"// y = x
+// types: f32 f32>bf16
+// variants: BM=128,BN=64 BM=64,BN=64
+#include "dev.cuh"
+constexpr int BLOCK = 256;
+constexpr int WARPS = BLOCK / WARP, TILE = (WARPS + 1) * 4 - 0x10, BIG = 1 << 10;
+constexpr int VEC = 16 / int(sizeof(T));
+#ifdef T_F32
+constexpr int STAGES = 2;
+#endif
+/* struct CopyFwd { int wrong; }; threadIdx */
+struct CopyFwd {
+    U* y;                     // (B,H,W,C)
+    const T *x, *z;           // (B,H,W,C)
+    int h, w;
+    unsigned flags;
+    long long n; // elements
+    unsigned long long seed;
+    float eps;
+    double scale;
+};
+extern "C" __global__ void __launch_bounds__(BLOCK * (1 + 1), 2) copy_fwd(const __grid_constant__ CopyFwd p) {}
+"#;
+
+#[test]
+fn reads_a_unit() {
+    let unit = scan("copy", GOOD).unwrap();
+    assert_eq!(unit.types, [("f32".into(), None), ("f32".into(), Some("bf16".into()))]);
+    let images = ["f32", "f32>bf16"]
+        .iter()
+        .flat_map(|t| ["BM=128,BN=64", "BM=64,BN=64"].map(|v| (t.to_string(), v.into())));
+    assert_eq!(unit.images(), images.collect::<Vec<_>>());
+    assert_eq!(
+        Unit::defines(&unit.types[1], &unit.variants[0]),
+        ["-DT_F32", "-DU_BF16", "-DBM=128", "-DBN=64"]
+    );
+    let constants: Vec<(&str, i64)> = unit.constants.iter().map(|(k, v)| (k.as_str(), *v)).collect();
+    assert_eq!(constants, [("BLOCK", 256), ("WARPS", 8), ("TILE", 20), ("BIG", 1024)]);
+    let kernel = &unit.kernels[0];
+    assert_eq!((kernel.name.as_str(), kernel.params_struct.as_str()), ("copy_fwd", "CopyFwd"));
+    assert_eq!(kernel.bounds.as_deref(), Some("BLOCK * ( 1 + 1 )"));
+    let fields: Vec<(&str, Kind)> = kernel.fields.iter().map(|f| (f.name.as_str(), f.kind)).collect();
+    let p = Kind::Pointer;
+    assert_eq!(
+        fields[..6],
+        [("y", p), ("x", p), ("z", p), ("h", Kind::I32), ("w", Kind::I32), ("flags", Kind::U32)]
+    );
+    assert_eq!(
+        fields[6..],
+        [("n", Kind::I64), ("seed", Kind::U64), ("eps", Kind::F32), ("scale", Kind::F64)]
+    );
+    assert_eq!(kernel.fields[2].comment, "(B,H,W,C)");
+    assert_eq!(kernel.fields[2].kind.size() + kernel.fields[3].kind.size(), 12);
+    assert_eq!(camel_case("conv2d_bwd_w"), "Conv2dBwdW");
+}
+
+#[test]
+fn defaults_to_three_types_and_one_variant() {
+    let plain =
+        GOOD.replace("// types: f32 f32>bf16\n", "").replace("// variants: BM=128,BN=64 BM=64,BN=64\n", "");
+    let unit = scan("copy", &plain).unwrap();
+    assert_eq!(unit.images(), ["f32", "f16", "bf16"].map(|t| (t.to_string(), String::new())));
+}
+
+#[test]
+fn refuses_what_a_kernel_may_not_do() {
+    let body = |text: &str| GOOD.replace(" p) {}", &format!(" p) {{\n{text}\n}}"));
+    for (source, says) in [
+        (body("asm(\"\");"), "copy.cu:23: `asm`"),
+        (body("int i = threadIdx.x;"), "want thread_x()"),
+        (body("__shared__ float s[4];"), "want smem<Struct>()"),
+        (body("v = __shfl_down_sync(~0u, v, 1);"), "`__shfl_down_sync`"),
+        (GOOD.replace("dev.cuh", "cuda_fp16.h"), "copy.cu:4: want no include but"),
+        (GOOD.replace("f32>bf16", "f32>f64"), "copy.cu:2: want types"),
+        (GOOD.replace("BM=64,", "BM:64,"), "copy.cu:3: want variants"),
+        (GOOD.replace("struct CopyFwd {\n", "struct Copy {\n"), "no `struct CopyFwd"),
+        (
+            GOOD.replace("__grid_constant__ CopyFwd", "__grid_constant__ Copy"),
+            "want its struct to be `CopyFwd`",
+        ),
+        (GOOD.replace("(const __grid_constant__ CopyFwd p)", "(float* y, int n)"), "want one parameter"),
+        (GOOD.replace("float eps;", "half eps;"), "copy.cu:19: `CopyFwd`"),
+        (GOOD.replace("float eps;", "float eps[4];"), "copy.cu:19: `CopyFwd`"),
+        (GOOD.replace("int h, w;", "int h, y;"), "`CopyFwd.y` is there twice"),
+        (GOOD.replace("extern \"C\" ", ""), "want `extern \"C\" __global__ void`"),
+        ("#include \"dev.cuh\"\n".to_string(), "no kernel"),
+    ] {
+        let error = scan("copy", &source).expect_err(says);
+        assert!(error.contains("kernels/copy.cu") && error.contains(says), "want `{says}`; got `{error}`");
+    }
+}
+
+#[test]
+fn reads_every_kernel_file() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|e| e == "cu") {
+            let stem = path.file_stem().unwrap().to_str().unwrap();
+            scan(stem, &std::fs::read_to_string(&path).unwrap()).unwrap_or_else(|e| panic!("{e}"));
+        }
+    }
+}
