@@ -1,6 +1,7 @@
 // y = softmax(scale · q kᵀ) v per head, in one pass over blocks of keys: running maximum m, sum l and result o per query.
 // Grid: (ceil(T / BM), N, B); a block owns BM queries of one head, a group of LANES threads one query: each thread of the
-// group computes some of its scores and keeps some of the elements of its result.
+// group computes some of its scores and keeps some of the elements of its result. Two blocks per multiprocessor are asked
+// for, so that the compiler does not spill registers to make room for more of them.
 // variants: D=64 D=160 D=512 D=1024
 #include "dev.cuh"
 
@@ -29,7 +30,7 @@ struct AttentionTile {
     };
 };
 
-extern "C" __global__ void __launch_bounds__(BLOCK) attention_fwd(const __grid_constant__ AttentionFwd p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, 2) attention_fwd(const __grid_constant__ AttentionFwd p) {
     typedef AttentionTile<D> Tile;
     constexpr int BM = Tile::BM, BN = Tile::BN, LANES = Tile::LANES, OWN = D / LANES;
     Tile::Smem& s = smem<Tile::Smem>();

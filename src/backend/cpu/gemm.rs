@@ -573,3 +573,6 @@ fn few_rows(panels: Panels, a: &impl Rows, w: Weights, epilogue: &Epilogue, out:
         });
     });
 }
+
+#[cfg(test)]
+mod tests;
