@@ -94,6 +94,7 @@ macro_rules! samplers {
             ddim: Ddim;
             pndm: Pndm;
             euler: Euler;
+            heun: Heun;
             dpmpp_2m: DpmPp2M;
         }
     };
