@@ -38,6 +38,7 @@ macro_rules! rooms {
             concat: Concat;
             conv2d: Conv2d, Linear;
             embedding: Embedding;
+            gaussian: Gaussian;
             geglu: Geglu;
             group_norm: GroupNorm;
             layer_norm: LayerNorm;
