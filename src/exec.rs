@@ -21,7 +21,7 @@ enum Store {
 impl Store {
     fn new(device: &Device, bytes: usize) -> Result<Store> {
         match device {
-            Device::Cpu => Ok(Store::Host(Memory::new(bytes))),
+            Device::Cpu => Ok(Store::Host(Memory::new(bytes)?)),
             Device::Cuda(c) => Ok(Store::Cuda(c.alloc(bytes.max(1))?)),
         }
     }

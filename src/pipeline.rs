@@ -5,15 +5,16 @@ mod request;
 pub mod verify;
 
 pub use blueprint::{Blueprint, Estimate, Vae};
-pub use request::{Observer, Picture, Request};
+pub use request::{Init, Observer, Picture, Request};
 
 use crate::diffusion::{Sampling, Settings};
 use crate::error::{Error, Result};
 use crate::exec::{Device, Program, Weights, check_finite, human_bytes};
-use crate::io::{Checkpoint, Encoded, ModelFolder, Tokenizer};
+use crate::io::{Encoded, ModelFolder, Tokenizer};
 use crate::models::load::stored_type;
 use crate::models::{Inventory, Model, load};
 use crate::rng::Generator;
+use crate::samplers::{Ladder, skipped};
 use crate::tensor::{DType, HostTensor};
 use blueprint::vae_name;
 
@@ -49,10 +50,7 @@ impl Pipeline {
     /// When the folder, a configuration or a tensor is not what it should be; nothing is guessed.
     pub fn open(folder: &ModelFolder, device: &Device, dtype: Option<DType>) -> Result<Pipeline> {
         let blueprint = Blueprint::read(folder)?;
-        let dtype = match dtype {
-            Some(dtype) => dtype,
-            None => default_type(device, &folder.checkpoint("unet")?),
-        };
+        let dtype = Self::compute_type(folder, device, dtype)?;
         let tokenizer = folder.tokenizer("tokenizer")?;
         if tokenizer.vocab_size() > blueprint.text.vocabulary {
             return Err(Error::Config {
@@ -60,6 +58,14 @@ impl Pipeline {
                 key: "vocabulary".into(),
                 want: format!("at most the text encoder's {} tokens", blueprint.text.vocabulary),
                 got: tokenizer.vocab_size().to_string(),
+            });
+        }
+        if tokenizer.max_length() > blueprint.text.positions {
+            return Err(Error::Config {
+                file: folder.component("tokenizer")?.path.join("tokenizer_config.json"),
+                key: "model_max_length".into(),
+                want: format!("at most the text encoder's {} positions", blueprint.text.positions),
+                got: tokenizer.max_length().to_string(),
             });
         }
         Ok(Pipeline {
@@ -74,6 +80,18 @@ impl Pipeline {
             },
             blueprint,
         })
+    }
+
+    /// The type to compute in: the one asked for, else that of the UNet's file on a GPU and f32 on a CPU.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn compute_type(folder: &ModelFolder, device: &Device, dtype: Option<DType>) -> Result<DType> {
+        match (dtype, device) {
+            (Some(dtype), _) => Ok(dtype),
+            (None, Device::Cpu) => Ok(DType::F32),
+            (None, Device::Cuda(_)) => Ok(stored_type(&folder.checkpoint("unet")?)),
+        }
     }
 
     /// The models and settings, without weights.
@@ -96,11 +114,9 @@ impl Pipeline {
     /// # Errors
     /// For a request that cannot be met, a device that fails, or values that are not finite.
     pub fn generate(&self, r: &Request, observer: &mut dyn Observer) -> Result<Vec<Picture>> {
+        self.blueprint.check_memory(r, self.dtype, &self.device)?;
         let (width, height) = self.blueprint.size(r)?;
         let size = self.blueprint.latent_size(r)?;
-        if r.batch == 0 {
-            return Err(Error::invalid("batch size: want at least 1; got 0"));
-        }
         let unet = &self.blueprint.unet;
         if unet.in_channels != unet.out_channels {
             return Err(Error::invalid(format!(
@@ -109,7 +125,12 @@ impl Pipeline {
             )));
         }
         let (method, schedule) = self.blueprint.choose(r)?;
-        let ladder = method.ladder(&schedule, r.steps, 0)?;
+        let skip = r.init.as_ref().map_or(0, |i| skipped(r.steps, i.strength));
+        if skip >= r.steps {
+            let least = 1.0 / r.steps as f64;
+            return Err(Error::invalid(format!("strength: with {} steps want at least {least:.3}", r.steps)));
+        }
+        let ladder = method.ladder(&schedule, r.steps, skip)?;
 
         observer.stage("text")?;
         let tokens = self.tokenizer.max_length();
@@ -120,7 +141,7 @@ impl Pipeline {
         let latents = {
             let mut run = Sampling::new(unet, &self.unet, &self.device, (method, &ladder), settings)?;
             run.set_context(&context)?;
-            let (first, rest) = self.noise(r, &run)?;
+            let (first, rest) = self.start(r, &run, &ladder)?;
             run.start(&first)?;
             if run.noises() > 0 {
                 run.set_noise(&rest)?;
@@ -176,23 +197,45 @@ impl Pipeline {
         finite(&mut program, "context", "text encoder")
     }
 
-    /// Initial noise, already scaled, and the noises of the steps: each image's from its own generator.
-    fn noise(&self, r: &Request, run: &Sampling) -> Result<(HostTensor, HostTensor)> {
+    /// First state and the noises of the steps, each image's from its own generator, in the order in which diffusers
+    /// draws them: for an initial picture its latent's, then the noise that hides it.
+    fn start(&self, r: &Request, run: &Sampling, ladder: &Ladder) -> Result<(HostTensor, HostTensor)> {
         let [b, h, w, c] = run.latents();
         let (n, count) = (h * w * c, run.noises());
         let mut first = Vec::with_capacity(b * n);
         let mut rest = vec![0.0; count.max(1) * b * n];
+        let mut encoder = r.init.as_ref().map(|init| self.encoder(init)).transpose()?;
         for i in 0..b {
             let mut generator = Generator::new(r.seed.wrapping_add(i as u64));
-            let mut draw = || {
-                HostTensor::f32([c, h, w], generator.randn(n)).and_then(|t| t.permute(&[1, 2, 0]))
+            let mut draw = || -> Result<HostTensor> {
+                HostTensor::f32([1, c, h, w], generator.randn(n))?.permute(&[0, 2, 3, 1])
             };
-            first.extend(draw()?.to_f32().iter().map(|v| v * run.noise_scale() as f32));
+            match &mut encoder {
+                None => first.extend(draw()?.to_f32().iter().map(|v| v * run.noise_scale() as f32)),
+                Some(program) => {
+                    program.write("noise", &draw()?)?;
+                    let (z, noise) = (finite(program, "latents", "encoder")?.to_f32(), draw()?.to_f32());
+                    let at = &ladder.steps[0].at;
+                    first.extend(z.iter().zip(&noise).map(|(z, e)| at.alpha as f32 * z + at.sigma as f32 * e));
+                }
+            }
             for k in 0..count {
                 rest[(k * b + i) * n..][..n].copy_from_slice(&draw()?.to_f32());
             }
         }
         Ok((HostTensor::f32([b, h, w, c], first)?, HostTensor::f32([count.max(1), b, h, w, c], rest)?))
+    }
+
+    /// The encoder with a picture written to it.
+    fn encoder(&self, init: &Init) -> Result<Program> {
+        let Vae::Kl(vae) = &self.blueprint.vae else {
+            return Err(Error::invalid("an initial picture needs a model with an AutoencoderKL; this one has a VQModel"));
+        };
+        let graph = vae.sample_graph([1, init.height, init.width], self.dtype)?;
+        let mut program = Program::new(graph, &self.vae, &self.device)?;
+        let pixels = init.rgb.iter().map(|&v| v as f32 / 255.0 * 2.0 - 1.0).collect();
+        program.write("image", &HostTensor::f32([1, init.height, init.width, 3], pixels)?)?;
+        Ok(program)
     }
 
     /// Latents (B,h,w,Z) in the sampler's scale to pictures (B,H,W,C) in −1…1.
@@ -214,14 +257,6 @@ impl Pipeline {
     pub fn describe(&self) -> String {
         let (device, dtype, bytes) = (self.device.describe(), self.dtype, human_bytes(self.weight_bytes()));
         format!("{device}, {dtype}, {bytes} of weights")
-    }
-}
-
-/// The type to compute in when nobody says: that of the file on a GPU, f32 on a CPU.
-fn default_type(device: &Device, unet: &Checkpoint) -> DType {
-    match device {
-        Device::Cpu => DType::F32,
-        Device::Cuda(_) => stored_type(unet),
     }
 }
 

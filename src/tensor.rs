@@ -97,9 +97,9 @@ impl Shape {
         Shape { dims: all, rank: dims.len() }
     }
 
-    /// Number of elements; 1 for a scalar.
+    /// Number of elements; 1 for a scalar. `usize::MAX` where it cannot be counted: nothing of that size exists.
     pub fn numel(&self) -> usize {
-        self.iter().product()
+        product(self)
     }
 
     /// Length of the last axis; 1 for a scalar.
@@ -109,7 +109,7 @@ impl Shape {
 
     /// All axes but the last, multiplied: the number of rows.
     pub fn rows(&self) -> usize {
-        self[..self.rank.saturating_sub(1)].iter().product()
+        product(&self[..self.rank.saturating_sub(1)])
     }
 
     /// The same axes with the last one replaced.
@@ -120,6 +120,11 @@ impl Shape {
         }
         s
     }
+}
+
+fn product(axes: &[usize]) -> usize {
+    // An axis of zero makes any product zero, also one that could not be counted before it came to that axis.
+    if axes.contains(&0) { 0 } else { axes.iter().fold(1, |n, &d| n.saturating_mul(d)) }
 }
 
 impl std::ops::Deref for Shape {
@@ -172,9 +177,9 @@ impl Spec {
         Spec { dtype, shape: shape.into() }
     }
 
-    /// Size in bytes.
+    /// Size in bytes; `usize::MAX` where it cannot be counted.
     pub fn bytes(&self) -> usize {
-        self.shape.numel() * self.dtype.size()
+        self.shape.numel().saturating_mul(self.dtype.size())
     }
 }
 

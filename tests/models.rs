@@ -29,7 +29,7 @@ fn check(model: &str, reference: &str, device: &Device, dtype: DType, parts: &[&
     assert!(bounded >= judged, "{reference} in {dtype}: {bounded} tensors have a bound, want {judged}");
 }
 
-const PIPELINES: [&str; 5] = ["ddim", "pndm", "euler", "dpmpp_2m", "img2img"];
+const PIPELINES: [&str; 6] = ["ddim", "pndm", "euler", "heun", "dpmpp_2m", "img2img"];
 
 #[test]
 fn parts_on_the_cpu() {

@@ -32,6 +32,14 @@ impl Device {
         }
     }
 
+    /// Bytes of memory that are free; `None` where nobody says.
+    pub fn available(&self) -> Option<usize> {
+        match self {
+            Device::Cpu => cpu::available(),
+            Device::Cuda(c) => c.memory().ok().map(|(free, _)| free),
+        }
+    }
+
     /// What a person calls it.
     pub fn describe(&self) -> String {
         match self {

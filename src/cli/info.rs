@@ -33,8 +33,7 @@ pub(super) struct Arguments {
     /// Steps of the sampler
     #[arg(long, default_value_t = 30, value_name = "N")]
     steps: usize,
-    /// Sampler [default: the checkpoint's]
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", help = super::sampler_help())]
     sampling_method: Option<Choice>,
     /// Type to compute in: f32, f16 or bf16
     #[arg(long, default_value = "f32", value_name = "TYPE")]

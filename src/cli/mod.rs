@@ -6,9 +6,11 @@ mod sample;
 mod verify;
 
 use crate::error::{Error, Result};
+use crate::io::atomic;
 use crate::tensor::DType;
 use clap::{Args, Parser, Subcommand};
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
 /// Latent diffusion: sample from Stable Diffusion checkpoints, on a CPU or an NVIDIA GPU.
@@ -42,6 +44,9 @@ commands! {
     Info(info),
 }
 
+/// Beyond any machine's cores.
+const MAX_THREADS: usize = 4096;
+
 /// What every command that runs a model takes.
 #[derive(Args, Debug, Clone)]
 struct DeviceFlags {
@@ -59,14 +64,14 @@ struct DeviceFlags {
 impl DeviceFlags {
     fn open(&self) -> Result<crate::exec::Device> {
         if let Some(n) = self.threads {
-            if n == 0 {
-                return Err(Error::invalid("threads: want at least 1; got 0"));
+            if n == 0 || n > MAX_THREADS {
+                return Err(Error::invalid(format!("--threads: want 1 to {MAX_THREADS}; got {n}")));
             }
             // Fails only when the pool is running already, which it is not: this is the first thing a command does.
             rayon::ThreadPoolBuilder::new()
                 .num_threads(n)
                 .build_global()
-                .map_err(|e| Error::invalid(format!("threads: {e}")))?;
+                .map_err(|e| Error::invalid(format!("--threads {n}: {e}")))?;
         }
         crate::exec::Device::open(self.device.parse()?)
     }
@@ -86,6 +91,19 @@ pub fn main() -> ExitCode {
             ExitCode::from(e.exit_code())
         }
     }
+}
+
+/// Help for `--sampling-method`, from the list of samplers.
+fn sampler_help() -> String {
+    let names: Vec<&str> = crate::samplers::Method::ALL.iter().map(|m| m.name()).collect();
+    let names = names.join(", ");
+    format!("Sampler: {names}; also as in \"DPM++ 2M Karras\" or ddim_trailing [default: the checkpoint's]")
+}
+
+/// Checks, before any work, that a result can be written where it was asked for. A place that cannot take it is the
+/// request's fault.
+fn check_output(path: &Path) -> Result<()> {
+    atomic::check_target(path).map_err(|e| Error::invalid(e.to_string()))
 }
 
 /// Prints to standard output; a reader that closed the pipe ends the program quietly.

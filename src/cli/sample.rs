@@ -1,10 +1,10 @@
 //! `ldm sample`: pictures from a prompt.
 
 use super::progress::Progress;
-use super::{DeviceFlags, print};
+use super::{DeviceFlags, check_output, print};
 use crate::error::{Error, Result};
-use crate::io::{ModelFolder, atomic, png};
-use crate::pipeline::{Observer, Picture, Pipeline, Request};
+use crate::io::{ModelFolder, png};
+use crate::pipeline::{Blueprint, Init, Observer, Picture, Pipeline, Request};
 use crate::rng::fresh_seed;
 use crate::samplers::Choice;
 use clap::Args;
@@ -29,8 +29,7 @@ pub(super) struct Arguments {
     /// Steps of the sampler
     #[arg(long, default_value_t = 30, value_name = "N")]
     steps: usize,
-    /// Sampler: ddim, plms, euler, dpm++2m (also "DPM++ 2M Karras", ddim_trailing) [default: the checkpoint's]
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", help = super::sampler_help())]
     sampling_method: Option<Choice>,
     /// How strongly the prompt guides; 1 for not at all
     #[arg(long, alias = "guidance-scale", default_value_t = 7.5, value_name = "X")]
@@ -53,6 +52,12 @@ pub(super) struct Arguments {
     /// Text layer that is used, counted from the end: 1 the last, 2 the one before
     #[arg(long, default_value_t = 1, value_name = "N")]
     clip_skip: usize,
+    /// A picture to start from (PNG)
+    #[arg(short, long, value_name = "FILE")]
+    init_img: Option<PathBuf>,
+    /// How much of the initial picture is given up, 0 to 1
+    #[arg(long, default_value_t = 0.75, value_name = "X")]
+    strength: f64,
     /// Leave the settings out of the PNG
     #[arg(long)]
     disable_image_metadata: bool,
@@ -79,7 +84,17 @@ impl Arguments {
                 return Err(Error::invalid(format!("{name}: want at least 1; got 0")));
             }
         }
+        let init = match &self.init_img {
+            None => None,
+            Some(path) => {
+                finite("--strength", self.strength, 0.0, 1.0)?;
+                let picture = png::read_rgb8(path)?;
+                let (width, height, rgb) = (picture.width, picture.height, picture.pixels);
+                Some(Init { width, height, rgb, strength: self.strength })
+            }
+        };
         Ok(Request {
+            init,
             prompt: self.prompt.clone(),
             negative: self.negative_prompt.clone(),
             width: self.width,
@@ -98,15 +113,19 @@ impl Arguments {
 pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     let seed = u64::try_from(a.seed).unwrap_or_else(|_| fresh_seed());
     let request = a.request(seed)?;
-    // Before any work: can the result be written?
-    let files = names(&a.output, a.batch_size);
-    files.iter().try_for_each(atomic::check_target)?;
     let dtype = a.device.dtype()?;
     let device = a.device.open()?;
+    // Before any work: can the model do this, is there memory for it, and can the result be written?
+    let folder = ModelFolder::open(&a.model)?;
+    let blueprint = Blueprint::read(&folder)?;
+    blueprint.check_memory(&request, Pipeline::compute_type(&folder, &device, dtype)?, &device)?;
+    let method = blueprint.choose(&request)?.0;
+    check_output(&a.output)?;
+    let files = names(&a.output, a.batch_size);
+    files.iter().try_for_each(|f| check_output(f))?;
     let mut progress = Progress::new(a.quiet);
     progress.stage("loading")?;
-    let pipeline = Pipeline::open(&ModelFolder::open(&a.model)?, &device, dtype)?;
-    let method = pipeline.blueprint().choose(&request)?.0;
+    let pipeline = Pipeline::open(&folder, &device, dtype)?;
     progress.finish();
     if !a.quiet {
         eprintln!("{}; {}, seed {seed}", pipeline.describe(), method.label());
@@ -143,6 +162,9 @@ fn parameters(a: &Arguments, picture: &Picture, sampler: &str) -> String {
         "\nSteps: {}, Sampler: {sampler}, CFG scale: {}, Seed: {}, Size: {w}x{h}, Model: {model}",
         a.steps, a.cfg_scale, picture.seed
     );
+    if a.init_img.is_some() {
+        text += &format!(", Denoising strength: {}", a.strength);
+    }
     if a.clip_skip > 1 {
         text += &format!(", Clip skip: {}", a.clip_skip);
     }

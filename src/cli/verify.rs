@@ -1,8 +1,8 @@
 //! `ldm verify`: ours against tensors recorded from diffusers.
 
-use super::{DeviceFlags, print};
-use crate::error::Result;
-use crate::io::{ModelFolder, atomic};
+use super::{DeviceFlags, check_output, print};
+use crate::error::{Error, Result};
+use crate::io::ModelFolder;
 use crate::pipeline::verify::{Line, Options, Report, save, verify};
 use clap::Args;
 use serde_json::{Value, json};
@@ -33,7 +33,11 @@ pub(super) struct Arguments {
 
 pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     if let Some(path) = &a.save {
-        atomic::check_target(path)?;
+        check_output(path)?;
+    }
+    if !a.reference.is_file() {
+        let path = a.reference.display();
+        return Err(Error::invalid(format!("{path}: want a file of recorded tensors (--reference); there is none here")));
     }
     let options = Options { dtype: a.device.dtype()?, parts: a.part.clone() };
     let device = a.device.open()?;

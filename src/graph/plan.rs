@@ -6,6 +6,9 @@ use crate::error::{Error, Result};
 /// Alignment of every value in the arena, in bytes: a cache line on the CPU, and enough for any vector access.
 pub const ALIGN: usize = 256;
 
+/// A value above this, 256 TiB, fits into no memory. Refusing it keeps every sum of sizes below 2^64.
+const MAX_BYTES: usize = 1 << 48;
+
 /// A block that must be there from step `first` to step `last`, inclusive.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Life {
@@ -80,9 +83,13 @@ impl Plan {
     /// Plans a graph.
     ///
     /// # Errors
-    /// When a state is updated by a value that is not made in place of it.
+    /// When a value is larger than any memory, or a state is updated by a value that is not made in place of it.
     pub fn new(g: &Graph) -> Result<Plan> {
         let values = g.values();
+        if let Some(v) = values.iter().find(|v| v.spec.bytes() > MAX_BYTES) {
+            let spec = v.spec;
+            return Err(Error::invalid(format!("a value {spec} of the graph fits into no memory: ask for less")));
+        }
         let end = g.nodes().len();
         let uses = g.uses();
         // A block is a set of values that share memory; `block[v]` is its first value.

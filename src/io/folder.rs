@@ -32,13 +32,13 @@ impl ModelFolder {
     /// Reads `model_index.json`. Components that are null there do not count.
     ///
     /// # Errors
-    /// [`Error::File`] when the path is not such a folder, with what it is instead; [`Error::Config`] when the index
-    /// is not understood.
+    /// [`Error::Invalid`] when the path is not such a folder, with what it is instead; [`Error::File`] when the index
+    /// cannot be read, [`Error::Config`] when it is not understood.
     pub fn open(path: impl AsRef<Path>) -> Result<ModelFolder> {
         let path = path.as_ref();
         let file = path.join("model_index.json");
         if !file.is_file() {
-            return Err(Error::file(path, what_it_is(path)));
+            return Err(Error::invalid(format!("{}: {}", path.display(), what_it_is(path))));
         }
         let index = Config::read(&file)?;
         let class = index.str("_class_name")?.to_owned();

@@ -1,11 +1,11 @@
 //! The autoencoders, KL- and VQ-regularised: Rombach et al. 2022, section 3.1; diffusers `AutoencoderKL`, `VQModel`.
 
-use super::Model;
+use super::{MAX_LAYERS, MAX_LEVELS, Model};
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Layout, Var};
 use crate::io::Config;
 use crate::nn::{ResBlock, cast, conv3x3, downsample, group_norm, join, linear, self_attention, upsample};
-use crate::ops::{Act, Quantize};
+use crate::ops::{Act, Gaussian, Quantize};
 use crate::tensor::DType;
 
 /// Encoder and decoder, which both kinds share.
@@ -49,9 +49,12 @@ impl Codec {
     fn from_config(c: &Config, default_channels: usize) -> Result<Codec> {
         c.neutral("act_fn", &["silu", "swish"])?;
         let channels = c.usize_list("block_out_channels")?;
+        if channels.is_empty() || channels.len() > MAX_LEVELS || channels.contains(&0) {
+            return Err(c.error("block_out_channels", format!("1 to {MAX_LEVELS} levels of at least one channel")));
+        }
         for (key, block) in [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")] {
             let blocks = c.str_list(key)?;
-            if channels.is_empty() || blocks.len() != channels.len() || blocks.iter().any(|b| b != block) {
+            if blocks.len() != channels.len() || blocks.iter().any(|b| b != block) {
                 return Err(c.error(key, format!("{block} for each of block_out_channels {channels:?}")));
             }
         }
@@ -59,13 +62,21 @@ impl Codec {
         if groups == 0 || channels.iter().any(|c| c % groups != 0) {
             return Err(c.error("norm_num_groups", format!("a divisor of every one of {channels:?}")));
         }
+        let layers = c.usize_or("layers_per_block", 1)?;
+        if layers > MAX_LAYERS {
+            return Err(c.error("layers_per_block", format!("at most {MAX_LAYERS} layers in each level")));
+        }
+        let scaling_factor = c.f64_or("scaling_factor", 0.18215)?;
+        if !(scaling_factor > 0.0) {
+            return Err(c.error("scaling_factor", "a number above 0"));
+        }
         Ok(Codec {
             in_channels: c.usize_or("in_channels", 3)?,
             out_channels: c.usize_or("out_channels", 3)?,
             latent_channels: c.usize_or("latent_channels", default_channels)?,
             sample_size: c.usize_or("sample_size", 32)?,
-            scaling_factor: c.f64_or("scaling_factor", 0.18215)?,
-            layers: c.usize_or("layers_per_block", 1)?,
+            scaling_factor,
+            layers,
             mid_attention: c.bool_or("mid_block_add_attention", true)?,
             channels,
             groups,
@@ -213,6 +224,19 @@ impl AutoencoderKL {
     pub fn encode_graph(&self, [b, h, w]: [usize; 3], dtype: DType) -> Result<Graph> {
         let shape = [b, h, w, self.codec.in_channels];
         between(("image", "moments"), shape, dtype, |g, x| self.encode(g, x))
+    }
+
+    /// `image` (B,H,W,C) and `noise` (B,h,w,Z) to `latents` (B,h,w,Z), all f32: a draw, times the scaling factor.
+    ///
+    /// # Errors
+    /// As [`AutoencoderKL::encode`].
+    pub fn sample_graph(&self, [b, h, w]: [usize; 3], dtype: DType) -> Result<Graph> {
+        let (shape, f) = ([b, h, w, self.codec.in_channels], self.codec.factor());
+        between(("image", "latents"), shape, dtype, |g, x| {
+            let moments = self.encode(g, x)?;
+            let noise = g.input("noise", DType::F32, [b, h / f, w / f, self.codec.latent_channels]);
+            g.push("draw", Gaussian { scale: self.codec.scaling_factor as f32 }, &[moments, noise])
+        })
     }
 
     /// [`AutoencoderKL::decode`] from `latents` to `image`, f32.

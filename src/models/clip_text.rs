@@ -3,7 +3,7 @@
 //! Token and position embeddings, pre-norm transformer layers with causal attention, a last layer norm.
 //! transformers `CLIPTextModel`.
 
-use super::Model;
+use super::{MAX_LAYERS, Model};
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Layout, Var};
 use crate::io::Config;
@@ -71,6 +71,9 @@ impl Model for ClipText {
             eps: c.f64_or("layer_norm_eps", 1e-5)?,
             eos: c.usize_or("eos_token_id", 49407)?,
         };
+        if model.layers > MAX_LAYERS {
+            return Err(c.error("num_hidden_layers", format!("at most {MAX_LAYERS}")));
+        }
         if model.heads == 0 || model.hidden % model.heads != 0 {
             return Err(c.error("num_attention_heads", format!("a divisor of hidden_size {}", model.hidden)));
         }

@@ -19,7 +19,7 @@ impl Inventory {
 
     /// Number of parameters.
     pub fn parameters(&self) -> usize {
-        self.0.values().map(|(s, _)| s.shape.numel()).sum()
+        self.0.values().fold(0, |n, (s, _)| n.saturating_add(s.shape.numel()))
     }
 
     /// Number of tensors.
@@ -29,7 +29,7 @@ impl Inventory {
 
     /// Bytes in the type of the graphs.
     pub fn bytes(&self) -> usize {
-        self.0.values().map(|(s, _)| s.bytes()).sum()
+        self.0.values().fold(0, |n, (s, _)| n.saturating_add(s.bytes()))
     }
 }
 

@@ -9,6 +9,11 @@ use crate::graph::Graph;
 use crate::io::Config;
 use crate::tensor::DType;
 
+/// Most resolutions of a model: beyond any that exists, and their factor 2^15 still a handy number.
+const MAX_LEVELS: usize = 16;
+/// Most layers of one kind in a row: beyond any model, and a graph of them is still built in no time.
+const MAX_LAYERS: usize = 256;
+
 /// What every model offers.
 pub trait Model: Sized {
     /// The class that configurations name it by.

@@ -3,7 +3,7 @@
 //! Residual blocks with a time embedding, spatial transformers that attend to the context, and skip connections from
 //! every block of the way down to the way up.
 
-use super::Model;
+use super::{MAX_LAYERS, MAX_LEVELS, Model};
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Var};
 use crate::io::Config;
@@ -153,8 +153,8 @@ impl Model for UNet2DCondition {
         only_neutral(c)?;
         let channels = c.usize_list("block_out_channels")?;
         let n = channels.len();
-        if n == 0 {
-            return Err(c.error("block_out_channels", "at least one level"));
+        if n == 0 || n > MAX_LEVELS || channels.contains(&0) {
+            return Err(c.error("block_out_channels", format!("1 to {MAX_LEVELS} levels of at least one channel")));
         }
         let down = attention(c, "down_block_types", n, "DownBlock2D", "CrossAttnDownBlock2D")?;
         let up = attention(c, "up_block_types", n, "UpBlock2D", "CrossAttnUpBlock2D")?;
@@ -171,8 +171,11 @@ impl Model for UNet2DCondition {
             if heads[i] == 0 || channels[i] % heads[i] != 0 {
                 return Err(c.error(key, format!("divisors of {channels:?}")));
             }
-            if layers[i] == 0 {
-                return Err(c.error("layers_per_block", "at least one layer in each level"));
+            if layers[i] == 0 || layers[i] > MAX_LAYERS {
+                return Err(c.error("layers_per_block", format!("1 to {MAX_LAYERS} layers in each level")));
+            }
+            if depth[i] > MAX_LAYERS {
+                return Err(c.error("transformer_layers_per_block", format!("at most {MAX_LAYERS}")));
             }
         }
         let level = |i: usize| Level {

@@ -144,8 +144,10 @@ impl Operation for Attention {
 
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
         let Sizes { b, t, s, d } = self.sizes(x[0].shape, x[1].shape);
-        let pairs = b * self.heads * if self.causal { t * s - t * (t.max(1) - 1) / 2 } else { t * s };
-        Cost::streaming(4 * pairs * d, x, y)
+        // In f64: the product of two counts of pixels outgrows an integer long before a picture outgrows memory.
+        let [b, t, s, d, heads] = [b, t, s, d, self.heads].map(|n| n as f64);
+        let pairs = b * heads * if self.causal { t * s - t * (t.max(1.0) - 1.0) / 2.0 } else { t * s };
+        Cost::streaming((4.0 * pairs * d) as usize, x, y)
     }
 
     fn variant(&self, x: &[Spec]) -> &'static str {

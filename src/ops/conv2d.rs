@@ -217,7 +217,7 @@ impl Operation for Conv2d {
 
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
         let k: usize = x[1].shape[1..].iter().product();
-        Cost::streaming(2 * y[0].shape.numel() * k, x, y)
+        Cost::streaming(y[0].shape.numel().saturating_mul(2 * k), x, y)
     }
 
     fn cases() -> Vec<Case> {
@@ -334,7 +334,7 @@ impl Operation for Linear {
     }
 
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
-        Cost::streaming(2 * y[0].shape.numel() * x[0].shape.last(), x, y)
+        Cost::streaming(y[0].shape.numel().saturating_mul(2 * x[0].shape.last()), x, y)
     }
 
     fn cases() -> Vec<Case> {

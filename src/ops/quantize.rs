@@ -92,7 +92,7 @@ impl Operation for Quantize {
     }
 
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
-        Cost::streaming(3 * x[0].shape.rows() * x[1].shape.numel(), x, y)
+        Cost::streaming(x[0].shape.rows().saturating_mul(3 * x[1].shape.numel()), x, y)
     }
 
     fn cases() -> Vec<Case> {

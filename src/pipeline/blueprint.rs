@@ -3,7 +3,7 @@
 use super::Request;
 use crate::diffusion::{Settings, evaluation_graph};
 use crate::error::{Error, Result};
-use crate::exec::{Graph, Program};
+use crate::exec::{Device, Graph, Program, human_bytes};
 use crate::io::ModelFolder;
 use crate::models::{AutoencoderKL, ClipText, Codec, Model, UNet2DCondition, VQModel};
 use crate::samplers::{Method, ScheduleConfig};
@@ -70,10 +70,15 @@ pub(super) fn model<M: Model>(folder: &ModelFolder, name: &str) -> Result<M> {
     M::from_config(&folder.config(name)?)
 }
 
+/// Longest side of a picture, in pixels. Far beyond what fits into memory today; below it, sizes can be counted.
+const MAX_SIDE: usize = 1 << 17;
+/// Most pictures that are made together; as [`MAX_SIDE`].
+const MAX_BATCH: usize = 1 << 16;
+
 /// What a picture of some size costs.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Estimate {
-    /// Bytes of the arena of one evaluation of the UNet.
+    /// Bytes of the arena of one evaluation of the UNet, and of the sampler's states.
     pub unet_arena: usize,
     /// Bytes of the arena of the decoder, for one picture.
     pub decoder_arena: usize,
@@ -149,9 +154,21 @@ impl Blueprint {
     /// [`Error::Invalid`] that names the nearest size that works.
     pub fn size(&self, r: &Request) -> Result<(usize, usize)> {
         let f = self.vae.codec().factor();
-        let native = self.unet.sample_size * f;
-        let (width, height) = (r.width.unwrap_or(native), r.height.unwrap_or(native));
+        let native = self.unet.sample_size.saturating_mul(f);
+        let init = r.init.as_ref().map(|i| (i.width, i.height));
+        let (width, height) = (
+            r.width.unwrap_or(init.map_or(native, |i| i.0)),
+            r.height.unwrap_or(init.map_or(native, |i| i.1)),
+        );
+        if let Some((w, h)) = init.filter(|&i| i != (width, height)) {
+            return Err(Error::invalid(format!(
+                "size {width}x{height}: the initial picture is {w}x{h}; resize it, or leave out the size"
+            )));
+        }
         let m = f * self.unet.multiple();
+        if width.max(height) > MAX_SIDE {
+            return Err(Error::invalid(format!("size {width}x{height}: want at most {MAX_SIDE} pixels on a side")));
+        }
         if width == 0 || height == 0 || width % m != 0 || height % m != 0 {
             let near = |n: usize| ((n + m / 2) / m).max(1) * m;
             return Err(Error::invalid(format!(
@@ -161,6 +178,48 @@ impl Blueprint {
             )));
         }
         Ok((width, height))
+    }
+
+    /// Checks what can be known of a request before any weight is read: numbers, size, sampler and its steps.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] that names the value and what would do.
+    pub fn check(&self, r: &Request) -> Result<()> {
+        if r.batch == 0 || r.batch > MAX_BATCH {
+            return Err(Error::invalid(format!("batch size: want 1 to {MAX_BATCH}; got {}", r.batch)));
+        }
+        if !r.cfg_scale.is_finite() {
+            return Err(Error::invalid(format!("guidance: want a finite number; got {}", r.cfg_scale)));
+        }
+        if r.clip_skip > self.text.layers {
+            let (most, got) = (self.text.layers + 1, r.clip_skip.saturating_add(1));
+            return Err(Error::invalid(format!("clip skip: want 1 to {most}, by the text encoder's layers; got {got}")));
+        }
+        self.size(r)?;
+        let (method, schedule) = self.choose(r)?;
+        method.ladder(&schedule, r.steps, 0).map(|_| ())
+    }
+
+    /// Checks that the memory for a request's values is there, weights not counted.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] with the bytes that are needed and those that are there.
+    pub fn check_memory(&self, r: &Request, dtype: DType, device: &Device) -> Result<()> {
+        let e = self.estimate(r, dtype)?;
+        let (need, part) = (e.unet_arena, "sampling").max((e.decoder_arena, "decoding"));
+        match device.available() {
+            Some(have) if need > have => {
+                let (width, height) = self.size(r)?;
+                Err(Error::invalid(format!(
+                    "{part} {width}x{height}, batch size {}, in {dtype} needs {need} bytes ({}) beside the weights; \
+                     {have} ({}) are free: try a smaller size or batch",
+                    r.batch,
+                    human_bytes(need),
+                    human_bytes(have)
+                )))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Height and width of a request's latents.
@@ -195,6 +254,7 @@ impl Blueprint {
     }
 
     fn evaluation(&self, r: &Request, dtype: DType) -> Result<(Graph, usize, Settings)> {
+        self.check(r)?;
         let size = self.latent_size(r)?;
         let (method, schedule) = self.choose(r)?;
         let table = method.table(&method.ladder(&schedule, r.steps, 0)?)?;
@@ -211,8 +271,9 @@ impl Blueprint {
         let (unet, evaluations, s) = self.evaluation(r, dtype)?;
         let [h, w] = s.size;
         let decoder = self.vae.decode_graph([1, h, w], dtype)?;
+        let plan = Program::measure(&unet)?;
         Ok(Estimate {
-            unet_arena: Program::measure(&unet)?.arena,
+            unet_arena: plan.arena + plan.states,
             decoder_arena: Program::measure(&decoder)?.arena,
             unet_flops: unet.total_cost().flops,
             decoder_flops: decoder.total_cost().flops,

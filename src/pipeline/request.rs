@@ -28,6 +28,21 @@ pub struct Request {
     pub clip_skip: usize,
     /// Share of fresh noise in DDIM's steps.
     pub eta: f64,
+    /// A picture to start from.
+    pub init: Option<Init>,
+}
+
+/// A picture to start from (img2img).
+#[derive(Clone, PartialEq, Debug)]
+pub struct Init {
+    /// Pixels.
+    pub width: usize,
+    /// Pixels.
+    pub height: usize,
+    /// Rows of RGB bytes.
+    pub rgb: Vec<u8>,
+    /// How much of it is given up, 0 to 1: this share of the steps runs.
+    pub strength: f64,
 }
 
 impl Default for Request {
@@ -44,6 +59,7 @@ impl Default for Request {
             batch: 1,
             clip_skip: 0,
             eta: 0.0,
+            init: None,
         }
     }
 }

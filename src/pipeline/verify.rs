@@ -12,6 +12,7 @@ use crate::diffusion::{Sampling, Settings};
 use crate::error::{Error, Result};
 use crate::exec::{Device, Graph, Program, Weights};
 use crate::io::{Checkpoint, ModelFolder, weights};
+use crate::models::UNet2DCondition;
 use crate::samplers::{Method, skipped};
 use crate::tensor::{DType, HostTensor};
 use serde_json::Value;
@@ -115,8 +116,32 @@ impl Session<'_> {
         self.reference.read(name, DType::F32)
     }
 
+    /// The axes of a stored tensor: of this number, none of them empty, and such as the model takes.
+    fn axes<const N: usize>(&self, name: &str, want: &str, fits: impl Fn([usize; N]) -> bool) -> Result<[usize; N]> {
+        let entry = self.reference.entry(name);
+        let axes = entry.and_then(|e| <[usize; N]>::try_from(&e.shape[..]).ok());
+        if let Some(axes) = axes.filter(|axes| !axes.contains(&0) && fits(*axes)) {
+            return Ok(axes);
+        }
+        let got = entry.map_or("no such tensor".into(), |e| format!("{:?}", e.shape));
+        Err(Error::Tensor {
+            file: self.reference.path().into(),
+            name: name.into(),
+            want: want.into(),
+            got: format!("{got}; was the file recorded from this checkpoint?"),
+        })
+    }
+
+    /// A stored picture or latent (B,C,H,W) as (B,H,W,C), with `c` channels and sides that are multiples of `m`.
+    fn picture(&self, name: &str, c: usize, m: usize) -> Result<HostTensor> {
+        let want = format!("(B,{c},H,W), H and W multiples of {m}");
+        self.axes(name, &want, |[_, channels, h, w]| channels == c && h % m == 0 && w % m == 0)?;
+        self.read_nhwc(name)
+    }
+
     /// A stored picture or latent as (B,H,W,C).
     fn read_nhwc(&self, name: &str) -> Result<HostTensor> {
+        self.axes::<4>(name, "(B,C,H,W)", |_| true)?;
         self.read(name)?.permute(&[0, 2, 3, 1])
     }
 
@@ -215,8 +240,9 @@ impl Session<'_> {
 
     fn text(&mut self) -> Result<()> {
         let (text, weights) = self.load::<crate::models::ClipText>("text_encoder")?;
+        let want = format!("(B,T), T at most {}", text.positions);
+        let [rows, tokens] = self.axes("text.ids", &want, |[_, t]| t <= text.positions)?;
         let ids = self.read_ids("text.ids")?;
-        let [rows, tokens] = *ids.shape() else { return Err(Error::invalid("text.ids: want two axes")) };
         let graph = text.states_graph(rows, tokens, self.dtype)?;
         let program = self.run(graph, &weights, &[("ids", &ids)])?;
         for i in 0.. {
@@ -241,11 +267,14 @@ impl Session<'_> {
     }
 
     fn unet(&mut self) -> Result<()> {
-        let (unet, weights) = self.load::<crate::models::UNet2DCondition>("unet")?;
-        let (x, t, context) =
-            (self.read_nhwc("unet.sample")?, self.read("unet.timestep")?, self.read("unet.context")?);
-        let [b, h, w, _] = *x.shape() else { return Err(Error::invalid("unet.sample: want four axes")) };
-        let graph = unet.graph([b, h, w], context.shape()[1], self.dtype)?;
+        let (unet, weights) = self.load::<UNet2DCondition>("unet")?;
+        let x = self.picture("unet.sample", unet.in_channels, unet.multiple())?;
+        let [b, h, w] = size(&x)?;
+        self.axes("unet.timestep", "(1)", |[n]| n == 1)?;
+        let want = format!("({b},S,{})", unet.context);
+        let [_, tokens, _] = self.axes("unet.context", &want, |[n, _, e]| n == b && e == unet.context)?;
+        let (t, context) = (self.read("unet.timestep")?, self.read("unet.context")?);
+        let graph = unet.graph([b, h, w], tokens, self.dtype)?;
         let inputs = [("sample", &x), ("timestep", &t), ("context", &context)];
         let out = self.run(graph, &weights, &inputs)?.read("out")?;
         self.compare_nhwc("unet.out", &out, None)
@@ -253,7 +282,7 @@ impl Session<'_> {
 
     fn kl(&mut self) -> Result<()> {
         let (vae, weights) = self.load::<crate::models::AutoencoderKL>(vae_name(self.folder))?;
-        let image = self.read_nhwc("vae.image")?;
+        let image = self.picture("vae.image", vae.codec.in_channels, vae.codec.factor())?;
         let moments = self.run(
             vae.encode_graph(size(&image)?, self.dtype)?,
             &weights,
@@ -261,7 +290,7 @@ impl Session<'_> {
         )?;
         self.compare_nhwc("vae.moments", &moments.read("moments")?, None)?;
         drop(moments);
-        let z = self.read_nhwc("vae.latents")?;
+        let z = self.picture("vae.latents", vae.codec.latent_channels, 1)?;
         let graph = vae.decode_graph(size(&z)?, self.dtype)?;
         let decoded = self.run(graph, &weights, &[("latents", &z)])?.read("image")?;
         self.compare_nhwc("vae.decoded", &decoded, Some(2.0))
@@ -269,17 +298,17 @@ impl Session<'_> {
 
     fn vq(&mut self) -> Result<()> {
         let (vq, weights) = self.load::<crate::models::VQModel>(vae_name(self.folder))?;
-        let image = self.read_nhwc("vq.image")?;
+        let image = self.picture("vq.image", vq.codec.in_channels, vq.codec.factor())?;
         let graph = vq.encode_graph(size(&image)?, self.dtype)?;
         let z = self.run(graph, &weights, &[("image", &image)])?.read("latents")?;
         self.compare_nhwc("vq.latents", &z, None)?;
 
-        let z = self.read_nhwc("vq.latents")?;
+        let z = self.picture("vq.latents", vq.code_width, 1)?;
         let graph = vq.quantize_graph(size(&z)?, self.dtype)?;
         let program = self.run(graph, &weights, &[("latents", &z)])?;
         self.codes(&z, &program.read("codes")?, &program.read("quantized")?)?;
 
-        let z = self.read_nhwc("vq.decode_in")?;
+        let z = self.picture("vq.decode_in", vq.code_width, 1)?;
         let graph = vq.decode_graph(size(&z)?, self.dtype)?;
         let decoded = self.run(graph, &weights, &[("latents", &z)])?.read("image")?;
         self.compare_nhwc("vq.decoded", &decoded, Some(2.0))
@@ -288,11 +317,15 @@ impl Session<'_> {
     /// Codes must agree, but where the second nearest is as near as the type can tell: the margin between the squared
     /// distances is then below 16 · eps · (|z| + |e|)². The quantised vectors are compared where the codes agree.
     fn codes(&mut self, z: &HostTensor, codes: &HostTensor, quantized: &HostTensor) -> Result<()> {
+        let [b, h, w, c] = *quantized.shape() else { return Err(Error::invalid("codes without four axes")) };
+        for name in ["vq.indices", "vq.margin"] {
+            self.axes(name, &format!("({b},{h},{w})"), |axes| axes == [b, h, w])?;
+        }
+        self.axes("vq.quantized", &format!("({b},{c},{h},{w})"), |axes| axes == [b, c, h, w])?;
         let theirs = self.read_ids("vq.indices")?;
         let margin = self.read("vq.margin")?.to_f64();
         let book = quantized.to_f64();
         let (ours, theirs, z) = (codes.to_f64(), theirs.to_f64(), z.to_f64());
-        let c = quantized.shape().last();
         let norm = |v: &[f64]| v.iter().map(|v| v * v).sum::<f64>().sqrt();
         let allowed = |i: usize| {
             let reach = norm(&z[i * c..][..c]) + norm(&book[i * c..][..c]);
@@ -354,8 +387,8 @@ impl Session<'_> {
         let ladder = method.ladder(&schedule, steps, skip)?;
 
         let pipeline = Pipeline::open(self.folder, self.device, Some(self.dtype))?;
-        let start = self.read_nhwc("initial_latents")?;
-        let [batch, h, w, _] = *start.shape() else { return Err(Error::invalid("initial_latents: want four axes")) };
+        let start = self.picture("initial_latents", pipeline.blueprint.unet.out_channels, pipeline.blueprint.unet.multiple())?;
+        let [batch, h, w] = size(&start)?;
         let context = self.context(&pipeline, batch, guidance > 1.0)?;
         self.compare("context", context.clone(), None)?;
 
@@ -368,7 +401,7 @@ impl Session<'_> {
         }
         run.set_context(&context)?;
         if run.program().has("condition") {
-            run.set_condition(&self.condition(batch)?)?;
+            run.set_condition(&self.condition(unet)?)?;
         }
         run.start(&start)?;
         self.timesteps(&run)?;
@@ -395,19 +428,22 @@ impl Session<'_> {
     fn context(&self, pipeline: &Pipeline, batch: usize, guided: bool) -> Result<HostTensor> {
         let mut ids = Vec::new();
         let names: &[&str] = if guided { &["negative_ids", "prompt_ids"] } else { &["prompt_ids"] };
+        let (positions, mut tokens) = (pipeline.blueprint.text.positions, 0);
         for name in names {
+            let want = format!("(1,T), T at most {positions}, of all prompts the same");
+            let fits = |[rows, t]: [usize; 2]| rows == 1 && t <= positions && [0, t].contains(&tokens);
+            [_, tokens] = self.axes(name, &want, fits)?;
             ids.extend(self.read_ids(name)?.to_f64().into_iter().map(|v| v as i32));
         }
         repeat(&pipeline.encode_text(&ids, names.len(), 0)?, batch)
     }
 
     /// Mask and masked image, which follow the latents among the channels of the first input.
-    fn condition(&self, batch: usize) -> Result<HostTensor> {
-        let input = self.read_nhwc("unet_input_000")?;
+    fn condition(&self, unet: &UNet2DCondition) -> Result<HostTensor> {
+        let input = self.picture("unet_input_000", unet.in_channels, unet.multiple())?;
         let [rows, h, w, c] = *input.shape() else { return Err(Error::invalid("unet_input_000: want four axes")) };
-        let latent = self.reference.entry("initial_latents").map_or(4, |e| e.shape[1]);
+        let latent = unet.out_channels;
         let data: Vec<f32> = input.to_f32().chunks(c).flat_map(|p| p[latent..].to_vec()).collect();
-        debug_assert!(rows % batch == 0);
         HostTensor::f32([rows, h, w, c - latent], data)
     }
 

@@ -141,7 +141,7 @@ impl ScheduleConfig {
     pub fn from_json(json: &Value, file: &Path) -> Result<ScheduleConfig> {
         let read = Reader { json, file };
         if !json.is_object() {
-            return Err(read.wrong("(file)", "a JSON object", json));
+            return Err(Error::file(file, format!("want a JSON object {{…}}; got {json}")));
         }
         let betas = [
             ("linear", BetaSchedule::Linear),
@@ -152,8 +152,11 @@ impl ScheduleConfig {
         let spacings =
             [("leading", Spacing::Leading), ("trailing", Spacing::Trailing), ("linspace", Spacing::Linspace)];
         let finals = [("zero", FinalSigmas::Zero), ("sigma_min", FinalSigmas::SigmaMin)];
+        let train_steps = read.read("num_train_timesteps", "a whole number from 1 to 1000000", |v| {
+            v.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=1_000_000).contains(n))
+        })?;
         Ok(ScheduleConfig {
-            train_steps: read.integer("num_train_timesteps")?.unwrap_or(1000).max(0) as usize,
+            train_steps: train_steps.unwrap_or(1000),
             beta_start: read.number("beta_start")?.unwrap_or(0.0001),
             beta_end: read.number("beta_end")?.unwrap_or(0.02),
             betas: read.word("beta_schedule", &betas)?.unwrap_or(BetaSchedule::Linear),

@@ -6,9 +6,13 @@
 //! [`LDA`] floats. A tile adds its K block to C, and after the last one the block of C gets its epilogue while it is
 //! in cache. Threads share M and N, never K.
 
+mod rows;
+
+pub use rows::{Conv, ConvShape, Dense, DenseT, Rows};
+
 use super::math::{Act, activate_in_place_with};
 use super::scratch::{scratch, scratch_line};
-use super::simd::{Block, Grid, Isa, KC, Kernel, LDA, MAX_MR, MAX_NR, Simd, tile, transpose};
+use super::simd::{Block, Grid, Isa, KC, Kernel, LDA, MAX_MR, MAX_NR, Panel, Simd, tile, transpose};
 use rayon::prelude::*;
 
 /// Up to this many rows A is packed whole and tasks own columns; above it W is packed whole and tasks own rows.
@@ -17,199 +21,6 @@ const FEW_ROWS: usize = 256;
 const ROWS: usize = 168;
 /// Columns of one task, about.
 const COLS: usize = 320;
-
-/// The left operand: a matrix (M,K) that can copy parts of its rows.
-pub trait Rows: Sync {
-    /// Number of rows, M.
-    fn m(&self) -> usize;
-    /// Length of a row, K.
-    fn k(&self) -> usize;
-    /// out\[r·ld + j\] = A\[m0 + r, k0 + j\] for r < rows, j < kc.
-    fn pack(&self, m0: usize, rows: usize, k0: usize, kc: usize, out: &mut [f32], ld: usize);
-}
-
-/// Rows in memory: A\[m, k\] = data\[m·ld + k\].
-#[derive(Clone, Copy)]
-pub struct Dense<'a> {
-    /// The matrix.
-    pub data: &'a [f32],
-    /// Rows.
-    pub m: usize,
-    /// Columns.
-    pub k: usize,
-    /// Floats from one row to the next.
-    pub ld: usize,
-}
-
-impl<'a> Dense<'a> {
-    /// A contiguous matrix (m, k).
-    pub fn new(data: &'a [f32], m: usize, k: usize) -> Dense<'a> {
-        assert_eq!(data.len(), m * k, "Dense: length of a ({m}, {k}) matrix");
-        Dense { data, m, k, ld: k }
-    }
-}
-
-impl Rows for Dense<'_> {
-    fn m(&self) -> usize {
-        self.m
-    }
-    fn k(&self) -> usize {
-        self.k
-    }
-    fn pack(&self, m0: usize, rows: usize, k0: usize, kc: usize, out: &mut [f32], ld: usize) {
-        for r in 0..rows {
-            let from = (m0 + r) * self.ld + k0;
-            out[r * ld..r * ld + kc].copy_from_slice(&self.data[from..from + kc]);
-        }
-    }
-}
-
-/// A transposed matrix in memory: A\[m, k\] = data\[k·ld + m\].
-#[derive(Clone, Copy)]
-pub struct DenseT<'a> {
-    /// The matrix (K,M).
-    pub data: &'a [f32],
-    /// Rows of A.
-    pub m: usize,
-    /// Columns of A.
-    pub k: usize,
-    /// Floats from one k to the next.
-    pub ld: usize,
-}
-
-impl<'a> DenseT<'a> {
-    /// The transpose of a contiguous matrix (k, m).
-    pub fn new(data: &'a [f32], m: usize, k: usize) -> DenseT<'a> {
-        assert_eq!(data.len(), m * k, "DenseT: length of a ({k}, {m}) matrix");
-        DenseT { data, m, k, ld: m }
-    }
-}
-
-impl Rows for DenseT<'_> {
-    fn m(&self) -> usize {
-        self.m
-    }
-    fn k(&self) -> usize {
-        self.k
-    }
-    fn pack(&self, m0: usize, rows: usize, k0: usize, kc: usize, out: &mut [f32], ld: usize) {
-        // Eight k at a time: a line of the target is written in runs, a row of the source read as one.
-        for k in (0..kc).step_by(8) {
-            let src = &self.data[(k0 + k) * self.ld + m0..];
-            for r in 0..rows {
-                for j in 0..8.min(kc - k) {
-                    out[r * ld + k + j] = src[j * self.ld + r];
-                }
-            }
-        }
-    }
-}
-
-/// The geometry of a 2-D convolution over (B,H,W,C) with weights (O,KH,KW,I).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ConvShape {
-    /// Batch.
-    pub b: usize,
-    /// Height in memory.
-    pub h: usize,
-    /// Width in memory.
-    pub w: usize,
-    /// Input channels.
-    pub c: usize,
-    /// Kernel height.
-    pub kh: usize,
-    /// Kernel width.
-    pub kw: usize,
-    /// Step of the output, both ways.
-    pub stride: usize,
-    /// Rows of zeros above. Those below follow from `out_h`.
-    pub pad_top: usize,
-    /// Columns of zeros to the left. Those to the right follow from `out_w`.
-    pub pad_left: usize,
-    /// Output height.
-    pub out_h: usize,
-    /// Output width.
-    pub out_w: usize,
-    /// The convolution sees x doubled both ways by nearest neighbour, without the doubled x being made.
-    pub upsample: bool,
-}
-
-/// A convolution's input as a matrix: row m = (b·H' + oh)·W' + ow, column k = (kh·KW + kw)·C + c.
-#[derive(Clone, Copy)]
-pub struct Conv<'a> {
-    /// (B,H,W,C)
-    pub x: &'a [f32],
-    /// See [`ConvShape`].
-    pub shape: ConvShape,
-}
-
-impl Rows for Conv<'_> {
-    fn m(&self) -> usize {
-        self.shape.b * self.shape.out_h * self.shape.out_w
-    }
-    fn k(&self) -> usize {
-        self.shape.kh * self.shape.kw * self.shape.c
-    }
-    fn pack(&self, m0: usize, rows: usize, k0: usize, kc: usize, out: &mut [f32], ld: usize) {
-        let p = &self.shape;
-        for r in 0..rows {
-            let m = m0 + r;
-            let (b, oh, ow) = (m / (p.out_w * p.out_h), m / p.out_w % p.out_h, m % p.out_w);
-            let line = &mut out[r * ld..r * ld + kc];
-            // One kernel row after the other; each is a run of KW · C floats, of which the block may want a part.
-            let run = p.kw * p.c;
-            let mut k = k0;
-            while k < k0 + kc {
-                let (kh, from) = (k / run, k % run);
-                let to = run.min(from + (k0 + kc - k));
-                let part = &mut line[k - k0..k - k0 + (to - from)];
-                self.pack_run(b, (oh * p.stride + kh).wrapping_sub(p.pad_top), ow, from, part);
-                k += to - from;
-            }
-        }
-    }
-}
-
-impl Conv<'_> {
-    /// Floats `from..` of the kernel row that lies on input row `ih` (outside: zeros) at output column `ow`.
-    #[inline]
-    fn pack_run(&self, b: usize, ih: usize, ow: usize, from: usize, out: &mut [f32]) {
-        let p = &self.shape;
-        let (h, w, shift) = if p.upsample { (2 * p.h, 2 * p.w, 1) } else { (p.h, p.w, 0) };
-        if ih >= h {
-            return out.fill(0.0);
-        }
-        let row = (b * p.h + (ih >> shift)) * p.w * p.c;
-        let left = ow * p.stride;
-        if p.upsample {
-            let mut done = 0;
-            while done < out.len() {
-                let (kw, c) = ((from + done) / p.c, (from + done) % p.c);
-                let len = (p.c - c).min(out.len() - done);
-                let iw = (left + kw).wrapping_sub(p.pad_left);
-                let part = &mut out[done..done + len];
-                if iw >= w {
-                    part.fill(0.0);
-                } else {
-                    let start = row + (iw >> shift) * p.c + c;
-                    part.copy_from_slice(&self.x[start..start + len]);
-                }
-                done += len;
-            }
-            return;
-        }
-        // Memory is contiguous along (kw, c): zeros to the left, one copy, zeros to the right.
-        let zeros = (p.pad_left.saturating_sub(left) * p.c).clamp(from, from + out.len()) - from;
-        let end = ((w + p.pad_left).saturating_sub(left) * p.c).clamp(from, from + out.len()) - from;
-        let end = end.max(zeros);
-        out[..zeros].fill(0.0);
-        if end > zeros {
-            let start = row + left * p.c + from + zeros - p.pad_left * p.c;
-            out[zeros..end].copy_from_slice(&self.x[start..start + end - zeros]);
-        }
-        out[end..].fill(0.0);
-    }
-}
 
 /// How a matrix (N,K) lies in panels: K blocks one after the other, in each the panels of `nr` columns (the last may
 /// be half as wide), in each k after k one line of columns. Padded columns are zero.
@@ -265,6 +76,16 @@ impl Panels {
         let (k0, kc) = self.block(block);
         let start = k0 * self.padded() + panel * self.isa.nr() * kc;
         start..start + self.width(panel) * kc
+    }
+
+    /// One panel of one K block of `packed`, which holds them all.
+    pub(super) fn view<'a>(&self, packed: &'a [f32], block: usize, panel: usize) -> Panel<'a> {
+        self.alone(&packed[self.range(block, panel)], block, panel)
+    }
+
+    /// The panel that was packed alone into `data`.
+    fn alone<'a>(&self, data: &'a [f32], block: usize, panel: usize) -> Panel<'a> {
+        Panel { isa: self.isa, data, width: self.width(panel), kc: self.block(block).1 }
     }
 
     /// Packs one panel of one K block from rows (N,K) or, `transposed`, (K,N), with `ld` floats between rows.
@@ -434,29 +255,20 @@ impl Kernel for AddTwo<'_> {
 
 /// C block (+)= A lines (rows × kc, row stride LDA) · one packed panel, whose first column is column c0 of the block.
 /// Rows are dealt evenly, so that no tile is left with one or two.
-pub(super) fn multiply(
-    isa: Isa,
-    a: &[f32],
-    panel: &[f32],
-    width: usize,
-    kc: usize,
-    c: &mut Block,
-    c0: usize,
-    add: bool,
-) {
-    let rows = c.rows();
-    let tiles = rows.div_ceil(isa.mr());
+pub(super) fn multiply(a: &[f32], panel: &Panel, c: &mut Block, c0: usize, add: bool) {
+    let (rows, width) = (c.rows(), panel.width);
+    let tiles = rows.div_ceil(panel.isa.mr());
     let cols = width.min(c.cols() - c0);
     for t in 0..tiles {
         let (r0, r1) = (rows * t / tiles, rows * (t + 1) / tiles);
         if cols == width {
-            tile(isa, r1 - r0, &a[r0 * LDA..], panel, width, kc, c, (r0, c0), add);
+            tile(r1 - r0, &a[r0 * LDA..], panel, c, (r0, c0), add);
             continue;
         }
         // The last panel is wider than what is left of C: through a buffer.
         let mut edge = [0.0; MAX_MR * MAX_NR];
         let mut block = Block::new(&mut edge, MAX_NR, r1 - r0, width);
-        tile(isa, r1 - r0, &a[r0 * LDA..], panel, width, kc, &mut block, (0, 0), false);
+        tile(r1 - r0, &a[r0 * LDA..], panel, &mut block, (0, 0), false);
         for r in r0..r1 {
             let (sum, y) = (&block.row(r - r0)[..cols], &mut c.row(r)[c0..c0 + cols]);
             if add {
@@ -512,7 +324,7 @@ fn many_rows(panels: Panels, a: &impl Rows, packed: &[f32], epilogue: &Epilogue,
     let mb = m.div_ceil(m.div_ceil(ROWS));
     let nb = n.div_ceil(n.div_ceil(COLS)).next_multiple_of(isa.nr());
     let grid = Grid::new(out, m, n, mb, nb);
-    (0..grid.len()).into_par_iter().with_max_len(1).for_each(|task| {
+    (0..grid.count()).into_par_iter().with_max_len(1).for_each(|task| {
         let (m0, n0, mut c) = grid.take(task);
         let first = n0 / isa.nr();
         let last = (n0 + c.cols()).div_ceil(isa.nr());
@@ -521,17 +333,8 @@ fn many_rows(panels: Panels, a: &impl Rows, packed: &[f32], epilogue: &Epilogue,
                 let (k0, kc) = panels.block(block);
                 a.pack(m0, c.rows(), k0, kc, lines, LDA);
                 for panel in first..last {
-                    let b = &packed[panels.range(block, panel)];
-                    multiply(
-                        isa,
-                        lines,
-                        b,
-                        panels.width(panel),
-                        kc,
-                        &mut c,
-                        panel * isa.nr() - n0,
-                        block > 0,
-                    );
+                    let b = panels.view(packed, block, panel);
+                    multiply(lines, &b, &mut c, panel * isa.nr() - n0, block > 0);
                 }
             }
         });
@@ -549,24 +352,22 @@ fn few_rows(panels: Panels, a: &impl Rows, w: Weights, epilogue: &Epilogue, out:
         });
         let lines = &*lines;
         let grid = Grid::new(out, m, n, m, isa.nr());
-        (0..grid.len()).into_par_iter().with_max_len(1).for_each(|panel| {
+        (0..grid.count()).into_par_iter().with_max_len(1).for_each(|panel| {
             let (_, n0, mut c) = grid.take(panel);
-            let width = panels.width(panel);
             scratch(KC * MAX_NR, |buffer| {
                 for block in 0..panels.blocks() {
-                    let kc = panels.block(block).1;
                     let b = match w {
-                        Weights::Packed(w) => &w.data()[panels.range(block, panel)],
+                        Weights::Packed(w) => panels.view(w.data(), block, panel),
                         Weights::Raw(w) => {
                             panels.pack(w, false, panels.k, block, panel, buffer);
-                            &*buffer
+                            panels.alone(buffer, block, panel)
                         }
                         Weights::Transposed(w) => {
                             panels.pack(w, true, panels.n, block, panel, buffer);
-                            &*buffer
+                            panels.alone(buffer, block, panel)
                         }
                     };
-                    multiply(isa, &lines[block * m * LDA..], b, width, kc, &mut c, 0, block > 0);
+                    multiply(&lines[block * m * LDA..], &b, &mut c, 0, block > 0);
                 }
             });
             epilogue.apply(isa, &mut c, 0, n0, n);

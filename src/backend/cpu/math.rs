@@ -70,7 +70,7 @@ fn one_plus_erf<S: Simd>(s: S, x: S::F) -> S::F {
     // |x| < 1: erf(x) = x + x P(x²).
     let square = s.mul(x, x);
     let mut p = s.splat(7.889_122e-5);
-    for c in [-8.020_842e-4, 5.189_535_2e-3, -2.685_444_4e-2, 1.128_36e-1, -3.761_262_6e-1, 1.283_791_7e-1] {
+    for c in [-8.020_842e-4, 5.189_535e-3, -2.685_444_4e-2, 1.128_36e-1, -3.761_262_6e-1, 1.283_791_7e-1] {
         p = s.fma(p, square, s.splat(c));
     }
     let small = s.add(s.fma(p, x, x), s.splat(1.0));
@@ -289,7 +289,12 @@ pub fn scale_shift_act_with(isa: Isa, x: &[f32], a: &[f32], b: &[f32], act: Act,
         a.len(),
         b.len()
     );
-    assert!(x.len() == y.len() && x.len() % a.len() == 0, "scale_shift_act: x {}, y {}", x.len(), y.len());
+    assert!(
+        x.len() == y.len() && x.len().is_multiple_of(a.len()),
+        "scale_shift_act: x {}, y {}",
+        x.len(),
+        y.len()
+    );
     with_formula!(act, f => isa.run(ScaleShift { x, a, b, y, f }));
 }
 
@@ -366,9 +371,12 @@ pub fn group_stats(x: &[f32], c: usize, groups: usize, stats: &mut [(f64, f64)])
 
 /// [`group_stats`] on a given instruction set; the bits are the same on all.
 pub fn group_stats_with(isa: Isa, x: &[f32], c: usize, groups: usize, stats: &mut [(f64, f64)]) {
-    assert!(groups > 0 && c % groups == 0, "group_stats: {c} channels do not divide into {groups} groups");
     assert!(
-        !x.is_empty() && x.len() % c == 0,
+        groups > 0 && c.is_multiple_of(groups),
+        "group_stats: {c} channels do not divide into {groups} groups"
+    );
+    assert!(
+        !x.is_empty() && x.len().is_multiple_of(c),
         "group_stats: {} elements are no whole pixels of {c} channels",
         x.len()
     );
@@ -443,3 +451,6 @@ pub fn f32_to_bf16(x: &[f32], y: &mut [bf16]) {
     assert_eq!(x.len(), y.len(), "f32_to_bf16: lengths of x and y");
     Isa::best().run(NarrowBf16(x, y));
 }
+
+#[cfg(test)]
+mod tests;

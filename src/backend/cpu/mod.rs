@@ -6,9 +6,24 @@ pub mod math;
 mod scratch;
 pub mod simd;
 
+use crate::error::{Error, Result};
 use crate::tensor::{DType, Spec};
 use half::{bf16, f16};
 use std::borrow::Cow;
+
+/// Bytes of memory that a program can still get: what the system calls available, swap, and no more than the limit of
+/// the control group. `None` where the system does not say.
+pub fn available() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let kib = |key: &str| -> Option<usize> {
+        let line = text.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(':'))?;
+        line.split_whitespace().next()?.parse().ok()
+    };
+    let free = kib("MemAvailable")?.saturating_add(kib("SwapFree").unwrap_or(0)).saturating_mul(1024);
+    let limits = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
+    let limit = limits.iter().find_map(|f| std::fs::read_to_string(f).ok()?.trim().parse().ok());
+    Some(limit.unwrap_or(usize::MAX).min(free))
+}
 
 /// 64 bytes that start on a cache line.
 #[derive(Clone, Copy, bytemuck::Zeroable, bytemuck::Pod)]
@@ -21,8 +36,15 @@ pub struct Memory(Vec<Line>);
 
 impl Memory {
     /// Zeroed memory.
-    pub fn new(bytes: usize) -> Memory {
-        Memory(vec![Line([0; 64]); bytes.div_ceil(64)])
+    ///
+    /// # Errors
+    /// [`Error::Device`] with the bytes that are needed, when the system has no room for them.
+    pub fn new(bytes: usize) -> Result<Memory> {
+        bytemuck::allocation::try_zeroed_vec(bytes.div_ceil(64)).map(Memory).map_err(|()| {
+            Error::Device(format!(
+                "out of memory: {bytes} bytes cannot be had; close other programs, or try a smaller picture or batch"
+            ))
+        })
     }
 
     /// Its bytes.

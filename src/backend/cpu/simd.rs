@@ -257,26 +257,35 @@ macro_rules! tiles {
 
 static PORTABLE_TILES: [[TileFn; 8]; 2] = tiles!(tile_portable, 1 2 3 4 5 6 7 8);
 
-/// C\[r0.., c0..\] (rows × width) = A (rows × kc, row stride [`LDA`]) · B (kc × width), or += if `accumulate`.
-///
-/// `rows` is 1..=mr, `width` is nr or nr / 2 of `isa`. An element is one chain of fused multiply-adds in order of k.
-#[allow(clippy::too_many_arguments)]
-pub fn tile(
-    isa: Isa,
-    rows: usize,
-    a: &[f32],
-    b: &[f32],
-    width: usize,
-    kc: usize,
-    c: &mut Block,
-    (r0, c0): (usize, usize),
-    accumulate: bool,
-) {
+/// A packed panel of the right operand, kc lines of `width` columns, where `width` is nr or nr / 2 of `isa`.
+#[derive(Clone, Copy)]
+pub struct Panel<'a> {
+    /// The instruction set whose tiles it is packed for.
+    pub isa: Isa,
+    /// (kc, width)
+    pub data: &'a [f32],
+    /// Columns, padding included.
+    pub width: usize,
+    /// Length of the inner dimension, at most [`KC`].
+    pub kc: usize,
+}
+
+/// C\[r0.., c0..\] (rows × width) = A (rows × kc, row stride [`LDA`]) · `b`, or += if `accumulate`; `rows` is 1..=mr.
+/// An element is one chain of fused multiply-adds in order of k.
+pub fn tile(rows: usize, a: &[f32], b: &Panel, c: &mut Block, (r0, c0): (usize, usize), accumulate: bool) {
+    let Panel { isa, data, width, kc } = *b;
     isa.check();
     let vectors = width / isa.lanes();
-    assert!(rows >= 1 && rows <= isa.mr() && (vectors == 1 || vectors == 2) && width % isa.lanes() == 0);
-    assert!(kc >= 1 && a.len() >= (rows - 1) * LDA + kc && b.len() >= kc * width);
-    assert!(r0 + rows <= c.rows && c0 + width <= c.cols);
+    assert!(
+        (1..=isa.mr()).contains(&rows) && (vectors == 1 || vectors == 2) && width == vectors * isa.lanes()
+    );
+    assert!((1..=KC).contains(&kc) && a.len() >= (rows - 1) * LDA + kc && data.len() >= kc * width);
+    let inside = r0 <= c.rows && rows <= c.rows - r0 && c0 <= c.cols && width <= c.cols - c0;
+    assert!(
+        inside,
+        "a tile {rows} × {width} at ({r0}, {c0}) lies outside its block, {} × {}",
+        c.rows, c.cols
+    );
     let f = match isa {
         Isa::Portable => PORTABLE_TILES[vectors - 1][rows - 1],
         #[cfg(target_arch = "x86_64")]
@@ -289,14 +298,15 @@ pub fn tile(
     // SAFETY: `check` has seen the instruction set; the assertions above are what a tile asks of a, b and c.
     unsafe {
         let c0 = c.ptr.add(r0 * c.ld + c0);
-        f(&Tile { a: a.as_ptr(), b: b.as_ptr(), kc, c: c0, ldc: c.ld, accumulate })
+        f(&Tile { a: a.as_ptr(), b: data.as_ptr(), kc, c: c0, ldc: c.ld, accumulate })
     }
 }
 
 /// out\[k·width + r\] = src\[r·ld + k\] for r < rows, k < kc, and 0 for rows <= r < width: packs rows into a panel.
 pub fn transpose(isa: Isa, src: &[f32], ld: usize, rows: usize, kc: usize, width: usize, out: &mut [f32]) {
     isa.check();
-    assert!(rows <= width && out.len() >= kc * width && (rows == 0 || src.len() >= (rows - 1) * ld + kc));
+    let need = rows.saturating_sub(1).saturating_mul(ld).saturating_add(kc);
+    assert!(rows <= width && out.len() >= kc.saturating_mul(width) && (rows == 0 || src.len() >= need));
     // Whole 8 × 8 blocks go through registers where there is AVX2; the rest element by element.
     let whole = if isa == Isa::Portable { (0, 0) } else { (rows / 8 * 8, kc / 8 * 8) };
     #[cfg(target_arch = "x86_64")]
@@ -327,7 +337,8 @@ unsafe impl Send for Block<'_> {}
 impl<'a> Block<'a> {
     /// The first `rows` rows and `cols` columns of `data`, whose rows are `ld` apart.
     pub fn new(data: &'a mut [f32], ld: usize, rows: usize, cols: usize) -> Block<'a> {
-        assert!(rows >= 1 && cols <= ld && data.len() >= (rows - 1) * ld + cols);
+        let need = rows.saturating_sub(1).saturating_mul(ld).saturating_add(cols);
+        assert!(rows >= 1 && cols <= ld && data.len() >= need);
         Block { ptr: data.as_mut_ptr(), ld, rows, cols, life: PhantomData }
     }
 
@@ -367,13 +378,13 @@ unsafe impl Sync for Grid<'_> {}
 impl<'a> Grid<'a> {
     /// Cuts `data`, of m · n floats.
     pub fn new(data: &'a mut [f32], m: usize, n: usize, mb: usize, nb: usize) -> Grid<'a> {
-        assert!(data.len() == m * n && mb > 0 && nb > 0);
+        assert!(m.checked_mul(n) == Some(data.len()) && mb > 0 && nb > 0);
         let taken = (0..m.div_ceil(mb) * n.div_ceil(nb)).map(|_| AtomicBool::new(false)).collect();
         Grid { ptr: data.as_mut_ptr(), m, n, mb, nb, taken, life: PhantomData }
     }
 
     /// Number of rectangles.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.taken.len()
     }
 

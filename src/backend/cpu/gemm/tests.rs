@@ -53,13 +53,17 @@ fn products_are_right_in_every_form() {
             };
             let none = Epilogue::default();
             let rows = |w: Weights, out: &mut [f32]| gemm_with(isa, &Dense::new(&a, m, k), w, n, &none, out);
-            let columns = |w: Weights, out: &mut [f32]| gemm_with(isa, &DenseT::new(&at, m, k), w, n, &none, out);
+            let columns =
+                |w: Weights, out: &mut [f32]| gemm_with(isa, &DenseT::new(&at, m, k), w, n, &none, out);
             let first = run(&rows, Weights::Raw(&w));
             assert_close(&first, &want, &absolute, &what);
             for w in [Weights::Transposed(&wt), Weights::Packed(&packed)] {
                 assert!(bits(&run(&rows, w)) == bits(&first), "{what}: another form of W gives other bits");
             }
-            assert!(bits(&run(&columns, Weights::Raw(&w))) == bits(&first), "{what}: DenseT gives other bits");
+            assert!(
+                bits(&run(&columns, Weights::Raw(&w))) == bits(&first),
+                "{what}: DenseT gives other bits"
+            );
         }
     }
 }
@@ -82,7 +86,8 @@ fn epilogues_do_what_they_say() {
                     let (mut want, mut scale) = (vec![0.0; m * n], vec![0.0; m * n]);
                     for i in 0..m * n {
                         let item = if data.len() == n { 0 } else { i / n / per_item };
-                        let (b, t, r) = (bias[i % n] as f64, data[item * n + i % n] as f64, residual[i] as f64);
+                        let (b, t, r) =
+                            (bias[i % n] as f64, data[item * n + i % n] as f64, residual[i] as f64);
                         want[i] = act.apply_f64(sums[i] + b + t) + r;
                         // The slope of these functions is at most 1.13.
                         scale[i] = 1.13 * (absolute[i] + b.abs() + t.abs()) + r.abs();

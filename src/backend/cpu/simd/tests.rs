@@ -19,7 +19,11 @@ pub fn assert_close(got: &[f32], want: &[f64], absolute: &[f64], what: &str) {
     for (i, ((&g, &w), &a)) in got.iter().zip(want).zip(absolute).enumerate() {
         let d = g as f64 - w;
         let bound = 8.0 * f64::from(f32::EPSILON) * a;
-        assert!(d.abs() <= bound, "{what}: element {i}: got {g}, want {w}, |difference| {} over {bound}", d.abs());
+        assert!(
+            d.abs() <= bound,
+            "{what}: element {i}: got {g}, want {w}, |difference| {} over {bound}",
+            d.abs()
+        );
         error += d * d;
         norm += w * w;
     }
@@ -56,7 +60,8 @@ fn tiles_of_all_sizes_stay_inside_their_block() {
                 for accumulate in [false, true] {
                     let (ld, guard) = (width + 5, 7.5);
                     let mut c = vec![guard; (rows + 2) * ld];
-                    tile(isa, rows, &a, &b, width, K, &mut Block::new(&mut c, ld, rows + 2, ld), (1, 3), accumulate);
+                    let panel = Panel { isa, data: &b, width, kc: K };
+                    tile(rows, &a, &panel, &mut Block::new(&mut c, ld, rows + 2, ld), (1, 3), accumulate);
                     for (i, &got) in c.iter().enumerate() {
                         let (r, j) = ((i / ld).wrapping_sub(1), (i % ld).wrapping_sub(3));
                         if r >= rows || j >= width {
@@ -65,7 +70,10 @@ fn tiles_of_all_sizes_stay_inside_their_block() {
                         }
                         let sum: f64 = (0..K).map(|k| a[r * LDA + k] as f64 * b[k * width + j] as f64).sum();
                         let want = sum + if accumulate { guard as f64 } else { 0.0 };
-                        assert!((got as f64 - want).abs() < 1e-5, "{isa:?} {rows} × {width}: {got}, want {want}");
+                        assert!(
+                            (got as f64 - want).abs() < 1e-5,
+                            "{isa:?} {rows} × {width}: {got}, want {want}"
+                        );
                     }
                 }
             }
@@ -96,14 +104,15 @@ fn transpose_packs_and_pads() {
 fn a_tile_outside_its_block_is_refused() {
     let (a, b, mut c) = (random(2 * LDA, 1), random(64, 2), vec![0.0; 64]);
     let isa = Isa::Portable;
-    tile(isa, 2, &a, &b, isa.nr(), 4, &mut Block::new(&mut c, 32, 2, 8), (1, 0), false);
+    let b = Panel { isa, data: &b, width: isa.nr(), kc: 4 };
+    tile(2, &a, &b, &mut Block::new(&mut c, 32, 2, 8), (1, 0), false);
 }
 
 #[test]
 fn a_grid_covers_its_matrix_once() {
     let mut data = vec![0.0; 7 * 11];
     let grid = Grid::new(&mut data, 7, 11, 3, 4);
-    for i in 0..grid.len() {
+    for i in 0..grid.count() {
         let (m0, n0, mut block) = grid.take(i);
         for r in 0..block.rows() {
             for (j, y) in block.row(r).iter_mut().enumerate() {

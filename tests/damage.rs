@@ -1,0 +1,125 @@
+//! Damaged checkpoints: whatever stands in a file, opening it is an error or works, and never a panic, an abort, or an
+//! endless loop.
+
+#[path = "common/folder.rs"]
+mod folder;
+
+use folder::{Folder, golden};
+use ldm::backend::Device;
+use ldm::io::ModelFolder;
+use ldm::pipeline::{Blueprint, Pipeline, Request};
+use ldm::rng::Small;
+use ldm::tensor::DType;
+use serde_json::{Value, json};
+use std::fs;
+use std::panic::catch_unwind;
+use std::path::Path;
+
+/// Opens a model and plans a picture; an error is as good as success.
+fn open(model: &Path) -> bool {
+    let Ok(folder) = ModelFolder::open(model) else { return false };
+    let planned = Blueprint::read(&folder).and_then(|b| b.estimate(&Request::default(), DType::F32));
+    planned.is_ok() & Pipeline::open(&folder, &Device::Cpu, None).is_ok()
+}
+
+#[track_caller]
+fn survives(model: &Path, what: &str) -> bool {
+    catch_unwind(|| open(model)).unwrap_or_else(|_| panic!("a panic on {what}"))
+}
+
+/// Small files, with the length of the part that is damaged: all of it, or the header.
+const FILES: [&str; 11] = [
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/special_tokens_map.json",
+    "tokenizer/vocab.json",
+    "tokenizer/merges.txt",
+    "text_encoder/model.safetensors",
+    "unet/diffusion_pytorch_model.safetensors",
+];
+
+#[test]
+fn a_damaged_byte_or_a_cut_never_panics() {
+    let f = Folder::with_model();
+    let model = f.path("model");
+    assert!(open(&model));
+    for (n, name) in FILES.iter().enumerate() {
+        let mut r = Small::new(n as u64);
+        let whole = fs::read(golden("sd15-tiny").join(name)).unwrap();
+        let damaged = match name.ends_with(".safetensors") {
+            true => 8 + u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize,
+            false => whole.len(),
+        };
+        let start = std::time::Instant::now();
+        let mut opened = 0;
+        for _ in 0..300 {
+            let mut bytes = whole.clone();
+            let at = r.below(damaged);
+            let what = match r.below(4) {
+                0 => {
+                    bytes.truncate(at);
+                    "a cut at byte".to_string()
+                }
+                1 => {
+                    bytes[at] = r.below(256) as u8;
+                    format!("{} in byte", bytes[at])
+                }
+                2 => {
+                    bytes[at] ^= 1 << r.below(8);
+                    format!("{} in byte", bytes[at])
+                }
+                // What is still JSON gets further.
+                _ => {
+                    bytes[at] = b"0123456789eE.-+\",:[]{}x \n"[r.below(25)];
+                    format!("{:?} in byte", char::from(bytes[at]))
+                }
+            };
+            f.write(&format!("model/{name}"), &bytes);
+            opened += usize::from(survives(&model, &format!("{name}: {what} {at}")));
+        }
+        f.write(&format!("model/{name}"), &whole);
+        eprintln!("{name}: {opened} of 300 opened, {:?}", start.elapsed());
+    }
+}
+
+/// Every value of every configuration replaced by values that no model has.
+#[test]
+fn a_strange_value_never_panics() {
+    let f = Folder::with_model();
+    let model = f.path("model");
+    let strange = [
+        json!(null),
+        json!(true),
+        json!("word"),
+        json!(0),
+        json!(1),
+        json!(-1),
+        json!(3),
+        json!(0.5),
+        json!(2147483647),
+        json!(9007199254740993_u64),
+        json!(u64::MAX),
+        json!(1e300),
+        json!([]),
+        json!([0]),
+        json!([2147483647, 2147483647]),
+        json!(vec![1; 70]),
+        json!({}),
+    ];
+    for name in FILES.iter().filter(|n| n.ends_with(".json") && !n.ends_with("vocab.json")) {
+        let path = format!("model/{name}");
+        let whole = fs::read(f.path(&path)).unwrap();
+        let value: Value = serde_json::from_slice(&whole).unwrap();
+        for key in value.as_object().unwrap().keys() {
+            for other in &strange {
+                f.edit(&path, |v| drop(v.insert(key.clone(), other.clone())));
+                survives(&model, &format!("{name}: `{key}` {other}"));
+                f.write(&path, &whole);
+            }
+        }
+    }
+}
