@@ -50,14 +50,13 @@ fn join(shape: &[usize]) -> String {
 
 fn run(group: &mut BenchmarkGroup<WallTime>, id: BenchmarkId, device: &Device, case: &Case, t: DType) {
     let (graph, cost) = ok(graph(case, t));
-    let slow = matches!(device, Device::Cpu) && cost.flops / 50e9 + cost.bytes / 5e9 > 0.02;
+    // A rough guess, for the number of samples only.
+    let seconds = if let Device::Cpu = device { cost.flops / 50e9 + cost.bytes / 5e9 } else { 0.0 };
+    let slow = seconds > 0.02;
     group.sampling_mode(if slow { SamplingMode::Flat } else { SamplingMode::Auto });
     group.sample_size(if slow { 10 } else { 50 });
-    group.warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(if slow {
-        1
-    } else {
-        3
-    }));
+    group.warm_up_time(Duration::from_millis(500));
+    group.measurement_time(Duration::from_secs_f64((15.0 * seconds).max(3.0)));
     group.throughput(match cost.flops {
         0.0 => Throughput::BytesDecimal(cost.bytes as u64),
         flops => Throughput::ElementsAndBytes { elements: flops as u64, bytes: cost.bytes as u64 },

@@ -96,7 +96,12 @@ pub trait Hook {
     ///
     /// # Errors
     /// Stops the run.
-    fn after(&mut self, _step: usize, _node: &Node, _outputs: &dyn Fn(usize) -> Result<HostTensor>) -> Result<()> {
+    fn after(
+        &mut self,
+        _step: usize,
+        _node: &Node,
+        _outputs: &dyn Fn(usize) -> Result<HostTensor>,
+    ) -> Result<()> {
         Ok(())
     }
 }
@@ -108,7 +113,12 @@ impl Hook for () {}
 pub struct CheckFinite;
 
 impl Hook for CheckFinite {
-    fn after(&mut self, _step: usize, node: &Node, outputs: &dyn Fn(usize) -> Result<HostTensor>) -> Result<()> {
+    fn after(
+        &mut self,
+        _step: usize,
+        node: &Node,
+        outputs: &dyn Fn(usize) -> Result<HostTensor>,
+    ) -> Result<()> {
         for i in 0..node.y.len() {
             check_finite(&outputs(i)?, node.op.name(), &node.label)?;
         }
@@ -121,7 +131,9 @@ impl Hook for CheckFinite {
 /// # Errors
 /// When there is one.
 pub fn check_finite(x: &HostTensor, op: &str, label: &str) -> Result<()> {
-    let Some((i, v)) = x.to_f32().into_iter().enumerate().find(|(_, v)| !v.is_finite()) else { return Ok(()) };
+    let Some((i, v)) = x.to_f32().into_iter().enumerate().find(|(_, v)| !v.is_finite()) else {
+        return Ok(());
+    };
     let what = format!("{v} at element {i} of {}", x.spec());
     Err(Error::NonFinite { op: op.into(), node: label.into(), what })
 }
@@ -201,7 +213,8 @@ impl Program {
     fn leaf(&self, name: &str) -> Result<Var> {
         let values = self.graph.values().iter();
         let is = |o: &Origin| matches!(o, Origin::Input | Origin::State);
-        let at = values.enumerate().find(|(_, v)| v.name == name && is(&v.origin)).map(|(i, _)| Var(i as u32));
+        let at =
+            values.enumerate().find(|(_, v)| v.name == name && is(&v.origin)).map(|(i, _)| Var(i as u32));
         at.ok_or_else(|| Error::invalid(format!("this program has no input or state `{name}`")))
     }
 
@@ -290,7 +303,9 @@ impl Program {
             };
             let ptr = match self.plan.places[v.index()] {
                 Place::Arena(offset) => buffer(&self.arena)?.offset(offset),
-                Place::Weight(w) => self.weights[w.index()].as_ref().map_or(Ok(Default::default()), |w| buffer(&w.1))?,
+                Place::Weight(w) => {
+                    self.weights[w.index()].as_ref().map_or(Ok(Default::default()), |w| buffer(&w.1))?
+                }
                 Place::State(s) => self.states[s.index()].as_ref().map_or(Ok(Default::default()), buffer)?,
                 Place::Unused => Default::default(),
             };
@@ -314,7 +329,8 @@ impl Program {
         let places = &self.plan.places;
         let specs = |vars: &[Var]| vars.iter().map(|&v| self.graph.spec(v)).collect::<Vec<_>>();
         let (xs, ys) = (specs(&node.x), specs(&node.y));
-        let same = |a: Var, b: Var| places[a.index()] == places[b.index()] && places[a.index()] != Place::Unused;
+        let same =
+            |a: Var, b: Var| places[a.index()] == places[b.index()] && places[a.index()] != Place::Unused;
 
         let Store::Host(arena) = &mut self.arena else {
             return Err(Error::Device("an arena on a GPU in a CPU program".into()));

@@ -172,7 +172,9 @@ impl Pipeline {
         let encoded = self.tokenizer.encode(prompt)?;
         if let Some(cut) = &encoded.cut {
             let (max, n) = (self.tokenizer.max_length() - 2, encoded.tokens);
-            observer.warning(&format!("the {what} has {n} tokens, the model takes {max}; this was cut off: {cut}"));
+            observer.warning(&format!(
+                "the {what} has {n} tokens, the model takes {max}; this was cut off: {cut}"
+            ));
         }
         Ok(encoded)
     }
@@ -216,7 +218,8 @@ impl Pipeline {
                     program.write("noise", &draw()?)?;
                     let (z, noise) = (finite(program, "latents", "encoder")?.to_f32(), draw()?.to_f32());
                     let at = &ladder.steps[0].at;
-                    first.extend(z.iter().zip(&noise).map(|(z, e)| at.alpha as f32 * z + at.sigma as f32 * e));
+                    first
+                        .extend(z.iter().zip(&noise).map(|(z, e)| at.alpha as f32 * z + at.sigma as f32 * e));
                 }
             }
             for k in 0..count {
@@ -229,7 +232,9 @@ impl Pipeline {
     /// The encoder with a picture written to it.
     fn encoder(&self, init: &Init) -> Result<Program> {
         let Vae::Kl(vae) = &self.blueprint.vae else {
-            return Err(Error::invalid("an initial picture needs a model with an AutoencoderKL; this one has a VQModel"));
+            return Err(Error::invalid(
+                "an initial picture needs a model with an AutoencoderKL; this one has a VQModel",
+            ));
         };
         let graph = vae.sample_graph([1, init.height, init.width], self.dtype)?;
         let mut program = Program::new(graph, &self.vae, &self.device)?;

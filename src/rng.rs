@@ -205,6 +205,13 @@ impl Small {
     }
 }
 
+/// A seed that nobody chose, below 2³² so that it is short to type again.
+pub fn fresh_seed() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    // The standard library keys each of these from the operating system's randomness.
+    std::collections::hash_map::RandomState::new().build_hasher().finish() >> 32
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -270,11 +277,4 @@ mod tests {
         assert!(seen.iter().all(|&k| (800..1200).contains(&k)), "{seen:?}");
         assert!((0..1000).map(|_| s.range(-2.0, 3.0)).all(|v| (-2.0..3.0).contains(&v)));
     }
-}
-
-/// A seed that nobody chose, below 2³² so that it is short to type again.
-pub fn fresh_seed() -> u64 {
-    use std::hash::{BuildHasher, Hasher};
-    // The standard library keys each of these from the operating system's randomness.
-    std::collections::hash_map::RandomState::new().build_hasher().finish() >> 32
 }

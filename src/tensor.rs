@@ -208,6 +208,17 @@ pub enum Data {
     I32(Vec<i32>),
 }
 
+impl Data {
+    fn rounded(dtype: DType, values: &[f64]) -> Data {
+        match dtype {
+            DType::F32 => Data::F32(values.iter().map(|&v| v as f32).collect()),
+            DType::F16 => Data::F16(values.iter().map(|&v| f16::from_f64(v)).collect()),
+            DType::BF16 => Data::BF16(values.iter().map(|&v| bf16::from_f64(v)).collect()),
+            DType::I32 => Data::I32(values.iter().map(|&v| v as i32).collect()),
+        }
+    }
+}
+
 /// A tensor in host memory.
 #[derive(Clone, PartialEq, Debug)]
 pub struct HostTensor {
@@ -255,13 +266,7 @@ impl HostTensor {
     /// # Errors
     /// As [`HostTensor::new`].
     pub fn from_f64(spec: Spec, values: &[f64]) -> Result<HostTensor> {
-        let data = match spec.dtype {
-            DType::F32 => Data::F32(values.iter().map(|&v| v as f32).collect()),
-            DType::F16 => Data::F16(values.iter().map(|&v| f16::from_f64(v)).collect()),
-            DType::BF16 => Data::BF16(values.iter().map(|&v| bf16::from_f64(v)).collect()),
-            DType::I32 => Data::I32(values.iter().map(|&v| v as i32).collect()),
-        };
-        HostTensor::new(spec.shape, data)
+        HostTensor::new(spec.shape, Data::rounded(spec.dtype, values))
     }
 
     /// A tensor from little-endian bytes.
@@ -349,8 +354,7 @@ impl HostTensor {
         if dtype == self.spec().dtype {
             return self.clone();
         }
-        let n = Spec { dtype, shape: self.shape };
-        HostTensor::from_f64(n, &self.to_f64()).unwrap_or_else(|_| HostTensor::zeros(n))
+        HostTensor { shape: self.shape, data: Data::rounded(dtype, &self.to_f64()) }
     }
 
     /// The same elements under other axes.

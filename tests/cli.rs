@@ -23,7 +23,12 @@ fn ldm(args: &[&str]) -> Outcome {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     // Without a code it was ended by a signal: an abort, or the system's memory killer.
     let o = Outcome { code: run.status.code().unwrap_or(-1), out: text(&run.stdout), err: text(&run.stderr) };
-    assert!(!o.err.contains("panicked") && (0..3).contains(&o.code), "{args:?}: exit code {}: {}", o.code, o.err);
+    assert!(
+        !o.err.contains("panicked") && (0..3).contains(&o.code),
+        "{args:?}: exit code {}: {}",
+        o.code,
+        o.err
+    );
     o
 }
 
@@ -34,10 +39,15 @@ fn text(path: &Path) -> &str {
 /// `ldm sample` on a model, into `out.png` of the folder. Later flags overrule: none is given twice here.
 fn sample(model: &Path, out: &Path, more: &[&str]) -> Outcome {
     let mut args = vec!["sample", "-m", text(model), "-o", text(out)];
-    let set = |flag: &str| more.iter().any(|m| *m == flag);
-    for (flag, value) in
-        [("-p", "a red circle"), ("--steps", "2"), ("-s", "5"), ("-W", "64"), ("-H", "64"), ("--device", "cpu")]
-    {
+    let set = |flag: &str| more.contains(&flag);
+    for (flag, value) in [
+        ("-p", "a red circle"),
+        ("--steps", "2"),
+        ("-s", "5"),
+        ("-W", "64"),
+        ("-H", "64"),
+        ("--device", "cpu"),
+    ] {
         if !set(flag) {
             args.extend([flag, value]);
         }
@@ -111,7 +121,9 @@ fn a_picture_is_made_the_same_each_time_and_says_how() {
     let picture = read_rgb8(&a).unwrap();
     assert_eq!((picture.width, picture.height), (64, 64));
     let parameters = picture.parameters.unwrap();
-    for word in ["a red circle\n", "Negative prompt: blurry\n", "Steps: 2", "CFG scale: 5", "Seed: 5", "Size: 64x64"] {
+    for word in
+        ["a red circle\n", "Negative prompt: blurry\n", "Steps: 2", "CFG scale: 5", "Seed: 5", "Size: 64x64"]
+    {
         assert!(parameters.contains(word), "want `{word}` in: {parameters}");
     }
     assert_eq!(sample(&model, &b, &["--disable-image-metadata"]).code, 0);
@@ -124,14 +136,21 @@ fn a_picture_is_made_the_same_each_time_and_says_how() {
 fn a_picture_does_not_depend_on_its_batch() {
     let f = Folder::new();
     let model = golden("sd15-tiny");
-    for more in [&["--sampling-method", "euler"][..], &["--sampling-method", "ddim", "--eta", "1"], &["--cfg-scale", "1"]] {
+    for more in [
+        &["--sampling-method", "euler"][..],
+        &["--sampling-method", "ddim", "--eta", "1"],
+        &["--cfg-scale", "1"],
+    ] {
         let batch = sample(&model, &f.path("x.png"), &[more, &["--batch-size", "3"]].concat());
         assert_eq!(batch.code, 0, "{}", batch.err);
         assert_eq!(batch.out.lines().count(), 3);
         for (i, seed) in ["5", "6", "7"].into_iter().enumerate() {
             assert_eq!(sample(&model, &f.path("one.png"), &[more, &["-s", seed]].concat()).code, 0);
             let bytes = |name: &str| fs::read(f.path(name)).unwrap();
-            assert!(bytes(&format!("x_{i}.png")) == bytes("one.png"), "{more:?}: picture {i} differs from seed {seed}");
+            assert!(
+                bytes(&format!("x_{i}.png")) == bytes("one.png"),
+                "{more:?}: picture {i} differs from seed {seed}"
+            );
         }
     }
 }
@@ -150,8 +169,15 @@ fn verify_and_info_tell_what_they_should() {
     let o = ldm(&["info", text(&model), "-W", "64", "-H", "128", "--graph"]);
     assert!(o.code == 0 && o.out.contains("64x128") && o.out.contains("UNet2DConditionModel"), "{}", o.out);
     let o = ldm(&["info", text(&golden("vq4-tiny"))]);
-    assert!(o.code == 0 && o.out.contains("VQModel") && o.out.contains("does not sample"), "{}{}", o.out, o.err);
-    for (more, say) in [(["-W", "66"], "the nearest is 68x"), (["--batch-size", "0"], "batch size: want 1 to")] {
+    assert!(
+        o.code == 0 && o.out.contains("VQModel") && o.out.contains("does not sample"),
+        "{}{}",
+        o.out,
+        o.err
+    );
+    for (more, say) in
+        [(["-W", "66"], "the nearest is 68x"), (["--batch-size", "0"], "batch size: want 1 to")]
+    {
         let o = ldm(&[&["info", text(&model)][..], &more].concat());
         assert!(o.code == 2 && o.err.contains(say), "{}", o.err);
     }
@@ -289,7 +315,9 @@ fn a_path_that_is_no_model_is_refused() {
 #[test]
 fn a_missing_part_is_named() {
     for part in ["unet", "vae", "text_encoder", "tokenizer", "scheduler"] {
-        bad_model(1, &[part, "not found", "download"], |f| fs::remove_dir_all(f.path("model").join(part)).unwrap());
+        bad_model(1, &[part, "not found", "download"], |f| {
+            fs::remove_dir_all(f.path("model").join(part)).unwrap()
+        });
     }
     for (part, say) in [
         ("unet/config.json", "not found"),
@@ -323,7 +351,9 @@ fn configurations_that_are_not_understood_are_refused() {
             bad_model(1, &[file, "JSON"], |f| drop(f.write(&format!("model/{file}"), bad)));
         }
     }
-    bad_model(1, &["merges.txt", "line 2"], |f| drop(f.write("model/tokenizer/merges.txt", "#version: 1\nabc\n")));
+    bad_model(1, &["merges.txt", "line 2"], |f| {
+        drop(f.write("model/tokenizer/merges.txt", "#version: 1\nabc\n"))
+    });
     let wrong: &[(&str, &str, Value, &str)] = &[
         ("unet", "act_fn", json!("mish"), "silu"),
         ("unet", "act_fun", json!("silu"), "did the writer mean `act_fn`"),
@@ -364,6 +394,7 @@ fn configurations_that_are_not_understood_are_refused() {
         ("num_train_timesteps", json!(1_000_000_000_000_u64), "from 1 to 1000000"),
         ("num_train_timesteps", json!(0), "from 1 to 1000000"),
         ("beta_end", json!("x"), "a number"),
+        ("beta_stat", json!(0.1), "did the writer mean `beta_start`"),
         ("timestep_spacing", json!("random"), "leading"),
     ] {
         bad_model(2, &["scheduler_config.json", key, say], |f| {
@@ -384,9 +415,13 @@ fn damaged_safetensors_are_named() {
         bad_model(1, &[file, "download it again"], |f| drop(f.write(UNET, &whole[..n])));
     }
     for length in [0, 3, whole.len() as u64, 1 << 40, u64::MAX] {
-        bad_model(1, &[file, "header"], |f| drop(f.write(UNET, [&length.to_le_bytes()[..], &whole[8..]].concat())));
+        bad_model(1, &[file, "header"], |f| {
+            drop(f.write(UNET, [&length.to_le_bytes()[..], &whole[8..]].concat()))
+        });
     }
-    bad_model(1, &[file, "PyTorch checkpoint", "convert it"], |f| drop(f.write(UNET, b"PK\x03\x04and so on")));
+    bad_model(1, &[file, "PyTorch checkpoint", "convert it"], |f| {
+        drop(f.write(UNET, b"PK\x03\x04and so on"))
+    });
     bad_model(1, &[file, "followed by other data"], |f| drop(f.write(UNET, [&whole[..], &[0; 4]].concat())));
 
     let name = "conv_in.weight";
@@ -416,21 +451,30 @@ fn tensors_that_the_model_does_not_have_are_named() {
         f.edit_tensors(UNET, |h, data| {
             let n = data.len();
             data.extend([0; 8]);
-            h.insert("surplus.weight".into(), json!({"dtype": "F32", "shape": [2, 1], "data_offsets": [n, n + 8]}));
+            h.insert(
+                "surplus.weight".into(),
+                json!({"dtype": "F32", "shape": [2, 1], "data_offsets": [n, n + 8]}),
+            );
         });
     });
     bad_model(1, &[file, name, "want (32,4,3,3)", "got (4,32,3,3)"], |f| {
         f.edit_tensors(UNET, |h, _| h[name]["shape"] = json!([4, 32, 3, 3]));
     });
     bad_model(1, &[file, name, "got I32"], |f| f.edit_tensors(UNET, |h, _| h[name]["dtype"] = json!("I32")));
-    bad_model(1, &[file, "conv_in.bias", "want (64)", "got (32)"], |f| f.edit(UNET_CONFIG, |v| v["block_out_channels"] = json!([64, 64])));
+    bad_model(1, &[file, "conv_in.bias", "want (64)", "got (32)"], |f| {
+        f.edit(UNET_CONFIG, |v| v["block_out_channels"] = json!([64, 64]))
+    });
 }
 
 #[test]
 fn values_that_are_not_finite_make_no_picture() {
-    for (file, tensor) in [(UNET, "conv_in.weight"), (VAE, "decoder.conv_out.bias"), (TEXT, "text_model.final_layer_norm.bias")] {
+    for (file, tensor) in
+        [(UNET, "conv_in.weight"), (VAE, "decoder.conv_out.bias"), (TEXT, "text_model.final_layer_norm.bias")]
+    {
         for (value, say) in [(f32::NAN, "NaN at [0"), (f32::NEG_INFINITY, "-inf at [0")] {
-            bad_model(1, &[file.trim_start_matches("model/"), tensor, "finite", say], |f| f.fill(file, tensor, value));
+            bad_model(1, &[file.trim_start_matches("model/"), tensor, "finite", say], |f| {
+                f.fill(file, tensor, value)
+            });
         }
     }
     // Finite on disk, and too large when multiplied: the first node that overflows is named.
@@ -458,7 +502,17 @@ fn references_that_do_not_fit_are_refused() {
     let model = golden("sd15-tiny");
     let verify = |reference: &Path, more: &[&str]| {
         let save = f.path("ours.safetensors");
-        let args = ["verify", "-m", text(&model), "--reference", text(reference), "--device", "cpu", "--save", text(&save)];
+        let args = [
+            "verify",
+            "-m",
+            text(&model),
+            "--reference",
+            text(reference),
+            "--device",
+            "cpu",
+            "--save",
+            text(&save),
+        ];
         ldm(&[&args[..], more].concat())
     };
     refused(&f, 2, &["none.safetensors", "--reference"], || verify(&f.path("none.safetensors"), &[]));
@@ -468,10 +522,15 @@ fn references_that_do_not_fit_are_refused() {
     refused(&f, 1, &["diffusion_pytorch_model.safetensors", "`reference`", "metadata"], || {
         verify(&golden("sd15-tiny/unet/diffusion_pytorch_model.safetensors"), &[])
     });
-    refused(&f, 2, &["VQModel", "AutoencoderKL"], || verify(&golden("vq4-tiny.mod.safetensors"), &["--part", "vq"]));
-    refused(&f, 1, &["vq4-tiny.mod.safetensors", "unet.sample", "want (B,4,H,W)", "got [1, 3, 16, 16]"], || {
-        verify(&golden("vq4-tiny.mod.safetensors"), &["--part", "unet"])
+    refused(&f, 2, &["VQModel", "AutoencoderKL"], || {
+        verify(&golden("vq4-tiny.mod.safetensors"), &["--part", "vq"])
     });
+    refused(
+        &f,
+        1,
+        &["vq4-tiny.mod.safetensors", "unet.sample", "want (B,4,H,W)", "got [1, 3, 16, 16]"],
+        || verify(&golden("vq4-tiny.mod.safetensors"), &["--part", "unet"]),
+    );
     let parts = golden("sd15-tiny.mod.safetensors");
     refused(&f, 2, &["--part hands", "text, unet, vae"], || verify(&parts, &["--part", "hands"]));
 
@@ -482,9 +541,13 @@ fn references_that_do_not_fit_are_refused() {
             None => remove(&mut header, &mut data, name),
         }
         let reference = f.write("changed.safetensors", joined(&Value::Object(header).to_string(), &data));
-        refused(&f, 1, &["changed.safetensors", &format!("`{name}`"), "want ", "got "], || verify(&reference, &[]));
+        refused(&f, 1, &["changed.safetensors", &format!("`{name}`"), "want ", "got "], || {
+            verify(&reference, &[])
+        });
     };
-    for name in ["text.ids", "text.last", "unet.context", "unet.timestep", "unet.out", "vae.latents", "vae.decoded"] {
+    for name in
+        ["text.ids", "text.last", "unet.context", "unet.timestep", "unet.out", "vae.latents", "vae.decoded"]
+    {
         changed("sd15-tiny.mod", name, None);
     }
     for (name, shape) in [

@@ -83,11 +83,13 @@ fn a_changed_weight_is_found_at_the_first_tensor_that_it_touches() {
     // The header's length, the header, the data: one bit of an exponent in the layer norm of layer 2.
     let n = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + n]).unwrap();
-    let at = header["text_model.encoder.layers.2.layer_norm1.weight"]["data_offsets"][0].as_u64().unwrap() as usize;
+    let at = header["text_model.encoder.layers.2.layer_norm1.weight"]["data_offsets"][0].as_u64().unwrap()
+        as usize;
     bytes[8 + n + at + 3] ^= 1;
     std::fs::write(&file, bytes).unwrap();
     let folder = ModelFolder::open(&dir).unwrap();
-    let report = verify(&folder, &golden("sd15-tiny.mod.safetensors"), &Device::Cpu, &Options::default()).unwrap();
+    let report =
+        verify(&folder, &golden("sd15-tiny.mod.safetensors"), &Device::Cpu, &Options::default()).unwrap();
     std::fs::remove_dir_all(&dir).unwrap();
     assert_eq!(report.first_failure().unwrap().name, "text.hidden_03");
 }

@@ -35,10 +35,8 @@ fn check(device: &Device, case: &Case, t: DType, seed: u64) -> Result<(), String
     let arrays = case.inputs(t, seed);
     let specs = case.specs(t);
     let err = |e: ldm::Error| format!("{}: {e}", case.name(t));
-    let inputs: Vec<HostTensor> = (arrays.iter().zip(&specs))
-        .map(|(a, &s)| a.to_tensor(s))
-        .collect::<Result<_, _>>()
-        .map_err(err)?;
+    let inputs: Vec<HostTensor> =
+        (arrays.iter().zip(&specs)).map(|(a, &s)| a.to_tensor(s)).collect::<Result<_, _>>().map_err(err)?;
     let got = exec::run_op(device, &case.op, &inputs).map_err(err)?;
     let (want, size) = (case.op.spec(&arrays), case.op.magnitude(&arrays));
     let factor = case.loose.map_or(1.0, |(f, _)| f);
@@ -48,11 +46,21 @@ fn check(device: &Device, case: &Case, t: DType, seed: u64) -> Result<(), String
         let coarse = if dtype.eps() > t.eps() { dtype } else { t };
         let (ours, theirs) = (got.to_f64(), &want[j].data);
         if ours.len() != theirs.len() {
-            return Err(format!("{}: output {j} has {} elements, want {}", case.name(t), ours.len(), theirs.len()));
+            return Err(format!(
+                "{}: output {j} has {} elements, want {}",
+                case.name(t),
+                ours.len(),
+                theirs.len()
+            ));
         }
         if dtype == DType::I32 {
             if let Some(i) = (0..ours.len()).find(|&i| ours[i] != theirs[i]) {
-                return Err(format!("{}: output {j}[{i}]: want {}; got {}", case.name(t), theirs[i], ours[i]));
+                return Err(format!(
+                    "{}: output {j}[{i}]: want {}; got {}",
+                    case.name(t),
+                    theirs[i],
+                    ours[i]
+                ));
             }
             continue;
         }

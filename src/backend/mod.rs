@@ -43,7 +43,9 @@ impl Device {
     /// What a person calls it.
     pub fn describe(&self) -> String {
         match self {
-            Device::Cpu => format!("cpu ({} threads, {:?})", rayon::current_num_threads(), cpu::simd::Isa::best()),
+            Device::Cpu => {
+                format!("cpu ({} threads, {:?})", rayon::current_num_threads(), cpu::simd::Isa::best())
+            }
             Device::Cuda(c) => format!("cuda ({})", c.name()),
         }
     }
@@ -74,11 +76,11 @@ impl FromStr for DeviceName {
             "auto" => Ok(DeviceName::Auto),
             "cpu" => Ok(DeviceName::Cpu),
             "cuda" => Ok(DeviceName::Cuda(0)),
-            _ => s
-                .strip_prefix("cuda:")
-                .and_then(|n| n.parse().ok())
-                .map(DeviceName::Cuda)
-                .ok_or_else(|| Error::invalid(format!("device: want auto, cpu, cuda or cuda:N; got `{s}`"))),
+            _ => {
+                s.strip_prefix("cuda:").and_then(|n| n.parse().ok()).map(DeviceName::Cuda).ok_or_else(|| {
+                    Error::invalid(format!("device: want auto, cpu, cuda or cuda:N; got `{s}`"))
+                })
+            }
         }
     }
 }

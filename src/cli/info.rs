@@ -47,7 +47,10 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     let folder = ModelFolder::open(&a.model)?;
     let dtype: DType = a.dtype.parse()?;
     let mut text = format!("{}: {}\n\n", folder.path().display(), folder.class());
-    text += &format!("{:14} {:24} {:>10} {:>14}  {}\n", "component", "class", "tensors", "parameters", "stored as");
+    text += &format!(
+        "{:14} {:24} {:>10} {:>14}  {}\n",
+        "component", "class", "tensors", "parameters", "stored as"
+    );
     for c in folder.components() {
         let known = CLASSES.iter().any(|classes| classes.contains(&&*c.class));
         let model = if known { AnyModel::read(&c.class, &folder.config(&c.name)?)? } else { None };
@@ -56,7 +59,7 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
                 let inventory = Inventory::of(&model.inventory(dtype)?);
                 let checkpoint = folder.checkpoint(&c.name)?;
                 let stored: Vec<String> = (checkpoint.dtypes().iter())
-                    .map(|(t, total)| format!("{t} ({})", human_bytes(total.bytes as usize)))
+                    .map(|(t, total)| format!("{t} ({})", human_bytes(total.bytes)))
                     .collect();
                 format!("{:>10} {:>14}  {}", inventory.tensors(), inventory.parameters(), stored.join(", "))
             }
@@ -72,7 +75,7 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
         batch: a.batch_size,
         cfg_scale: a.cfg_scale,
         steps: a.steps,
-        method: a.sampling_method.clone(),
+        method: a.sampling_method,
         ..Request::default()
     };
     if !Blueprint::PIPELINES.contains(&folder.class()) {

@@ -16,7 +16,9 @@ use std::process::ExitCode;
 /// Latent diffusion: sample from Stable Diffusion checkpoints, on a CPU or an NVIDIA GPU.
 #[derive(Parser, Debug)]
 #[command(name = "ldm", version, about, max_term_width = 110)]
-#[command(after_help = "Exit codes: 0 done, 1 failed (or diverged, for verify), 2 a request that cannot be met.")]
+#[command(
+    after_help = "Exit codes: 0 done, 1 failed (or diverged, for verify), 2 a request that cannot be met."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -78,7 +78,8 @@ impl Arguments {
         };
         finite("--cfg-scale", self.cfg_scale, 0.0, 1000.0)?;
         finite("--eta", self.eta, 0.0, 1.0)?;
-        for (name, n) in [("--steps", self.steps), ("--batch-size", self.batch_size), ("--clip-skip", self.clip_skip)]
+        for (name, n) in
+            [("--steps", self.steps), ("--batch-size", self.batch_size), ("--clip-skip", self.clip_skip)]
         {
             if n == 0 {
                 return Err(Error::invalid(format!("{name}: want at least 1; got 0")));
@@ -100,7 +101,7 @@ impl Arguments {
             width: self.width,
             height: self.height,
             steps: self.steps,
-            method: self.sampling_method.clone(),
+            method: self.sampling_method,
             cfg_scale: self.cfg_scale,
             seed,
             batch: self.batch_size,

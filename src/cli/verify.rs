@@ -37,7 +37,9 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     }
     if !a.reference.is_file() {
         let path = a.reference.display();
-        return Err(Error::invalid(format!("{path}: want a file of recorded tensors (--reference); there is none here")));
+        return Err(Error::invalid(format!(
+            "{path}: want a file of recorded tensors (--reference); there is none here"
+        )));
     }
     let options = Options { dtype: a.device.dtype()?, parts: a.part.clone() };
     let device = a.device.open()?;
@@ -51,7 +53,8 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
 }
 
 fn as_table(report: &Report) -> String {
-    let mut text = format!("{:24} {:>10} {:>10} {:>10} {:>8}\n", "tensor", "relative", "bound", "largest", "PSNR dB");
+    let mut text =
+        format!("{:24} {:>10} {:>10} {:>10} {:>8}\n", "tensor", "relative", "bound", "largest", "PSNR dB");
     for l in &report.lines {
         let bound = l.bound.map_or("-".into(), |b| format!("{b:.3e}"));
         let psnr = l.psnr.map_or(String::new(), |p| format!("{p:.1}"));

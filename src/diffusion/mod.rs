@@ -78,16 +78,7 @@ pub fn evaluation_graph(unet: &UNet2DCondition, table: &Table, s: &Settings) -> 
 /// A row as the device reads it.
 fn packed(row: &Row, guidance: f64) -> [f32; TABLE] {
     let mut y = [0.0; TABLE];
-    y[..8].copy_from_slice(&[
-        row.timestep,
-        row.scale_in,
-        row.dx,
-        row.dm,
-        row.clip,
-        row.cm,
-        row.cd,
-        row.cz,
-    ]);
+    y[..8].copy_from_slice(&[row.timestep, row.scale_in, row.dx, row.dm, row.clip, row.cm, row.cd, row.cz]);
     y[8..16].copy_from_slice(&row.c);
     let slots = [row.x_slot, row.next_slot, row.keep_m, row.keep_d, row.noise];
     y[16..21].iter_mut().zip(slots).for_each(|(y, slot)| *y = slot as f32);

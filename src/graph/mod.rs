@@ -104,7 +104,13 @@ impl Graph {
     ///
     /// # Errors
     /// When the name is there already with another shape, type or layout.
-    pub fn weight(&mut self, name: &str, layout: Layout, dtype: DType, shape: impl Into<Shape>) -> Result<Var> {
+    pub fn weight(
+        &mut self,
+        name: &str,
+        layout: Layout,
+        dtype: DType,
+        shape: impl Into<Shape>,
+    ) -> Result<Var> {
         let spec = Spec::new(dtype, shape);
         if let Some(v) = self.named(name) {
             let old = &self.values[v.index()];

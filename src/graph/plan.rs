@@ -88,7 +88,9 @@ impl Plan {
         let values = g.values();
         if let Some(v) = values.iter().find(|v| v.spec.bytes() > MAX_BYTES) {
             let spec = v.spec;
-            return Err(Error::invalid(format!("a value {spec} of the graph fits into no memory: ask for less")));
+            return Err(Error::invalid(format!(
+                "a value {spec} of the graph fits into no memory: ask for less"
+            )));
         }
         let end = g.nodes().len();
         let uses = g.uses();
@@ -113,7 +115,9 @@ impl Plan {
                 let root = block[from];
                 if values[root].origin != Origin::State || last[from] != step {
                     let name = format!("{} \"{}\": input {input}", node.op.name(), node.label);
-                    return Err(Error::invalid(format!("{name} must be a state that nothing reads afterwards")));
+                    return Err(Error::invalid(format!(
+                        "{name} must be a state that nothing reads afterwards"
+                    )));
                 }
                 block[to] = root;
             }

@@ -9,14 +9,16 @@ impl Graph {
         let mut out = String::new();
         for (i, node) in self.nodes.iter().enumerate() {
             let x = node.x.iter().map(|&v| self.describe(v)).collect::<Vec<_>>().join(" ");
-            let y = node.y.iter().map(|v| format!("%{} {}", v.0, self.spec(*v))).collect::<Vec<_>>().join(" ");
+            let y =
+                node.y.iter().map(|v| format!("%{} {}", v.0, self.spec(*v))).collect::<Vec<_>>().join(" ");
             let at = match plan.and_then(|p| node.y.first().map(|v| p.places[v.index()])) {
                 Some(Place::Arena(offset)) => format!(" @{offset:#x}"),
                 Some(Place::State(_)) => " @state".into(),
                 _ => String::new(),
             };
             let gflop = self.cost(node).flops / 1e9;
-            let _ = writeln!(out, "{i:4} {y}{at} = {} {x}  # {} {gflop:.3} GFLOP", node.op.name(), node.label);
+            let _ =
+                writeln!(out, "{i:4} {y}{at} = {} {x}  # {} {gflop:.3} GFLOP", node.op.name(), node.label);
         }
         let cost = self.total_cost();
         let _ = write!(out, "{} nodes, {:.3} GFLOP", self.nodes.len(), cost.flops / 1e9);

@@ -331,7 +331,10 @@ const A_STRING: &str = "a string";
 /// Python writes `1.0` where it means 1.
 fn as_usize(v: &Value) -> Option<usize> {
     let whole = |f: f64| (f >= 0.0 && f.fract() == 0.0 && f < 9e15).then_some(f as u64);
-    v.as_u64().or_else(|| v.as_f64().and_then(whole)).and_then(|n| n.try_into().ok()).filter(|n| *n <= MAX_USIZE)
+    v.as_u64()
+        .or_else(|| v.as_f64().and_then(whole))
+        .and_then(|n| n.try_into().ok())
+        .filter(|n| *n <= MAX_USIZE)
 }
 
 fn list<T>(v: &Value, read: impl Fn(&Value) -> Option<T>) -> Option<Vec<T>> {
@@ -411,8 +414,14 @@ mod tests {
     #[test]
     fn errors_name_file_key_and_value() {
         let c = config(json!({"n": -1, "s": 3, "l": [1, "x"], "o": {"k": "v"}}));
-        assert_eq!(text(c.usize("n")), "unet/config.json: `n`: want a whole number from 0 to 2147483647; got -1");
-        assert_eq!(text(c.usize("absent")), "unet/config.json: `absent`: want a whole number from 0 to 2147483647; got nothing");
+        assert_eq!(
+            text(c.usize("n")),
+            "unet/config.json: `n`: want a whole number from 0 to 2147483647; got -1"
+        );
+        assert_eq!(
+            text(c.usize("absent")),
+            "unet/config.json: `absent`: want a whole number from 0 to 2147483647; got nothing"
+        );
         assert_eq!(text(c.str_or("s", "")), "unet/config.json: `s`: want a string; got 3");
         assert!(text(c.usize_list("l")).contains("got [1,\"x\"]"));
         assert!(text(c.bool_or("s", true)).contains("want true or false"));

@@ -131,7 +131,8 @@ fn commas(shape: &[usize]) -> String {
 
 /// The type that most of a checkpoint's parameters are stored in, as a compute type.
 pub fn stored_type(checkpoint: &Checkpoint) -> DType {
-    let most = checkpoint.dtypes().into_iter().max_by_key(|(_, total)| total.elements).map(|(t, _)| t.to_string());
+    let most =
+        checkpoint.dtypes().into_iter().max_by_key(|(_, total)| total.elements).map(|(t, _)| t.to_string());
     match most.as_deref() {
         Some("F16") => DType::F16,
         Some("BF16") => DType::BF16,

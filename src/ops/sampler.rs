@@ -83,12 +83,9 @@ impl Operation for Prepare {
             && DType::FLOATS.contains(&self.dtype)
             && [1, 2].contains(&self.copies);
         ensure!(fits, Self::NAME, want, x);
-        let [_, b, h, w, c] = *slots.shape else { unreachable!("five axes were checked") };
-        Ok(vec![
-            Spec::new(self.dtype, [self.copies * b, h, w, c]),
-            Spec::new(DType::F32, [1]),
-            counter,
-        ])
+        let s = slots.shape;
+        let model = Spec::new(self.dtype, [self.copies * s[1], s[2], s[3], s[4]]);
+        Ok(vec![model, Spec::new(DType::F32, [1]), counter])
     }
 
     fn spec(&self, x: &[Array]) -> Vec<Array> {

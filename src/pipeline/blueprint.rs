@@ -109,7 +109,8 @@ pub struct Blueprint {
 
 impl Blueprint {
     /// Pipelines of diffusers that are run as they are.
-    pub const PIPELINES: &'static [&'static str] = &["StableDiffusionPipeline", "StableDiffusionInpaintPipeline"];
+    pub const PIPELINES: &'static [&'static str] =
+        &["StableDiffusionPipeline", "StableDiffusionInpaintPipeline"];
 
     /// Reads the configurations of a folder.
     ///
@@ -140,7 +141,12 @@ impl Blueprint {
         }
         let z = vae.codec().latent_channels;
         if unet.out_channels != z {
-            return wrong("unet", "out_channels", format!("the autoencoder's latent_channels {z}"), unet.out_channels);
+            return wrong(
+                "unet",
+                "out_channels",
+                format!("the autoencoder's latent_channels {z}"),
+                unet.out_channels,
+            );
         }
         if unet.in_channels < z {
             return wrong("unet", "in_channels", format!("at least latent_channels {z}"), unet.in_channels);
@@ -167,7 +173,9 @@ impl Blueprint {
         }
         let m = f * self.unet.multiple();
         if width.max(height) > MAX_SIDE {
-            return Err(Error::invalid(format!("size {width}x{height}: want at most {MAX_SIDE} pixels on a side")));
+            return Err(Error::invalid(format!(
+                "size {width}x{height}: want at most {MAX_SIDE} pixels on a side"
+            )));
         }
         if width == 0 || height == 0 || width % m != 0 || height % m != 0 {
             let near = |n: usize| ((n + m / 2) / m).max(1) * m;
@@ -193,7 +201,9 @@ impl Blueprint {
         }
         if r.clip_skip > self.text.layers {
             let (most, got) = (self.text.layers + 1, r.clip_skip.saturating_add(1));
-            return Err(Error::invalid(format!("clip skip: want 1 to {most}, by the text encoder's layers; got {got}")));
+            return Err(Error::invalid(format!(
+                "clip skip: want 1 to {most}, by the text encoder's layers; got {got}"
+            )));
         }
         self.size(r)?;
         let (method, schedule) = self.choose(r)?;
@@ -295,7 +305,8 @@ impl Blueprint {
 pub(super) fn scheduler(folder: &ModelFolder) -> Result<(String, ScheduleConfig)> {
     let component = folder.component("scheduler")?;
     let path = component.path.join("scheduler_config.json");
-    let text = std::fs::read_to_string(&path).map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?;
+    let text =
+        std::fs::read_to_string(&path).map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?;
     let mut schedule = ScheduleConfig::from_text(&text, &path)?;
     if folder.class().starts_with("StableDiffusion") {
         // diffusers' pipelines overrule old configurations in these two, whatever they say.

@@ -93,12 +93,15 @@ pub fn verify(folder: &ModelFolder, reference: &Path, device: &Device, options: 
         got: "none; was the file recorded with the recording script?".into(),
     };
     let text = reference.metadata().get("reference").ok_or_else(missing)?;
-    let meta = serde_json::from_str(text).map_err(|e| Error::file(reference.path(), format!("`reference`: {e}")))?;
+    let meta =
+        serde_json::from_str(text).map_err(|e| Error::file(reference.path(), format!("`reference`: {e}")))?;
     let dtype = options.dtype.unwrap_or(DType::F32);
     let mut s = Session { folder, device, dtype, reference, meta, report: Report::default() };
     if s.has("initial_latents") {
         if !options.parts.is_empty() {
-            return Err(Error::invalid("--part: this file records a whole pipeline; parts are for files of parts"));
+            return Err(Error::invalid(
+                "--part: this file records a whole pipeline; parts are for files of parts",
+            ));
         }
         s.pipeline()?;
     } else {
@@ -117,7 +120,12 @@ impl Session<'_> {
     }
 
     /// The axes of a stored tensor: of this number, none of them empty, and such as the model takes.
-    fn axes<const N: usize>(&self, name: &str, want: &str, fits: impl Fn([usize; N]) -> bool) -> Result<[usize; N]> {
+    fn axes<const N: usize>(
+        &self,
+        name: &str,
+        want: &str,
+        fits: impl Fn([usize; N]) -> bool,
+    ) -> Result<[usize; N]> {
         let entry = self.reference.entry(name);
         let axes = entry.and_then(|e| <[usize; N]>::try_from(&e.shape[..]).ok());
         if let Some(axes) = axes.filter(|axes| !axes.contains(&0) && fits(*axes)) {
@@ -210,7 +218,8 @@ impl Session<'_> {
 
     fn parts(&mut self, wanted: &[String]) -> Result<()> {
         let mut there = Vec::new();
-        for name in self.reference.names().filter_map(|n| n.split_once('.')).map(|(part, _)| part.to_string()) {
+        for name in self.reference.names().filter_map(|n| n.split_once('.')).map(|(part, _)| part.to_string())
+        {
             if !there.contains(&name) {
                 there.push(name);
             }
@@ -283,11 +292,8 @@ impl Session<'_> {
     fn kl(&mut self) -> Result<()> {
         let (vae, weights) = self.load::<crate::models::AutoencoderKL>(vae_name(self.folder))?;
         let image = self.picture("vae.image", vae.codec.in_channels, vae.codec.factor())?;
-        let moments = self.run(
-            vae.encode_graph(size(&image)?, self.dtype)?,
-            &weights,
-            &[("image", &image)],
-        )?;
+        let moments =
+            self.run(vae.encode_graph(size(&image)?, self.dtype)?, &weights, &[("image", &image)])?;
         self.compare_nhwc("vae.moments", &moments.read("moments")?, None)?;
         drop(moments);
         let z = self.picture("vae.latents", vae.codec.latent_channels, 1)?;
@@ -335,12 +341,23 @@ impl Session<'_> {
         let wrong: Vec<usize> = differ.iter().copied().filter(|&i| margin[i] > allowed(i)).collect();
         let failed = wrong.first().map(|&i| {
             let (got, want) = (ours[i], theirs[i]);
-            format!("{} wrong codes; the first at pixel {i}: want {want}; got {got}; margin {}", wrong.len(), margin[i])
+            format!(
+                "{} wrong codes; the first at pixel {i}: want {want}; got {got}; margin {}",
+                wrong.len(),
+                margin[i]
+            )
         });
         let share = differ.len() as f64 / ours.len().max(1) as f64;
         let name = "vq.indices".to_string();
         let (largest, bound) = (differ.len() as f64, None);
-        self.report.lines.push(Line { name: name.clone(), relative: share, largest, psnr: None, bound, failed });
+        self.report.lines.push(Line {
+            name: name.clone(),
+            relative: share,
+            largest,
+            psnr: None,
+            bound,
+            failed,
+        });
         let shape = codes.shape();
         self.report.ours.push((name, HostTensor::i32(shape, ours.iter().map(|&v| v as i32).collect())?));
 
@@ -387,7 +404,11 @@ impl Session<'_> {
         let ladder = method.ladder(&schedule, steps, skip)?;
 
         let pipeline = Pipeline::open(self.folder, self.device, Some(self.dtype))?;
-        let start = self.picture("initial_latents", pipeline.blueprint.unet.out_channels, pipeline.blueprint.unet.multiple())?;
+        let start = self.picture(
+            "initial_latents",
+            pipeline.blueprint.unet.out_channels,
+            pipeline.blueprint.unet.multiple(),
+        )?;
         let [batch, h, w] = size(&start)?;
         let context = self.context(&pipeline, batch, guidance > 1.0)?;
         self.compare("context", context.clone(), None)?;
@@ -441,7 +462,9 @@ impl Session<'_> {
     /// Mask and masked image, which follow the latents among the channels of the first input.
     fn condition(&self, unet: &UNet2DCondition) -> Result<HostTensor> {
         let input = self.picture("unet_input_000", unet.in_channels, unet.multiple())?;
-        let [rows, h, w, c] = *input.shape() else { return Err(Error::invalid("unet_input_000: want four axes")) };
+        let [rows, h, w, c] = *input.shape() else {
+            return Err(Error::invalid("unet_input_000: want four axes"));
+        };
         let latent = unet.out_channels;
         let data: Vec<f32> = input.to_f32().chunks(c).flat_map(|p| p[latent..].to_vec()).collect();
         HostTensor::f32([rows, h, w, c - latent], data)
@@ -453,7 +476,9 @@ impl Session<'_> {
         let ours: Vec<f32> = (0..run.evaluations()).map(|k| run.timestep(k)).collect();
         if ours.len() != theirs.len() {
             let (want, got) = (theirs.len(), ours.len());
-            return Err(Error::invalid(format!("timesteps: want {want} evaluations ({theirs:?}); got {got} ({ours:?})")));
+            return Err(Error::invalid(format!(
+                "timesteps: want {want} evaluations ({theirs:?}); got {got} ({ours:?})"
+            )));
         }
         self.compare("timesteps", HostTensor::f32([ours.len()], ours)?, None)?;
         if let Some(line) = self.report.lines.last_mut() {

@@ -1,8 +1,31 @@
 //! A model's noise schedule as its files and the user state it (diffusers' `scheduler_config.json`).
 
+use super::distance;
 use crate::error::{Error, Result};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
+
+/// The keys of a `scheduler_config.json` that [`ScheduleConfig::from_json`] reads.
+const KEYS: &[&str] = &[
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "timestep_spacing",
+    "steps_offset",
+    "set_alpha_to_one",
+    "clip_sample",
+    "clip_sample_range",
+    "use_karras_sigmas",
+    "rescale_betas_zero_snr",
+    "final_sigmas_type",
+    "lower_order_final",
+    "euler_at_final",
+    "lambda_min_clipped",
+    "skip_prk_steps",
+];
 
 /// How the betas run over the training timesteps.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -137,11 +160,18 @@ impl ScheduleConfig {
     ///
     /// A key that is missing or `null` leaves its field `None` (or diffusers' common default), whatever class
     /// the file was written by: as with diffusers' `from_config`, the sampler that is chosen supplies the
-    /// default. Keys that no implemented sampler reads are ignored.
+    /// default. Keys that no implemented sampler reads are ignored, unless one is a misspelling of a key that is
+    /// read: its value would otherwise be lost in silence.
     pub fn from_json(json: &Value, file: &Path) -> Result<ScheduleConfig> {
         let read = Reader { json, file };
-        if !json.is_object() {
+        let Some(object) = json.as_object() else {
             return Err(Error::file(file, format!("want a JSON object {{…}}; got {json}")));
+        };
+        for key in object.keys().filter(|k| !KEYS.contains(&k.as_str())) {
+            if let Some(near) = KEYS.iter().find(|known| distance(known, key) == 1) {
+                let want = format!("a key that the engine knows; did the writer mean `{near}`?");
+                return Err(read.wrong(key, &want, &object[key]));
+            }
         }
         let betas = [
             ("linear", BetaSchedule::Linear),

@@ -1,0 +1,40 @@
+# What a developer runs. `just` alone lists it.
+
+set shell := ["bash", "-euo", "pipefail", "-c"]
+
+_list:
+    @just --list --unsorted
+
+# Format, lints, documentation: no warning passes
+check:
+    cargo fmt --all --check
+    cargo clippy --all-targets -- -D warnings
+    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
+
+# Every test, or those whose name contains a word: `just test conv2d`
+test *words:
+    cargo test {{words}}
+
+# Every room's real shapes, or one room's: `just bench conv2d` (LDM_BENCH_DEVICE=cuda for a GPU)
+bench *words:
+    cargo bench --bench ops -- {{words}}
+
+# Whole models: text encoder, UNet evaluation, decoder (LDM_BENCH_MODEL=FOLDER for another checkpoint)
+steps:
+    cargo bench --bench steps
+
+# Compile the kernels with nvcc and list what each needs; fails without nvcc, or where one spills
+kernels:
+    cargo run --release --example kernels | tee /dev/stderr | tail -n 1 | grep -q 'no spill, no stack$'
+
+# Fill dist/gpu with what a machine with a GPU and no Rust needs
+gpu-pack: kernels
+    tools/gpu.sh pack
+
+# Run dist/gpu here; on another machine: ./gpu.sh in a copy of it. Not measured on a GPU yet
+gpu:
+    dist/gpu/gpu.sh
+
+# What CI runs
+ci:
+    .ci/run
