@@ -68,9 +68,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) attention_fwd(const __gri
         sync_block();
         float top = m;
         for (int n = 0; n < BN; n++) top = max_f(top, s.scores[row][n]);
-        // A query that has seen no key yet keeps m = -inf; its weights are then zero, not NaN.
+        // Every query sees a key of the first block, so top is -inf only where all scores are NaN, which stay NaN.
         const float rescale = top == -FLOAT_INF ? 1.0f : exp_f(m - top);
-        for (int n = own; n < BN; n += LANES) s.p[row][n] = top == -FLOAT_INF ? 0.0f : exp_f(s.scores[row][n] - top);
+        for (int n = own; n < BN; n += LANES) {
+            const float score = s.scores[row][n];
+            s.p[row][n] = score == -FLOAT_INF ? 0.0f : exp_f(score - top);
+        }
         for (int i = thread; i < BN * p.d; i += BLOCK) {
             const int r = i / p.d, c = i - r * p.d;
             s.kv[r][c] = n0 + r < p.s ? to_float(load(v + (long long)(n0 + r) * width + c)) : 0.0f;

@@ -1,5 +1,5 @@
-// The nearest code of each row of z: k = argmin |z - e_k|^2, the lowest k of several. Grid: ceil(rows / BLOCK); a thread
-// owns one row.
+// The nearest code of each row of z: k = argmin |z - e_k|^2, the lowest k of several; NaN where no distance is finite.
+// Grid: ceil(rows / BLOCK); a thread owns one row.
 #include "dev.cuh"
 
 constexpr int BLOCK = 128;
@@ -31,5 +31,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK) quantize_fwd(const __grid_co
         }
     }
     store(p.codes + row, code);
-    for (int c = 0; c < p.c; c++) store(p.y + (long long)row * p.c + c, load(p.book + (long long)code * p.c + c));
+    const T nan = from_float<T>(bits_float(0x7fc00000u));
+    for (int c = 0; c < p.c; c++) {
+        const T e = load(p.book + (long long)code * p.c + c);
+        store(p.y + (long long)row * p.c + c, best < FLOAT_INF ? e : nan);
+    }
 }

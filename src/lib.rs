@@ -2,8 +2,8 @@
 //! the Stable Diffusion family, on a CPU or through hand-written CUDA kernels.
 //!
 //! A tour, from the bottom: [`tensor`] holds shapes and host memory; [`ops`] are the rooms, one file per operation;
-//! [`graph`] records them, fuses and plans; [`exec`] runs a planned graph on a [`backend`]; [`nn`] and [`models`] build
-//! graphs from checkpoints that [`io`] reads; [`samplers`] are the solvers; [`diffusion`] joins model and sampler;
+//! [`graph`] records them, fuses and plans; [`exec`] runs a planned graph on a [`backend`]; [`nn`] and [`mod@models`] build
+//! graphs from checkpoints that [`io`] reads; [`mod@samplers`] are the solvers; [`diffusion`] joins model and sampler;
 //! [`pipeline`] goes from a prompt to a picture.
 //!
 //! Letters in all comments: B batch, C channels, O output channels, H W image, KH KW window, G groups, T S query and key

@@ -19,16 +19,16 @@ struct Outcome {
 
 /// Runs the program.
 fn ldm(args: &[&str]) -> Outcome {
-    let run = Command::new(env!("CARGO_BIN_EXE_ldm")).args(args).output().unwrap();
+    run(Command::new(env!("CARGO_BIN_EXE_ldm")).args(args))
+}
+
+fn run(command: &mut Command) -> Outcome {
+    let run = command.output().unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     // Without a code it was ended by a signal: an abort, or the system's memory killer.
     let o = Outcome { code: run.status.code().unwrap_or(-1), out: text(&run.stdout), err: text(&run.stderr) };
-    assert!(
-        !o.err.contains("panicked") && (0..3).contains(&o.code),
-        "{args:?}: exit code {}: {}",
-        o.code,
-        o.err
-    );
+    let ended = !o.err.contains("panicked") && (0..3).contains(&o.code);
+    assert!(ended, "{command:?}: exit code {}: {}", o.code, o.err);
     o
 }
 
@@ -206,14 +206,12 @@ fn numbers_that_cannot_be_are_refused() {
     bad_request(&["--threads", "0"], &["--threads", "1 to", "0"]);
     bad_request(&["--threads", "1000000"], &["--threads", "1 to", "1000000"]);
     bad_request(&["-s", "lucky"], &["--seed", "lucky"]);
-    bad_request(&["-s", "99999999999999999999"], &["--seed", "99999999999999999999"]);
 }
 
 #[test]
 fn words_that_are_unknown_are_refused() {
     bad_request(&["--dtype", "f8"], &["dtype", "f32, f16 or bf16", "f8"]);
     bad_request(&["--device", "nonsense"], &["device", "cuda:N", "nonsense"]);
-    bad_request(&["--device", "cuda:x"], &["device", "cuda:x"]);
     bad_request(&["--sampling-method", "eulre"], &["eulre", "did you mean `euler`?"]);
     bad_request(&["--sampling-method", "mystery"], &["mystery", "want one of", "dpm++2m"]);
 }
@@ -232,7 +230,6 @@ fn sizes_that_cannot_be_are_refused() {
     bad_request(&["-W", "66"], &["66x64", "multiples of 4", "the nearest is 68x64"]);
     bad_request(&["-H", "65"], &["64x65", "the nearest is 64x64"]);
     bad_request(&["-W", "0"], &["0x64", "the nearest is 4x64"]);
-    bad_request(&["-W", "-64"], &["-6"]);
     for width in ["1000000000", "18446744073709551612"] {
         bad_request(&["-W", width], &[width, "want at most 131072 pixels"]);
     }
@@ -254,6 +251,20 @@ fn a_picture_that_does_not_fit_into_memory_is_refused_at_once() {
     assert!(start.elapsed().as_secs() < 20, "refusing took {:?}", start.elapsed());
 }
 
+/// Memory that the system counts as free and then does not give is an error too, never an abort.
+#[cfg(target_os = "linux")]
+#[test]
+fn memory_that_is_not_given_is_an_error() {
+    let f = Folder::new();
+    let (model, out) = (golden("sd15-tiny"), f.path("x.png"));
+    let limited = "ulimit -v 1000000; exec \"$0\" \"$@\"";
+    let args = ["sample", "-m", text(&model), "-o", text(&out), "-p", "x", "--device", "cpu", "-t", "1"];
+    let size = ["--steps", "1", "-W", "1536", "-H", "1536"];
+    refused(&f, 2, &["bytes", "smaller", "batch"], || {
+        run(Command::new("sh").args(["-c", limited, env!("CARGO_BIN_EXE_ldm")]).args(args).args(size))
+    });
+}
+
 #[test]
 fn a_place_that_takes_no_picture_is_refused() {
     let f = Folder::new();
@@ -273,7 +284,11 @@ fn a_place_that_takes_no_picture_is_refused() {
     }
     // Not even root may create a file there.
     #[cfg(target_os = "linux")]
-    go(Path::new("/proc/x.png"), &[], &["no file can be created"]);
+    {
+        go(Path::new("/proc/x.png"), &[], &["no file can be created"]);
+        let o = sample(&model, Path::new("/dev/full"), &[]);
+        assert!(o.code == 1 && o.err.contains("/dev/full: cannot be written"), "{}", o.err);
+    }
     let mut mode = fs::metadata(&file).unwrap().permissions();
     mode.set_readonly(true);
     fs::set_permissions(&file, mode).unwrap();
@@ -525,12 +540,9 @@ fn references_that_do_not_fit_are_refused() {
     refused(&f, 2, &["VQModel", "AutoencoderKL"], || {
         verify(&golden("vq4-tiny.mod.safetensors"), &["--part", "vq"])
     });
-    refused(
-        &f,
-        1,
-        &["vq4-tiny.mod.safetensors", "unet.sample", "want (B,4,H,W)", "got [1, 3, 16, 16]"],
-        || verify(&golden("vq4-tiny.mod.safetensors"), &["--part", "unet"]),
-    );
+    let nine = golden("inpaint-tiny.mod.safetensors");
+    let why = ["inpaint-tiny.mod.safetensors", "unet.sample", "want (B,4,H,W)", "got [1, 9, 16, 16]"];
+    refused(&f, 1, &why, || verify(&nine, &["--part", "unet"]));
     let parts = golden("sd15-tiny.mod.safetensors");
     refused(&f, 2, &["--part hands", "text, unet, vae"], || verify(&parts, &["--part", "hands"]));
 

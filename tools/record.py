@@ -24,7 +24,7 @@ Pictures and latents are (B,C,H,W).
     initial_latents, timesteps            what the sampler starts from, and evaluates at
     unet_input_000                        of the first evaluation, with the channels of an inpainting model
     model_output_NNN, latents_NNN         after guidance, and after the sampler's step, by evaluations
-    decoder_input, image                  the image in 0...1
+    decoder_input, image                  pictures are in 0...1 here
 
 The metadata has, as JSON under the key `reference`, the settings of the run and `floors`: for bf16 and f16 the relative
 error of PyTorch itself in that type, tensor by tensor, of every tensor that is computed.
@@ -215,8 +215,9 @@ def noise_in_f32():
 def open_pipeline(a, dtype):
     """With the sampler made from the folder's configuration before the pipeline is, which corrects old ones."""
     index = diffusers.DiffusionPipeline.load_config(a.checkpoint)
-    own = index["scheduler"][1]
-    cls = getattr(diffusers, SAMPLERS[a.sampler] if a.sampler else own)
+    if a.strength is not None and index["_class_name"] != "StableDiffusionPipeline":
+        sys.exit(f"--strength is for a StableDiffusionPipeline; this folder is a {index['_class_name']}")
+    cls = getattr(diffusers, SAMPLERS[a.sampler] if a.sampler else index["scheduler"][1])
     scheduler = cls.from_pretrained(a.checkpoint, subfolder="scheduler")
     kind = diffusers.DiffusionPipeline if a.strength is None else diffusers.StableDiffusionImg2ImgPipeline
     pipe = kind.from_pretrained(a.checkpoint, scheduler=scheduler, torch_dtype=dtype, local_files_only=True)
@@ -228,6 +229,9 @@ def record_pipeline(a, dtype):
     record, inputs, pipe = Record(), Inputs(a.seed), open_pipeline(a, dtype)
     side = (a.size or pipe.unet.config.sample_size) * factor(pipe.vae)
     timesteps = []
+
+    def picture():
+        return record.give("input_image", inputs.picture(side) / 2 + 0.5)
 
     def evaluated(_, sample, timestep, encoder_hidden_states, **_rest):
         if not timesteps:
@@ -248,10 +252,10 @@ def record_pipeline(a, dtype):
     if isinstance(pipe, diffusers.StableDiffusionInpaintPipeline):
         mask = torch.zeros(1, 1, side, side)
         mask[..., side // 4 :, : side // 2] = 1
-        special = {"image": record.give("input_image", inputs.picture(side)), "mask_image": record.give("mask", mask)}
-        special |= {"strength": 1.0, "height": side, "width": side}
+        special = {"image": picture(), "mask_image": record.give("mask", mask), "strength": 1.0}
+        special |= {"height": side, "width": side}
     elif a.strength is not None:
-        special = {"image": record.give("input_image", inputs.picture(side)), "strength": a.strength}
+        special = {"image": picture(), "strength": a.strength}
     else:
         special = {"height": side, "width": side}
 

@@ -24,11 +24,12 @@ impl Device {
         match name {
             DeviceName::Cpu => Ok(Device::Cpu),
             DeviceName::Cuda(n) => cuda::Cuda::open(n).map(Device::Cuda),
-            // A machine without a driver or a card uses the CPU. A card that cannot run this build is an error.
-            DeviceName::Auto => match cuda::Cuda::count() {
-                Ok(n) if n > 0 => cuda::Cuda::open(0).map(Device::Cuda),
-                _ => Ok(Device::Cpu),
-            },
+            // Where there is no driver, no card, or no kernel in this build, the CPU is what there is. A card that
+            // fails to start is an error: it is not what the user expects to be left out.
+            DeviceName::Auto if crate::kernels::COMPILED && cuda::Cuda::present() => {
+                cuda::Cuda::open(0).map(Device::Cuda)
+            }
+            DeviceName::Auto => Ok(Device::Cpu),
         }
     }
 
@@ -60,7 +61,7 @@ impl std::fmt::Debug for Device {
 /// The name of a device, as flags give it: `auto`, `cpu`, `cuda` or `cuda:N`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum DeviceName {
-    /// A GPU where one is found, else the CPU.
+    /// A GPU where there is one and this build has kernels for it, else the CPU.
     #[default]
     Auto,
     /// The CPU.

@@ -55,7 +55,7 @@ struct DeviceFlags {
     /// Where to run: auto (a GPU where there is one, else the CPU), cpu, cuda or cuda:N
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
     device: String,
-    /// Type of weights and activations: f32, f16 or bf16 [default: that of the file on a GPU, f32 on a CPU]
+    /// Type of weights and activations: f32, f16 or bf16 [default: f32; for `sample` on a GPU that of the file]
     #[arg(long, value_name = "TYPE")]
     dtype: Option<String>,
     /// Threads of the CPU [default: all cores]

@@ -163,6 +163,15 @@ fn parameters(a: &Arguments, picture: &Picture, sampler: &str) -> String {
         "\nSteps: {}, Sampler: {sampler}, CFG scale: {}, Seed: {}, Size: {w}x{h}, Model: {model}",
         a.steps, a.cfg_scale, picture.seed
     );
+    if let Some(choice) = a.sampling_method {
+        let spacing = choice.spacing.map(|s| format!("{s:?}").to_lowercase());
+        if let Some(schedule) = if choice.karras { Some("Karras".into()) } else { spacing } {
+            text += &format!(", Schedule type: {schedule}");
+        }
+    }
+    if a.eta != 0.0 {
+        text += &format!(", Eta: {}", a.eta);
+    }
     if a.init_img.is_some() {
         text += &format!(", Denoising strength: {}", a.strength);
     }

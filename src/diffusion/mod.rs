@@ -5,8 +5,7 @@ use crate::error::{Error, Result};
 use crate::exec::{CheckFinite, Device, Program, Weights};
 use crate::graph::Graph;
 use crate::models::UNet2DCondition;
-use crate::nn::cast;
-use crate::ops::{Advance, Concat, Prepare, TABLE};
+use crate::ops::{Advance, Concat, Prepare, TABLE, cast};
 use crate::samplers::{Ladder, Method, Row, Table};
 use crate::tensor::{DType, HostTensor, Spec};
 
@@ -39,6 +38,8 @@ pub struct Sampling {
     settings: Settings,
     channels: usize,
     done: usize,
+    /// An evaluation went wrong: the states are not to be used any more.
+    broken: bool,
 }
 
 /// The graph of one evaluation, and the table that it follows.
@@ -105,7 +106,7 @@ impl Sampling {
         program.write("table", &HostTensor::f32([table.rows.len(), TABLE], rows)?)?;
         program.write("noise", &HostTensor::zeros(program.spec("noise")?))?;
         let channels = unet.out_channels;
-        Ok(Sampling { program, table, settings, channels, done: 0 })
+        Ok(Sampling { program, table, settings, channels, done: 0, broken: false })
     }
 
     /// Axes of the latents, (B,H,W,C).
@@ -178,6 +179,7 @@ impl Sampling {
         self.program.write("slots", &HostTensor::f32([self.table.slots, b, h, w, c], slots)?)?;
         self.program.write("counter", &HostTensor::i32([4], vec![0; 4])?)?;
         self.done = 0;
+        self.broken = false;
         Ok(())
     }
 
@@ -188,6 +190,9 @@ impl Sampling {
     pub fn step(&mut self) -> Result<bool> {
         if self.done == self.table.rows.len() {
             return Ok(false);
+        }
+        if std::mem::replace(&mut self.broken, true) {
+            return Err(Error::invalid("sampling: an evaluation failed; start again"));
         }
         self.program.run(&mut ())?;
         let flag = match self.program.read("counter")?.data() {
@@ -205,6 +210,7 @@ impl Sampling {
                 what: format!("a value that was not finite at evaluation {k} and is when repeated"),
             });
         }
+        self.broken = false;
         self.done += 1;
         Ok(self.done < self.table.rows.len())
     }

@@ -14,7 +14,7 @@ pub fn write(path: impl AsRef<Path>, bytes: &[u8]) -> Result<()> {
     write_with(path, |w| w.write_all(bytes))
 }
 
-/// As [`write`], for contents that are made while they are written. If `fill` fails, `path` stays as it was.
+/// As [`write()`], for contents that are made while they are written. If `fill` fails, `path` stays as it was.
 /// A symbolic link is followed. A device or a pipe (`/dev/stdout`) is written to directly.
 ///
 /// # Errors

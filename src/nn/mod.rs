@@ -4,12 +4,12 @@
 
 mod transformer;
 
+pub use crate::ops::cast;
 pub use transformer::{SpatialTransformer, self_attention, spatial_transformer};
 
 use crate::error::Result;
 use crate::graph::{Graph, Layout, Var};
-use crate::ops::{Act, Add, Attention, Cast, Conv2d, Epi, GroupNorm, LayerNorm, Linear};
-use crate::tensor::DType;
+use crate::ops::{Act, Add, Attention, Conv2d, Epi, GroupNorm, LayerNorm, Linear};
 
 /// `at.name`, or `name` where `at` is empty.
 pub fn join(at: &str, name: &str) -> String {
@@ -92,17 +92,6 @@ pub fn layer_norm(g: &mut Graph, at: &str, x: Var, eps: f64) -> Result<Var> {
 /// When the shapes differ.
 pub fn add(g: &mut Graph, at: &str, a: Var, b: Var) -> Result<Var> {
     g.push(at, Add, &[a, b])
-}
-
-/// `scale` · x in another type; x itself where that changes nothing.
-///
-/// # Errors
-/// When neither type is f32.
-pub fn cast(g: &mut Graph, at: &str, x: Var, to: DType, scale: f64) -> Result<Var> {
-    if g.spec(x).dtype == to && scale == 1.0 {
-        return Ok(x);
-    }
-    g.push(at, Cast { to, scale: scale as f32 }, &[x])
 }
 
 /// softmax(q kᵀ / √D) v over `heads`.

@@ -55,19 +55,30 @@ impl Operation for Cast {
         let mut all = Vec::new();
         for (to, _) in SINGLE {
             for (scale, shape) in [(1.0, vec![1]), (0.18215, vec![2, 3, 5, 4]), (-3.0, vec![1000])] {
-                all.push(cast(to, scale, &shape));
+                all.push(case(to, scale, &shape));
             }
         }
         all
     }
 
     fn random(r: &mut Small) -> Case {
-        cast(DType::FLOATS[r.below(3)], r.normal() as f32, &[r.below(9) + 1, r.below(300) + 1])
+        case(DType::FLOATS[r.below(3)], r.normal() as f32, &[r.below(9) + 1, r.below(300) + 1])
     }
 }
 
+/// `scale` · x in another type; x itself where that changes nothing.
+///
+/// # Errors
+/// When neither type is f32.
+pub fn cast(g: &mut Graph, at: &str, x: Var, to: DType, scale: f64) -> Result<Var> {
+    if g.spec(x).dtype == to && scale == 1.0 {
+        return Ok(x);
+    }
+    g.push(at, Cast { to, scale: scale as f32 }, &[x])
+}
+
 /// To f32 from every type; to another type from f32 alone.
-fn cast(to: DType, scale: f32, shape: &[usize]) -> Case {
+fn case(to: DType, scale: f32, shape: &[usize]) -> Case {
     let case = Case::new(Cast { to, scale }, [t(shape)]);
     if to == DType::F32 { case } else { case.only(&[DType::F32]) }
 }

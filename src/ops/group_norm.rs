@@ -121,7 +121,7 @@ impl Operation for GroupNorm {
             x: io.x(0),
             w: io.x(1),
             bias: io.x(2),
-            hw: io.int(s.rows() / b.max(1))?,
+            hw: io.int(s.rows() / b.max(1) * (c / self.groups)).and(io.int(s.rows() / b.max(1)))?,
             c: io.int(c)?,
             groups: io.int(self.groups)?,
             eps: self.eps,

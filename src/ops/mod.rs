@@ -1,7 +1,7 @@
 //! The rooms: one file per operation, with everything that is known about it.
 //!
 //! A room states its shape rule, its specification in f64, its CPU code, its CUDA launch, its cost and the cases it is
-//! tested on. Tests, benches, `ldm bench` and the docs walk [`rooms!`] and name no operation.
+//! tested on. Tests and benches walk `rooms!` and name no operation.
 
 mod array;
 mod case;
@@ -245,5 +245,6 @@ macro_rules! define {
 rooms!(define);
 
 pub use activation::Act;
+pub use cast::cast;
 pub use conv2d::Epi;
 pub use sampler::TABLE;

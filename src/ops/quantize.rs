@@ -2,7 +2,7 @@
 //!
 //! van den Oord et al. 2017; Rombach et al. 2022, section 3.1. PyTorch: `torch.cdist(z, e).argmin(-1)`.
 //! Kernel: `kernels/quantize.cu`. Distances are summed in f32 from differences, so near ties are decided as finely as
-//! the type of z allows.
+//! the type of z allows. A row with no finite distance gives NaN, so that it is found later.
 use super::prelude::*;
 use crate::kernels::quantize as k;
 use rayon::prelude::*;
@@ -42,7 +42,10 @@ impl Operation for Quantize {
                 }
             }
             *code = best.1 as f64;
-            row.copy_from_slice(&x[1].data[best.1 * c..][..c]);
+            match best.0.is_finite() {
+                true => row.copy_from_slice(&x[1].data[best.1 * c..][..c]),
+                false => row.fill(f64::NAN),
+            }
         }
         vec![y, codes]
     }
@@ -65,13 +68,16 @@ impl Operation for Quantize {
                         best = (d, i as i32);
                     }
                 }
-                best.1
+                if best.0.is_finite() { best.1 } else { -1 }
             })
             .collect();
-        io.i32_mut(1).copy_from_slice(&nearest);
+        io.i32_mut(1).iter_mut().zip(&nearest).for_each(|(code, &i)| *code = i.max(0));
         io.write(0, |y| {
             for (row, &i) in y.chunks_mut(c).zip(&nearest) {
-                row.copy_from_slice(&codes[i as usize * c..][..c]);
+                match usize::try_from(i) {
+                    Ok(i) => row.copy_from_slice(&codes[i * c..][..c]),
+                    Err(_) => row.fill(f32::NAN),
+                }
             }
         });
         Ok(())

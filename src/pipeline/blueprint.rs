@@ -135,6 +135,10 @@ impl Blueprint {
             let file = folder.component(component).map(|c| c.path.join("config.json")).unwrap_or_default();
             Err(Error::Config { file, key: key.into(), want, got: got.to_string() })
         };
+        if (vae.codec().in_channels, vae.codec().out_channels) != (3, 3) {
+            let got = vae.codec().out_channels;
+            return wrong(vae_name(folder), "in_channels, out_channels", "3, for RGB".into(), got);
+        }
         if text.hidden != unet.context {
             let want = format!("the UNet's cross_attention_dim {}", unet.context);
             return wrong("text_encoder", "hidden_size", want, text.hidden);
@@ -206,6 +210,11 @@ impl Blueprint {
             )));
         }
         self.size(r)?;
+        if r.init.is_some() && matches!(self.vae, Vae::Vq(_)) {
+            return Err(Error::invalid(
+                "an initial picture needs a model with an AutoencoderKL; this one has a VQModel",
+            ));
+        }
         let (method, schedule) = self.choose(r)?;
         method.ladder(&schedule, r.steps, 0).map(|_| ())
     }
@@ -216,18 +225,21 @@ impl Blueprint {
     /// [`Error::Invalid`] with the bytes that are needed and those that are there.
     pub fn check_memory(&self, r: &Request, dtype: DType, device: &Device) -> Result<()> {
         let e = self.estimate(r, dtype)?;
-        let (need, part) = (e.unet_arena, "sampling").max((e.decoder_arena, "decoding"));
+        // The encoder of an initial picture is there together with the states.
+        let (width, height) = self.size(r)?;
+        let encoder = match (&self.vae, &r.init) {
+            (Vae::Kl(v), Some(_)) => Program::measure(&v.sample_graph([1, height, width], dtype)?)?.arena,
+            _ => 0,
+        };
+        let (need, part) = (e.unet_arena + encoder, "sampling").max((e.decoder_arena, "decoding"));
         match device.available() {
-            Some(have) if need > have => {
-                let (width, height) = self.size(r)?;
-                Err(Error::invalid(format!(
-                    "{part} {width}x{height}, batch size {}, in {dtype} needs {need} bytes ({}) beside the weights; \
+            Some(have) if need > have => Err(Error::invalid(format!(
+                "{part} {width}x{height}, batch size {}, in {dtype} needs {need} bytes ({}) beside the weights; \
                      {have} ({}) are free: try a smaller size or batch",
-                    r.batch,
-                    human_bytes(need),
-                    human_bytes(have)
-                )))
-            }
+                r.batch,
+                human_bytes(need),
+                human_bytes(have)
+            ))),
             _ => Ok(()),
         }
     }
@@ -246,8 +258,16 @@ impl Blueprint {
     /// # Errors
     /// When neither the request nor the folder names one that there is.
     pub fn choose(&self, r: &Request) -> Result<(Method, ScheduleConfig)> {
-        let mut schedule = self.schedule.clone();
+        let (method, mut schedule) = self.named(r, self.schedule.clone())?;
+        if r.eta != 0.0 && method != Method::Ddim {
+            let got = method.name();
+            return Err(Error::invalid(format!("eta: only the sampler ddim draws fresh noise; got {got}")));
+        }
         schedule.eta = r.eta;
+        Ok((method, schedule))
+    }
+
+    fn named(&self, r: &Request, mut schedule: ScheduleConfig) -> Result<(Method, ScheduleConfig)> {
         if let Some(choice) = &r.method {
             choice.apply(&mut schedule);
             return Ok((choice.method, schedule));

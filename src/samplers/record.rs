@@ -21,9 +21,8 @@ use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
 /// State slots that a row can address.
 pub const MAX_SLOTS: usize = 8;
 
-/// One row as the device reads it: 24 words of 4 bytes.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
+/// One row in f32; `diffusion` packs it into the table that the device reads.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct Row {
     /// Where the network is evaluated.
     pub timestep: f32,
@@ -53,8 +52,6 @@ pub struct Row {
     pub keep_d: i32,
     /// Index of the fresh noise, or -1.
     pub noise: i32,
-    /// Always zero: a row is a whole number of 16 bytes.
-    pub unused: [i32; 3],
 }
 
 /// One row in f64: what [`Row`] is rounded from. Same fields, same meaning.
@@ -115,7 +112,6 @@ impl Exact {
             keep_m: index(self.keep_m),
             keep_d: index(self.keep_d),
             noise: index(self.noise),
-            unused: [0; 3],
         }
     }
 

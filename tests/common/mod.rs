@@ -13,6 +13,15 @@ static TURN: Mutex<()> = Mutex::new(());
 pub const SCHEDULES: [&str; 3] =
     ["order=forward;async=late", "order=reverse;async=early", "order=random:7;async=random"];
 
+/// Says that a test is left out, past the test harness, which keeps what passing tests print to itself. Where
+/// `LDM_REQUIRE_EMULATOR` is set, as in CI, that is a failure.
+pub fn skipped(why: &str) {
+    use std::io::Write;
+    assert!(std::env::var_os("LDM_REQUIRE_EMULATOR").is_none(), "a test would be skipped: {why}");
+    let name = std::thread::current().name().unwrap_or("a test").to_string();
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {name}: {why}");
+}
+
 /// Runs a test on the emulator under every schedule, or once on the card that `LDM_TEST_DEVICE=cuda` asks for. Says so
 /// loudly where there is no compiler to build the emulator with.
 pub fn on_cuda(test: impl Fn(&Device)) {
@@ -25,7 +34,7 @@ pub fn on_cuda_with(schedules: &[&str], test: impl Fn(&Device)) {
     let emulator = match emulator::start() {
         Ok(emulator) => emulator,
         Err(why) => {
-            eprintln!("SKIPPED: no emulator: {why}");
+            skipped(&format!("no emulator: {why}"));
             return;
         }
     };

@@ -68,6 +68,16 @@ fn check(call: &'static str, code: CUresult) -> std::result::Result<(), Failure>
     if code == CUresult::CUDA_SUCCESS { Ok(()) } else { Err(Failure { call, code }) }
 }
 
+/// Whether there is a driver that does not simply say that it has no device.
+pub(super) fn present() -> bool {
+    // SAFETY: opens and closes the library.
+    if !unsafe { sys::is_culib_present() } {
+        return false;
+    }
+    // SAFETY: no arguments but the flags, which must be 0. May be called any number of times.
+    unsafe { sys::cuInit(0) != CUresult::CUDA_ERROR_NO_DEVICE && !matches!(count(), Ok(0)) }
+}
+
 /// Loads and starts the driver, and returns the CUDA version that it supports: 13000 is 13.0.
 pub(super) fn start() -> Result<i32> {
     // SAFETY: opens and closes the library. cudarc's own loader panics where there is none, so it must not be

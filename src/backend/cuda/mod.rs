@@ -89,6 +89,11 @@ impl Cuda {
         }
     }
 
+    /// Whether there is a driver with at least one GPU, or a driver that fails for another reason than having none.
+    pub fn present() -> bool {
+        driver::present()
+    }
+
     /// Opens GPU number `ordinal`, counted from 0, and checks that this build's kernels run on it.
     ///
     /// # Errors
