@@ -1,5 +1,5 @@
-//! `ldm` samples and trains latent diffusion models: the autoencoders and the conditioned UNet of Rombach et al. 2022 and
-//! the Stable Diffusion family, on a CPU or through hand-written CUDA kernels.
+//! `ldm` samples from latent diffusion models: the autoencoders and the conditioned UNet of Rombach et al. 2022 and the
+//! Stable Diffusion family, on a CPU or through hand-written CUDA kernels.
 //!
 //! A tour, from the bottom: [`tensor`] holds shapes and host memory; [`ops`] are the rooms, one file per operation;
 //! [`graph`] records them, fuses and plans; [`exec`] runs a planned graph on a [`backend`]; [`nn`] and [`mod@models`] build
