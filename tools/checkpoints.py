@@ -12,13 +12,14 @@
     sd15            Stable Diffusion 1.5 in full size, 4.3 GB; made only when named
 
 The weights are made so that no mistake hides. Every tensor is drawn: there are no zero biases and no unit gains that a
-forgotten addition or product would leave unpunished. Queries and keys are wide, so that attention is far from a mean.
-The last layers are scaled by a measured factor, so that errors are relative to outputs with a spread of about 1 (0.5
-for pictures). All draws come from a generator that the checkpoint's name seeds.
+forgotten addition or product would leave unpunished, and no normalised groups of a single channel, which would swallow
+the biases and the time embedding before them. Queries and keys are wide, so that attention is far from a mean. The last
+layers are scaled by a measured factor, so that errors are relative to outputs with a spread of about 1 (0.5 for
+pictures). All draws come from a generator that the checkpoint's name seeds.
 
 The tokenizer is that of tests/golden: a byte-level vocabulary of 1000 entries, whatever the size of the text encoder's
 table. tests/golden has sd2-tiny and inpaint-tiny as made here; its sd15-tiny and vq4-tiny have the dimensions of those
-here, but weights drawn by an older script.
+here, but 32 groups (some of one channel) and weights drawn by an older script.
 """
 import argparse
 import json
@@ -46,14 +47,21 @@ PNDM = ("PNDMScheduler", {})
 DDIM_V = ("DDIMScheduler", dict(prediction_type="v_prediction"))
 
 TINY_TEXT = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=5, intermediate_size=37)
-TINY_VAE = dict(widths=(32, 64), layers_per_block=1)
+TINY_VAE = dict(widths=(32, 64), layers_per_block=1, norm_num_groups=16)
 
 # Of a UNet's `levels`, one letter for each from the finest down, `x` has cross-attention and `-` has not.
 RECIPES = {
     "sd15-tiny": dict(
         scheduler=PNDM,
         text=TINY_TEXT,
-        unet=dict(widths=(32, 64), levels="-x", sample_size=32, layers_per_block=2, attention_head_dim=8),
+        unet=dict(
+            widths=(32, 64),
+            levels="-x",
+            sample_size=32,
+            layers_per_block=2,
+            attention_head_dim=8,
+            norm_num_groups=16,
+        ),
         vae=TINY_VAE,
     ),
     "sd2-tiny": dict(
@@ -68,20 +76,35 @@ RECIPES = {
             sample_size=16,
             layers_per_block=1,
             attention_head_dim=[2, 4, 3],
+            norm_num_groups=8,
             use_linear_projection=True,
         ),
-        vae=dict(widths=(32, 32, 64), layers_per_block=1),
+        vae=dict(widths=(32, 32, 64), layers_per_block=1, norm_num_groups=8),
     ),
     "inpaint-tiny": dict(
         pipeline="StableDiffusionInpaintPipeline",
         scheduler=PNDM,
         text=TINY_TEXT,
         unet=dict(
-            widths=(32, 64), levels="xx", sample_size=16, in_channels=9, layers_per_block=1, attention_head_dim=4
+            widths=(32, 64),
+            levels="xx",
+            sample_size=16,
+            in_channels=9,
+            layers_per_block=1,
+            attention_head_dim=4,
+            norm_num_groups=16,
         ),
         vae=TINY_VAE,
     ),
-    "vq4-tiny": dict(vq=dict(widths=(32, 32, 64), layers_per_block=1, latent_channels=3, num_vq_embeddings=256)),
+    "vq4-tiny": dict(
+        vq=dict(
+            widths=(32, 32, 64),
+            layers_per_block=1,
+            latent_channels=3,
+            num_vq_embeddings=256,
+            norm_num_groups=16,
+        )
+    ),
     "sd15": dict(
         scheduler=PNDM,
         text=dict(

@@ -272,6 +272,12 @@ impl Blueprint {
             choice.apply(&mut schedule);
             return Ok((choice.method, schedule));
         }
+        if self.scheduler == "PNDMScheduler" && schedule.skip_prk.is_none() {
+            return Err(Error::invalid(
+                "the checkpoint's PNDMScheduler does not say `skip_prk_steps`: diffusers would begin with Runge-Kutta \
+                 steps, which are not supported; choose `--sampling-method plms` to go without, or another sampler",
+            ));
+        }
         let names = || Method::ALL.iter().map(|m| m.name()).collect::<Vec<_>>().join(", ");
         let method = self.scheduler.parse().map_err(|_| {
             Error::invalid(format!(
