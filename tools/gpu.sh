@@ -30,7 +30,9 @@ pack() {
 
 # Lines `name<TAB>ok|FAILED` of a test binary's log, and `name<TAB>ns<TAB>±ns` of a bench's.
 tests_of() { sed -nE 's/^test (.*) \.\.\. (ok|FAILED)$/\1\t\2/p' "$1"; }
-benches_of() { sed -nE 's/^test (.*) \.\.\. bench: +([0-9]+) ns\/iter \(\+\/- ([0-9]+)\)$/\1\t\2\t\3/p' "$1"; }
+benches_of() {
+    sed -nE 's/^test (.*) \.\.\. bench: +([0-9,]+) ns\/iter \(\+\/- ([0-9,]+)\)$/\1\t\2\t\3/p' "$1" | tr -d ,
+}
 
 run() {
     cd "$here"
@@ -68,7 +70,10 @@ run() {
     } >results/results.json
     printf '\n%s tests, %s failed; %s\n' "$(wc -l <results/tests.tsv)" "$(grep -c FAILED results/tests.tsv || true)" \
         "$here/results/results.json"
-    return "$code"
+    # A list that is empty has found nothing wrong because it has tried nothing.
+    [ -s results/tests.tsv ] && [ -s results/benches.tsv ] && return "$code"
+    echo "no test or no bench left a result: see $here/results"
+    return 1
 }
 
 case ${1:-run} in
