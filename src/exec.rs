@@ -1,6 +1,8 @@
 //! Runs a planned graph on a device: one loop.
 
-use crate::backend::cpu::{self, In, Memory};
+mod weights;
+
+use crate::backend::cpu::{self, In};
 use crate::backend::cuda;
 use crate::error::{Error, Result};
 use crate::graph::{Node, Origin, Place, Plan, Var, fuse};
@@ -8,80 +10,11 @@ use crate::ops::Op;
 use crate::tensor::{HostTensor, Spec};
 use std::collections::HashMap;
 use std::sync::Arc;
+use weights::Store;
 
 pub use crate::backend::{Device, DeviceName};
 pub use crate::graph::Graph;
-
-/// Memory on a device.
-enum Store {
-    Host(Memory),
-    Cuda(cuda::Buffer),
-}
-
-impl Store {
-    fn new(device: &Device, bytes: usize) -> Result<Store> {
-        match device {
-            Device::Cpu => Ok(Store::Host(Memory::new(bytes)?)),
-            Device::Cuda(c) => Ok(Store::Cuda(c.alloc(bytes.max(1))?)),
-        }
-    }
-
-    fn write(&mut self, device: &Device, offset: usize, bytes: &[u8]) -> Result<()> {
-        match (self, device) {
-            (Store::Host(m), _) => m.bytes_mut()[offset..offset + bytes.len()].copy_from_slice(bytes),
-            (Store::Cuda(b), Device::Cuda(c)) => c.upload(b, offset, bytes)?,
-            _ => return Err(Error::Device("memory of another device".into())),
-        }
-        Ok(())
-    }
-
-    fn read(&self, device: &Device, offset: usize, spec: Spec) -> Result<HostTensor> {
-        match (self, device) {
-            (Store::Host(m), _) => HostTensor::from_bytes(spec, &m.bytes()[offset..offset + spec.bytes()]),
-            (Store::Cuda(b), Device::Cuda(c)) => {
-                let mut bytes = vec![0; spec.bytes()];
-                c.download(b, offset, &mut bytes)?;
-                HostTensor::from_bytes(spec, &bytes)
-            }
-            _ => Err(Error::Device("memory of another device".into())),
-        }
-    }
-}
-
-/// Weights on a device, by name: immutable, shared by programs.
-#[derive(Clone)]
-pub struct Weights {
-    device: Device,
-    map: HashMap<String, Arc<(Spec, Store)>>,
-}
-
-impl Weights {
-    /// No weights yet.
-    pub fn new(device: &Device) -> Weights {
-        Weights { device: device.clone(), map: HashMap::new() }
-    }
-
-    /// Puts a tensor on the device.
-    ///
-    /// # Errors
-    /// When the device has no room for it.
-    pub fn insert(&mut self, name: &str, tensor: &HostTensor) -> Result<()> {
-        let mut store = Store::new(&self.device, tensor.bytes().len())?;
-        store.write(&self.device, 0, tensor.bytes())?;
-        self.map.insert(name.into(), Arc::new((tensor.spec(), store)));
-        Ok(())
-    }
-
-    /// Whether a weight is there.
-    pub fn contains(&self, name: &str) -> bool {
-        self.map.contains_key(name)
-    }
-
-    /// Bytes of all weights.
-    pub fn bytes(&self) -> usize {
-        self.map.values().map(|w| w.0.bytes()).sum()
-    }
-}
+pub use weights::Weights;
 
 /// What happens during a run, for progress, traces and checks.
 pub trait Hook {
@@ -162,7 +95,7 @@ impl Program {
         for value in graph.values() {
             bound.push(match value.origin {
                 Origin::Weight(_) => {
-                    let w = weights.map.get(&value.name);
+                    let w = weights.get(&value.name);
                     let w = w.filter(|w| w.0 == value.spec).ok_or_else(|| {
                         let got = w.map_or("nothing".into(), |w| w.0.to_string());
                         Error::invalid(format!("weight `{}`: want {}; got {got}", value.name, value.spec))
