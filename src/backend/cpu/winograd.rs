@@ -12,7 +12,7 @@
 use super::gemm::{Conv, ConvShape, Epilogue, Packed, PackedLayout, Panels, Weights};
 use super::math::activate_in_place_with;
 use super::scratch::scratch;
-use super::simd::{Arith, Block, Grid, Isa, KC, Kernel, LDA, Simd, tile};
+use super::simd::{Arith, Block, Grid, Isa, KC, Kernel, LDA, Panel, Simd, tile};
 use super::slice::{Element, Slice, SliceMut};
 use crate::each_mut;
 use bytemuck::cast_slice_mut;
@@ -31,7 +31,9 @@ const POINTS: usize = IN * IN;
 const GROUP: usize = 3 << 20;
 /// Fewest tiles of a group: the transformed weights of a panel are used that often.
 const FEWEST: usize = 56;
-/// Input channels whose weights are transformed at a time.
+/// Input channels whose weights are transformed together: they stay in the second-level cache.
+const DEPTH: usize = 128;
+/// Input channels whose weights are unpacked at a time.
 const CHANNELS: usize = 32;
 
 /// Whether a convolution is computed in this way: where it multiplies less. `LDM_WINOGRAD=off` says never.
@@ -114,7 +116,7 @@ impl Winograd<'_> {
         (row / self.high * s.out_h + row % self.high * OUT) * s.out_w
     }
 
-    /// Group after group, since the panels of one are enough for all threads; side by side where they are not.
+    /// Each thread takes groups of its own where there are enough; else the threads share the panels of one.
     fn run<T: Element>(&self, groups: Range<usize>, out: &mut [T]) {
         if groups.len() == 1 {
             return self.group(self.row(groups.start)..self.row(groups.end), out);
@@ -123,12 +125,24 @@ impl Winograd<'_> {
         let at = self.pixel(self.row(middle)) - self.pixel(self.row(groups.start));
         let (first, second) = out.split_at_mut(at * self.n);
         let (left, right) = (groups.start..middle, middle..groups.end);
-        if self.panels.panels() >= 2 * rayon::current_num_threads() {
+        if self.apart() {
+            rayon::join(|| self.run(left, first), || self.run(right, second));
+        } else {
             self.run(left, first);
             self.run(right, second);
-        } else {
-            rayon::join(|| self.run(left, first), || self.run(right, second));
         }
+    }
+
+    fn apart(&self) -> bool {
+        self.groups >= 4 * rayon::current_num_threads()
+    }
+
+    /// Calls `f` with each number, in parallel unless the groups are.
+    fn each(&self, count: usize, f: impl Fn(usize) + Send + Sync) {
+        if self.apart() {
+            return (0..count).for_each(f);
+        }
+        (0..count).into_par_iter().with_max_len(1).for_each(f);
     }
 
     fn group<T: Element>(&self, rows: Range<usize>, out: &mut [T]) {
@@ -136,12 +150,13 @@ impl Winograd<'_> {
         let tiles = Tiles { first: rows.start * self.wide, count: rows.len() * self.wide, mr: self.isa.mr() };
         let each = blocks * POINTS * tiles.mr * LDA;
         scratch(tiles.chunks() * each, |v| {
-            v.par_chunks_mut(each).enumerate().for_each(|(chunk, v)| self.input(tiles.chunk(chunk), v));
+            let lines = Grid::new(v, tiles.chunks(), each, 1, each);
+            self.each(tiles.chunks(), |chunk| self.input(tiles.chunk(chunk), lines.take(chunk).2.row(0)));
             let v = &*v;
             let pixels = out.len() / n;
             let grid = Grid::new(out, pixels, n, pixels, self.isa.nr());
             let first = self.pixel(rows.start);
-            (0..grid.count()).into_par_iter().with_max_len(1).for_each(|panel| {
+            self.each(grid.count(), |panel| {
                 let (_, _, block) = grid.take(panel);
                 let width = self.panels.width(panel);
                 scratch(POINTS * tiles.count * width, |m| {
@@ -156,18 +171,24 @@ impl Winograd<'_> {
     /// Sums over C of transformed inputs times transformed weights of a panel: m (point, tile, width).
     fn multiply(&self, panel: usize, tiles: &Tiles, v: &[f32], m: &mut [f32]) {
         let (blocks, width) = (self.panels.blocks(), self.panels.width(panel));
-        scratch(POINTS * self.panels.kc * width, |u| {
+        scratch(POINTS * DEPTH * width, |u| {
             for block in 0..blocks {
                 let (c0, kc) = self.panels.block(block);
-                self.weights(panel, c0..c0 + kc, u);
-                for point in 0..POINTS {
-                    let b = self.panels.alone(&u[point * kc * width..][..kc * width], block, panel);
-                    let m = &mut m[point * tiles.count * width..][..tiles.count * width];
-                    let mut c = Block::new(m, width, tiles.count, width);
-                    for chunk in 0..tiles.chunks() {
-                        let part = tiles.chunk(chunk);
-                        let lines = &v[((chunk * blocks + block) * POINTS + point) * tiles.mr * LDA..];
-                        tile(part.len(), lines, &b, &mut c, (part.start - tiles.first, 0), block > 0);
+                for at in (0..kc).step_by(DEPTH) {
+                    let len = DEPTH.min(kc - at);
+                    self.weights(panel, c0 + at..c0 + at + len, u);
+                    for point in 0..POINTS {
+                        let data = &u[point * len * width..][..len * width];
+                        let b = Panel { isa: self.isa, arith: Arith::Fma, data, width, kc: len };
+                        let m = &mut m[point * tiles.count * width..][..tiles.count * width];
+                        let mut c = Block::new(m, width, tiles.count, width);
+                        for chunk in 0..tiles.chunks() {
+                            let part = tiles.chunk(chunk);
+                            let lines =
+                                &v[((chunk * blocks + block) * POINTS + point) * tiles.mr * LDA + at..];
+                            let first = (part.start - tiles.first, 0);
+                            tile(part.len(), lines, &b, &mut c, first, block + at > 0);
+                        }
                     }
                 }
             }
