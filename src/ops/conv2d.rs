@@ -193,8 +193,8 @@ impl Operation for Conv2d {
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
         let Some(shape) = self.shape(io.x[0].shape, io.x[1].shape) else { return Ok(()) };
-        let (conv, n) = (Conv { x: io.slice(0), shape }, io.y[0].shape.last());
-        self.epi.cpu(io, shape.out_h * shape.out_w, |w, epilogue, y| match winograd::applies(&shape) {
+        let (conv, n, dtype) = (Conv { x: io.slice(0), shape }, io.y[0].shape.last(), io.x[0].dtype);
+        self.epi.cpu(io, shape.out_h * shape.out_w, |w, epilogue, y| match winograd::applies(&shape, dtype) {
             true => winograd::conv3x3(&conv, w, n, epilogue, y),
             false => gemm(&conv, w, n, epilogue, y),
         });

@@ -5,15 +5,16 @@
 //! forms scores, turns them into weights relative to the running maximum, and adds weights · V to its output.
 
 use super::gemm::{Panels, arith, multiply};
-use super::math::{self, exp_nonpositive};
+use super::math::exp2_nonpositive;
 use super::scratch::scratch;
-use super::simd::{Arith, Block, Grid, Isa, KC, Kernel, LDA, MAX_MR, Panel, Simd};
+use super::simd::{Arith, Block, Grid, Isa, KC, Kernel, LDA, MAX_MR, Panel, Simd, narrow_for_dot};
 use super::slice::{Element, Slice, SliceMut};
 use crate::each_mut;
 use bytemuck::cast_slice_mut;
 use half::bf16;
 use rayon::prelude::*;
 use std::array::from_fn;
+use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
 /// Queries of one task, about: nine register tiles of 14 rows.
@@ -253,12 +254,12 @@ impl Task<'_, '_, '_> {
             }
         }
         let wide = self.values.padded();
-        let scale = if dot { self.p.scale } else { 1.0 };
+        let scale = LOG2_E * if dot { self.p.scale } else { 1.0 };
         isa.run(Softmax { scores, scale, len, valid: &valid[..count], state, sums, wide });
         let (weights, kc) = if dot {
             for (line, pair) in scores.chunks_exact(LDA).zip(pairs.chunks_exact_mut(LDA)).take(count) {
                 let pair: &mut [bf16] = cast_slice_mut(pair);
-                math::f32_to_bf16(&line[..len], &mut pair[..len]);
+                narrow_for_dot(isa, &line[..len], &mut pair[..len]);
                 pair[len] = bf16::ZERO;
             }
             (&*pairs, len.div_ceil(2))
@@ -305,7 +306,7 @@ struct Running {
 /// Scores to weights e^(score - maximum); where the maximum has grown, what was summed before is scaled down.
 struct Softmax<'a> {
     scores: &'a mut [f32],
-    /// Factor of the scores, unless the queries have it already.
+    /// log2 e, times the factor of the scores unless the queries have it already.
     scale: f32,
     len: usize,
     /// Keys that each query sees, of `len`. The others get weight 0.
@@ -339,14 +340,17 @@ impl Kernel for Softmax<'_> {
             let (scale, shift) = (s.splat(self.scale), s.splat(-max * self.scale));
             let mut sum = s.splat(0.0);
             for x in line.chunks_exact_mut(S::LANES) {
-                let weight = exp_nonpositive(s, s.fma(s.load(x), scale, shift));
+                let weight = exp2_nonpositive(s, s.fma(s.load(x), scale, shift));
                 sum = s.add(sum, weight);
                 s.store(x, weight);
             }
             let sum = s.reduce(sum, |a, b| a + b);
             if max > state.max {
-                let factor =
-                    if state.max == f32::NEG_INFINITY { 0.0 } else { ((state.max - max) * self.scale).exp() };
+                let factor = if state.max == f32::NEG_INFINITY {
+                    0.0
+                } else {
+                    ((state.max - max) * self.scale).exp2()
+                };
                 state.sum *= factor;
                 let line = &mut self.sums[r * self.wide..(r + 1) * self.wide];
                 if factor == 0.0 {

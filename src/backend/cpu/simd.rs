@@ -12,6 +12,7 @@ mod grid;
 mod isa;
 
 pub use grid::{Block, Grid};
+use half::bf16;
 pub use isa::Isa;
 use std::array::from_fn;
 
@@ -75,6 +76,11 @@ pub trait Simd: Copy {
     fn round(self, a: Self::F) -> Self::F;
     /// 2^n for integral n in -126..=127; anything for other n.
     fn pow2(self, n: Self::F) -> Self::F;
+    /// a · 2^n for integral n in -126..=127 and a within 2 of 1.
+    #[inline(always)]
+    fn scale2(self, a: Self::F, n: Self::F) -> Self::F {
+        self.mul(a, self.pow2(n))
+    }
     /// a < b ? yes : no, so `no` if either is NaN.
     fn select_lt(self, a: Self::F, b: Self::F, yes: Self::F, no: Self::F) -> Self::F;
 
@@ -318,6 +324,17 @@ pub fn tile(rows: usize, a: &[f32], b: &Panel, c: &mut Block, (r0, c0): (usize, 
     }
 }
 
+/// y = x in bf16, nearest even, subnormal numbers as zero. Panics where there are no dot products of bf16, whose operand
+/// this makes, or lengths differ.
+pub fn narrow_for_dot(isa: Isa, x: &[f32], y: &mut [bf16]) {
+    assert!(isa.has_dot() && x.len() == y.len());
+    // SAFETY: `has_dot` has seen the instruction set; both are x.len() long.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        x86::narrow(x.as_ptr(), y.as_mut_ptr().cast(), x.len());
+    }
+}
+
 /// out\[k·width + r\] = src\[r·ld + k\] for r < rows, k < kc, and 0 for rows <= r < width: packs rows into a panel.
 pub fn transpose(isa: Isa, src: &[f32], ld: usize, rows: usize, kc: usize, width: usize, out: &mut [f32]) {
     isa.check();
@@ -412,6 +429,22 @@ mod x86 {
                         if t.accumulate { _mm512_add_ps(_mm512_loadu_ps(p), acc[r][v]) } else { acc[r][v] };
                     _mm512_storeu_ps(p, sum);
                 }
+            }
+        }
+    }
+
+    /// Rounds n floats to bf16.
+    ///
+    /// # Safety
+    /// The machine has the features; x is readable and y writable for n elements.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    pub(super) unsafe fn narrow(x: *const f32, y: *mut u16, n: usize) {
+        for i in (0..n).step_by(16) {
+            let mask = if n - i < 16 { (1u16 << (n - i)) - 1 } else { !0 };
+            // SAFETY: the mask keeps both accesses within n elements.
+            unsafe {
+                let v = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, x.add(i)));
+                _mm256_mask_storeu_epi16(y.add(i).cast(), mask, transmute::<__m256bh, __m256i>(v));
             }
         }
     }
@@ -529,6 +562,7 @@ mod x86 {
                 let biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
                 _mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased))
             };
+            scale2(a, n) unsafe { _mm512_scalef_ps(a, n) };
             select_lt(a, b, yes, no) unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), no, yes) };
         }
     }

@@ -9,12 +9,13 @@
 //! transforms its weights, which is a few per cent of the work and saves holding them four times as large, multiplies
 //! them for each of the 36 positions with all tiles of the group, and transforms the sums into its part of y.
 
-use super::gemm::{Conv, ConvShape, Epilogue, Packed, PackedLayout, Panels, Weights};
+use super::gemm::{Conv, ConvShape, Epilogue, Packed, PackedLayout, Panels, Weights, arith};
 use super::math::activate_in_place_with;
 use super::scratch::scratch;
 use super::simd::{Arith, Block, Grid, Isa, KC, Kernel, LDA, Panel, Simd, tile};
 use super::slice::{Element, Slice, SliceMut};
 use crate::each_mut;
+use crate::tensor::DType;
 use bytemuck::cast_slice_mut;
 use rayon::prelude::*;
 use std::array::from_fn;
@@ -37,15 +38,16 @@ const DEPTH: usize = 128;
 const CHANNELS: usize = 32;
 
 /// Whether a convolution is computed in this way: where it multiplies less. `LDM_WINOGRAD=off` says never.
-pub fn applies(s: &ConvShape) -> bool {
+pub fn applies(s: &ConvShape, dtype: DType) -> bool {
     static ON: OnceLock<bool> = OnceLock::new();
     let on = || !std::env::var("LDM_WINOGRAD").is_ok_and(|v| v == "off" || v == "0");
+    let pair = if arith(Isa::best(), dtype) == Arith::Dot { 2 } else { 1 };
     let tiles = s.b * s.out_h.div_ceil(OUT) * s.out_w.div_ceil(OUT);
     (s.kh, s.kw, s.stride) == (3, 3, 1)
         && s.c % 16 == 0
         && s.c >= 32
-        // The transform of a weight costs about as much as 400 products.
-        && POINTS * tiles + 400 < 9 * s.b * s.out_h * s.out_w
+        // The transform of a weight costs about as much as 400 products; pairs of bf16 are multiplied at once.
+        && POINTS * tiles + 400 < 9 * s.b * s.out_h * s.out_w / pair
         && *ON.get_or_init(on)
 }
 
