@@ -134,6 +134,12 @@ impl<'a> Call<'a> {
     }
 }
 
+/// Bytes of the f32 copies that [`Call::f32`] and [`Call::write`] make of 16-bit inputs and outputs.
+pub fn copies(x: &[Spec], y: &[Spec]) -> usize {
+    let copied = x.iter().chain(y).filter(|s| matches!(s.dtype, DType::F16 | DType::BF16));
+    copied.fold(0, |sum, s| sum.saturating_add(s.shape.numel().saturating_mul(size_of::<f32>())))
+}
+
 fn floats(dtype: DType, bytes: &[u8]) -> Cow<'_, [f32]> {
     match dtype {
         DType::F32 => Cow::Borrowed(bytemuck::cast_slice(bytes)),
