@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use weights::Store;
 
-pub use crate::backend::{Device, DeviceName};
+pub use crate::backend::{Device, DeviceName, peak};
 pub use crate::graph::Graph;
 pub use weights::{Made, Weights};
 

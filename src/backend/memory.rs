@@ -45,6 +45,13 @@ impl Memory {
     }
 }
 
+/// The most memory that this process has taken so far, in bytes; `None` where the system does not say.
+pub fn peak() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    line.split_whitespace().next()?.parse::<usize>().ok()?.checked_mul(1024)
+}
+
 /// The usual page of the machines that this runs on.
 const PAGE: usize = 4096;
 

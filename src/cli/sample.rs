@@ -3,6 +3,7 @@
 use super::progress::Progress;
 use super::{DeviceFlags, check_output, print};
 use crate::error::{Error, Result};
+use crate::exec::{Device, peak};
 use crate::io::{ModelFolder, png};
 use crate::pipeline::{Blueprint, Init, Picture, Pipeline, Request, Residency};
 use crate::rng::fresh_seed;
@@ -141,6 +142,10 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     }
     let pictures = pipeline.generate(&request, &mut progress)?;
     progress.finish();
+    if let (false, Device::Cpu, Some(peak)) = (a.quiet, &device, peak()) {
+        let planned = blueprint.estimate(&request, compute, staged)?.peak(&device);
+        eprintln!("memory: {peak} bytes at the peak, {planned} planned");
+    }
     for (picture, file) in pictures.iter().zip(&files) {
         let text = (!a.disable_image_metadata).then(|| parameters(&a, picture, method.label()));
         png::write_rgb8(file, picture.width, picture.height, &picture.rgb, text.as_deref())?;

@@ -272,6 +272,17 @@ pub struct Tensor<'a> {
     bytes: &'a [u8],
 }
 
+/// How far beyond what is touched the system maps a file, at most.
+const AROUND: usize = 64 << 10;
+
+impl Drop for Tensor<'_> {
+    /// Lets go of what was mapped around the pieces that were read one by one.
+    fn drop(&mut self) {
+        let Range { start, end } = self.place.range;
+        self.checkpoint.maps[self.place.map].release(start.saturating_sub(AROUND)..end + AROUND);
+    }
+}
+
 impl Tensor<'_> {
     /// Converts the rows `rows` of the outermost axis to `dtype`, rounded to nearest, in this order, into `out`: bytes
     /// for just these rows, aligned to the type. Then gives the file's memory under them back to the system.

@@ -120,6 +120,10 @@ fn cut(x: &HostTensor, [top, left]: [usize; 2], [height, width]: [usize; 2]) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::exec::Device;
+    use crate::io::ModelFolder;
+    use crate::pipeline::{Init, Pipeline, Request};
+    use crate::rng::Generator;
 
     #[test]
     fn tiles_cover_an_axis_and_their_weights_add_up_to_one() {
@@ -154,5 +158,69 @@ mod tests {
         let x = HostTensor::f32([1, 3, 4, 2], (0..24).map(|v| v as f32).collect()).unwrap();
         let part = cut(&x, [1, 2], [2, 1]).unwrap();
         assert_eq!((part.shape(), part.to_f32()), ([1, 2, 1, 2].into(), vec![12., 13., 20., 21.]));
+    }
+
+    /// Mean absolute difference of each line to the one before it, down the picture.
+    fn steps(rgb: &[u8], width: usize) -> Vec<f64> {
+        let lines: Vec<&[u8]> = rgb.chunks_exact(3 * width).collect();
+        let step = |(a, b): (&[u8], &[u8])| {
+            a.iter().zip(b).map(|(a, b)| f64::from(a.abs_diff(*b))).sum::<f64>() / a.len() as f64
+        };
+        lines.windows(2).map(|l| step((l[0], l[1]))).collect()
+    }
+
+    fn transposed(rgb: &[u8], width: usize) -> Vec<u8> {
+        let height = rgb.len() / 3 / width;
+        let pixel = |x: usize, y: usize| rgb[3 * (y * width + x)..][..3].to_vec();
+        (0..width).flat_map(|x| (0..height).flat_map(move |y| pixel(x, y))).collect()
+    }
+
+    #[test]
+    fn seams_do_not_show() {
+        let model = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/sd15-tiny");
+        let pipeline = Pipeline::open(&ModelFolder::open(model).unwrap(), &Device::Cpu, None).unwrap();
+        let r = Request { width: Some(224), height: Some(160), ..Request::default() };
+        let tiled = Request { vae_tiling: true, vae_tile_size: Some(32), ..r.clone() };
+        let [rows, columns] = pipeline.blueprint().tiles(&tiled).unwrap();
+        assert_eq!((rows.starts.len(), columns.starts.len(), rows.tile), (3, 4, 32));
+        let z = HostTensor::f32([1, 80, 112, 4], Generator::new(3).randn(80 * 112 * 4)).unwrap();
+        let whole = pipeline.pictures(&r, &z, &mut ()).unwrap().remove(0).rgb;
+        let joined = pipeline.pictures(&tiled, &z, &mut ()).unwrap().remove(0).rgb;
+        let apart = whole.iter().zip(&joined).map(|(a, b)| f64::from(a.abs_diff(*b)).powi(2)).sum::<f64>();
+        let psnr = 10.0 * (255.0f64.powi(2) * whole.len() as f64 / apart).log10();
+        assert!(psnr > 25.0, "{psnr} dB from the picture in one piece");
+        for (axis, rgb, width) in [(&rows, joined.clone(), 224), (&columns, transposed(&joined, 224), 160)] {
+            // Where a tile begins, ends, and is half faded.
+            let middle = |i: usize| (axis.starts[i + 1] + axis.starts[i] + axis.tile) as f64 / 2.0 * 2.0;
+            let mut seams: Vec<usize> =
+                axis.starts.iter().flat_map(|s| [2 * s, 2 * (s + axis.tile)]).collect();
+            seams.extend((0..axis.starts.len() - 1).map(|i| middle(i) as usize));
+            let steps = steps(&rgb, width);
+            let mean = |seam: bool| {
+                let lines = (1..=steps.len()).filter(|line| seams.contains(line) == seam);
+                let all: Vec<f64> = lines.map(|line| steps[line - 1]).collect();
+                all.iter().sum::<f64>() / all.len() as f64
+            };
+            assert!(mean(true) <= 1.1 * mean(false), "{} at seams, {} elsewhere", mean(true), mean(false));
+        }
+    }
+
+    #[test]
+    fn an_initial_picture_is_encoded_in_tiles() {
+        let model = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/sd15-tiny");
+        let pipeline = Pipeline::open(&ModelFolder::open(model).unwrap(), &Device::Cpu, None).unwrap();
+        let (w, h) = (128, 96);
+        let rgb = (0..w * h).flat_map(|i| [(i % w) as u8, (i / w) as u8 * 2, 90]).collect();
+        let init = Some(Init { width: w, height: h, rgb, strength: 0.5 });
+        let r = Request { init, ..Request::default() };
+        let tiled = Request { vae_tiling: true, vae_tile_size: Some(24), ..r.clone() };
+        let (method, schedule) = pipeline.blueprint().choose(&r).unwrap();
+        let ladder = method.ladder(&schedule, 4, 2).unwrap();
+        let table = method.table(&ladder).unwrap();
+        let start = |r: &Request| pipeline.start(r, &table, &ladder, &mut ()).unwrap().0.to_f64();
+        let (a, b) = (start(&r), start(&tiled));
+        let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|v| v * v).sum::<f64>().sqrt();
+        let error = norm(&mut a.iter().zip(&b).map(|(a, b)| a - b)) / norm(&mut a.iter().copied());
+        assert!(error > 0.0 && error < 0.1, "{error} from the encoding in one piece");
     }
 }
