@@ -2,10 +2,10 @@
 //!
 //!     cargo run --release --example 03_time -- FOLDER unet|vae [LATENT_SIDE] [ITERATIONS]
 
-use ldm::exec::{Device, DeviceName, Program, Weights};
+use ldm::exec::{Device, DeviceName, Program};
 use ldm::io::ModelFolder;
-use ldm::models::{Inventory, Model, load};
-use ldm::pipeline::{Blueprint, Vae};
+use ldm::models::{Inventory, Model};
+use ldm::pipeline::{Blueprint, Vae, load};
 use ldm::rng::Generator;
 use ldm::tensor::{DType, HostTensor};
 use std::time::Instant;
@@ -29,9 +29,8 @@ fn main() -> ldm::Result<()> {
         ("vae", Vae::Vq(v)) => (v.decode_graph([1, side, side], DType::F32)?, v.inventory(DType::F32)?),
         _ => return Err(usage()),
     };
-    let mut weights = Weights::new(&device);
     let component = if part == "unet" || folder.has(part) { part } else { "vqvae" };
-    load(&folder.checkpoint(component)?, &Inventory::of(&inventory), |n, t| weights.insert(n, &t))?;
+    let weights = load(folder.checkpoint(component)?, &Inventory::of(&inventory), &device)?;
     let mut program = Program::new(graph, &weights, &device)?;
     let mut noise = Generator::new(0);
     for name in ["sample", "context", "latents"].into_iter().filter(|n| program.has(n)).collect::<Vec<_>>() {

@@ -5,15 +5,16 @@ mod weights;
 use crate::backend::cpu::{self, In, gemm::Packed};
 use crate::backend::cuda;
 use crate::error::{Error, Result};
-use crate::graph::{Node, Origin, Place, Plan, Var, fuse};
+use crate::graph::{Node, Origin, Place, Plan, Value, Var, fuse};
 use crate::ops::Op;
 use crate::tensor::{HostTensor, Spec};
+use std::borrow::Cow;
 use std::sync::Arc;
 use weights::Store;
 
-pub use crate::backend::{Device, DeviceName};
+pub use crate::backend::{Device, DeviceName, peak};
 pub use crate::graph::Graph;
-pub use weights::Weights;
+pub use weights::{Made, Weights};
 
 /// What happens during a run, for progress, traces and checks.
 pub trait Hook {
@@ -63,11 +64,25 @@ impl Hook for CheckFinite {
 /// # Errors
 /// When there is one.
 pub fn check_finite(x: &HostTensor, op: &str, label: &str) -> Result<()> {
-    let Some((i, v)) = x.to_f32().into_iter().enumerate().find(|(_, v)| !v.is_finite()) else {
+    let values = x.as_f32().map_or_else(|| Cow::Owned(x.to_f32()), Cow::Borrowed);
+    let Some((i, v)) = values.iter().enumerate().find(|(_, v)| !v.is_finite()) else {
         return Ok(());
     };
     let what = format!("{v} at element {i} of {}", x.spec());
     Err(Error::NonFinite { op: op.into(), node: label.into(), what })
+}
+
+/// The memory of a program, in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Measure {
+    /// Weights, as a device holds them.
+    pub weights: usize,
+    /// Arena: inputs, outputs, intermediate values.
+    pub arena: usize,
+    /// States.
+    pub states: usize,
+    /// What the CPU's code of the neediest node takes beside these.
+    pub scratch: usize,
 }
 
 /// A graph with its plan and its memory on a device.
@@ -117,12 +132,22 @@ impl Program {
         Ok(Program { graph, plan, device: device.clone(), arena, weights: bound, states, steps })
     }
 
-    /// The plan that [`Program::new`] would make, without taking memory.
+    /// The memory that [`Program::new`] and [`Program::run`] would take, without taking it.
     ///
     /// # Errors
     /// As [`Plan::new`].
-    pub fn measure(graph: &Graph) -> Result<Plan> {
-        Plan::new(&fuse(graph)?)
+    pub fn measure(graph: &Graph) -> Result<Measure> {
+        let graph = fuse(graph)?;
+        let plan = Plan::new(&graph)?;
+        let specs = |vars: &[Var]| vars.iter().map(|&v| graph.spec(v)).collect::<Vec<_>>();
+        let weight = |(_, v, layout): (_, &Value, _)| Weights::measure(&Device::Cpu, v.spec, layout);
+        let scratch = |n: &Node| n.op.cpu_scratch(&specs(&n.x), &specs(&n.y));
+        Ok(Measure {
+            weights: graph.weights().map(weight).fold(0, usize::saturating_add),
+            arena: plan.arena,
+            states: plan.states,
+            scratch: graph.nodes().iter().map(scratch).max().unwrap_or(0),
+        })
     }
 
     /// The graph as it would run, as text.

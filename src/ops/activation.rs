@@ -53,6 +53,10 @@ impl Operation for Activation {
         io.launch(k::ACTIVATION_FWD, spec.dtype, "", [n.div_ceil(per_block), 1, 1], k::BLOCK, params)
     }
 
+    fn cpu_scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
+        cpu::working_bytes(y[0].shape.last())
+    }
+
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
         Cost::streaming(8 * y[0].shape.numel(), x, y)
     }

@@ -56,6 +56,10 @@ impl Operation for Concat {
         io.launch(k::CONCAT_FWD, y.dtype, "", [n.div_ceil(k::BLOCK), 1, 1], k::BLOCK, p)
     }
 
+    fn cpu_scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
+        cpu::working_bytes(y[0].shape.last())
+    }
+
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
         Cost::streaming(0, x, y)
     }

@@ -7,7 +7,7 @@ use super::activation::{Act, code};
 use super::prelude::*;
 use super::Op;
 use crate::backend::cpu::SliceMut;
-use crate::backend::cpu::gemm::{BatchAdd, Conv, ConvShape, Dense, Epilogue, Weights, gemm};
+use crate::backend::cpu::gemm::{BatchAdd, Conv, ConvShape, Dense, Epilogue, Weights, gemm, working_bytes};
 use crate::backend::cpu::winograd;
 use crate::kernels::conv2d as k;
 
@@ -220,6 +220,15 @@ impl Operation for Conv2d {
         self.epi.cuda(io, p, s.b * s.out_h * s.out_w)
     }
 
+    fn cpu_scratch(&self, x: &[Spec], y: &[Spec]) -> usize {
+        let Some(shape) = self.shape(x[0].shape, x[1].shape) else { return 0 };
+        let n = y[0].shape.last();
+        match winograd::applies(&shape, x[0].dtype) {
+            true => winograd::working_bytes(&shape, n),
+            false => working_bytes(x[0].dtype, y[0].shape.rows(), n, x[1].shape.numel() / n.max(1)),
+        }
+    }
+
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
         let k: usize = x[1].shape[1..].iter().product();
         Cost::streaming(y[0].shape.numel().saturating_mul(2 * k), x, y)
@@ -341,6 +350,10 @@ impl Operation for Linear {
             ..Default::default()
         };
         self.epi.cuda(io, p, s.rows())
+    }
+
+    fn cpu_scratch(&self, x: &[Spec], y: &[Spec]) -> usize {
+        working_bytes(x[0].dtype, y[0].shape.rows(), y[0].shape.last(), x[0].shape.last())
     }
 
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {

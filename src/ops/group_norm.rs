@@ -142,6 +142,10 @@ impl Operation for GroupNorm {
         io.launch(k::GROUP_NORM_FWD, io.x_spec(0).dtype, "", [self.groups, b, 1], k::BLOCK, p)
     }
 
+    fn cpu_scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
+        cpu::working_bytes(y[0].shape.last()) + cpu::math::stats_bytes(y[0].shape.rows(), y[0].shape.last())
+    }
+
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
         Cost::streaming(10 * y[0].shape.numel(), x, y)
     }

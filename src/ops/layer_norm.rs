@@ -88,6 +88,10 @@ impl Operation for LayerNorm {
         io.launch(k::LAYER_NORM_FWD, io.x_spec(0).dtype, "", grid, k::BLOCK, p)
     }
 
+    fn cpu_scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
+        cpu::working_bytes(y[0].shape.last())
+    }
+
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
         Cost::streaming(8 * y[0].shape.numel(), x, y)
     }

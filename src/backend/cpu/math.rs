@@ -382,6 +382,9 @@ impl Kernel for ChannelMoments<'_> {
     }
 }
 
+/// Elements whose moments one task adds up.
+const CHUNK: usize = 1 << 15;
+
 /// Mean and biased variance of each group of C / G adjacent channels over all pixels of each image: x (B, HW, C), and
 /// \[mean, variance\] per image and group (B, G) for `f`. In parallel over fixed chunks of pixels, whose sums are added
 /// in order.
@@ -413,7 +416,6 @@ pub fn group_stats_with<R>(
         "group_stats: {} elements are no whole pixels of {c} channels in {images} images",
         x.len()
     );
-    const CHUNK: usize = 1 << 15;
     let (pixels, width) = (x.len() / images / c, c / groups);
     let rows = (CHUNK / c).max(1);
     let chunks = pixels.div_ceil(rows);
@@ -440,6 +442,11 @@ pub fn group_stats_with<R>(
         }
         f(stats)
     })
+}
+
+/// Bytes of working memory that [`group_stats`] takes for that many pixels, about.
+pub fn stats_bytes(pixels: usize, c: usize) -> usize {
+    pixels.div_ceil((CHUNK / c.max(1)).max(1)) * 2 * c * size_of::<f64>()
 }
 
 /// y = (x - mean) / √(variance + eps) · w + bias of one row x (C).
