@@ -1,10 +1,13 @@
 //! From a prompt to a picture: text encoder, sampling, decoder, with the checkpoint of a diffusers folder.
 
 mod blueprint;
+mod parts;
+mod random;
 mod request;
 pub mod verify;
 
 pub use blueprint::{Blueprint, Estimate, Vae};
+pub use parts::{Parts, random_weights};
 pub use request::{Init, Observer, Picture, Request};
 
 use crate::diffusion::{Sampling, Settings};
