@@ -49,13 +49,16 @@ impl Parts {
     /// When the configuration of a class that the engine runs is not understood.
     pub fn read(folder: &ModelFolder) -> Result<Parts> {
         let mut parts = Parts::default();
-        for name in ["text_encoder", "unet", vae_name(folder)] {
-            if folder.has(name) {
-                parts.add(name, &folder.component(name)?.class, &folder.config(name)?)?;
+        let names = ["text_encoder", "unet", vae_name(folder), "scheduler"];
+        for c in folder.components().iter().filter(|c| names.contains(&&*c.name)) {
+            match (c.path.is_dir(), &*c.name) {
+                // A part may be left out of a copy: the others can still be measured.
+                (false, name) => {
+                    parts.classes.push((name.into(), format!("{}, without its folder", c.class)))
+                }
+                (true, "scheduler") => parts.schedule = Some(scheduler(folder)?),
+                (true, name) => parts.add(name, &c.class, &folder.config(name)?)?,
             }
-        }
-        if folder.has("scheduler") {
-            parts.schedule = Some(scheduler(folder)?);
         }
         Ok(parts)
     }
