@@ -179,7 +179,7 @@ fn time(plan: &Plan, m: &Measured, warmup: usize, flops: f64) -> Time {
 }
 
 pub(super) fn run(a: Arguments) -> Result<ExitCode> {
-    let threshold = a.threshold()?;
+    let (threshold, load) = (a.threshold()?, machine::load());
     for path in [&a.json, &a.trace].into_iter().flatten() {
         check_output(path)?;
     }
@@ -200,7 +200,7 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     record.counts.allocations = m.allocations;
     let known = record.counts.weight_bytes + record.counts.arena_bytes + record.counts.state_bytes;
     record.time = Some(time(&plan, &m, a.warmup, record.counts.flops));
-    record.machine = Some(machine::describe(&device));
+    record.machine = Some(machine::describe(&device, load));
     record.memory = Some(Memory {
         process_peak_bytes: machine::process_peak(),
         other_heap_bytes: if matches!(device, Device::Cpu) { m.live.saturating_sub(known) } else { m.live },

@@ -7,7 +7,13 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-pub(super) fn describe(device: &Device) -> Machine {
+/// Threads that wanted to run in the last minute, on average.
+pub(super) fn load() -> Option<f64> {
+    std::fs::read_to_string("/proc/loadavg").ok()?.split_whitespace().next()?.parse().ok()
+}
+
+/// The machine; `load_before` is its [`load`] before the measurement.
+pub(super) fn describe(device: &Device, load_before: Option<f64>) -> Machine {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let field = |key: &str| {
         let lines = text.lines().filter(|l| l.split(':').next().is_some_and(|k| k.trim() == key));
@@ -24,6 +30,7 @@ pub(super) fn describe(device: &Device) -> Machine {
         },
         clock_mhz: (!clocks.is_empty()).then(|| clocks.iter().sum::<f64>() / clocks.len() as f64),
         memory_bytes: kib("/proc/meminfo", "MemTotal"),
+        load_before,
         os: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
         version: env!("CARGO_PKG_VERSION").into(),
         commit: commit(),

@@ -71,6 +71,8 @@ pub(super) struct Machine {
     /// Mean clock of the cores right after the measurement, where the system says.
     pub(super) clock_mhz: Option<f64>,
     pub(super) memory_bytes: Option<u64>,
+    /// Threads that wanted to run in the minute before the measurement, on average: other work disturbs it.
+    pub(super) load_before: Option<f64>,
     pub(super) os: String,
     pub(super) version: String,
     pub(super) commit: String,

@@ -9,6 +9,9 @@ use std::fmt::Write;
 /// Columns of a table.
 const WIDTH: usize = 100;
 
+/// Load per core from which on times are said to be disturbed.
+const BUSY: f64 = 0.5;
+
 /// Seconds in a unit that reads well, four digits or so.
 pub(super) fn seconds(s: f64) -> String {
     match s {
@@ -54,6 +57,13 @@ pub(super) fn summary(record: &Record, m: &Measured) -> String {
             "{on}{clock}, {} threads, {best}; ldm {}, commit {}",
             s.threads, machine.version, machine.commit
         );
+        if let Some(load) = machine.load_before.filter(|l| *l > BUSY * machine.cores as f64) {
+            let cores = machine.cores;
+            let _ = writeln!(
+                out,
+                "note: the machine was busy before ({load:.1} threads on {cores} cores): its times are not its best"
+            );
+        }
     }
     out.push('\n');
     let mut line = |name: &str, text: String| out += &format!("{name:<12} {text}\n");
