@@ -3,13 +3,12 @@
 pub mod timing;
 mod weights;
 
-use crate::backend::cpu::{self, In};
+use crate::backend::cpu::{self, In, gemm::Packed};
 use crate::backend::cuda;
 use crate::error::{Error, Result};
 use crate::graph::{Node, Origin, Place, Plan, Var, fuse};
 use crate::ops::Op;
 use crate::tensor::{HostTensor, Spec};
-use std::collections::HashMap;
 use std::sync::Arc;
 use weights::Store;
 
@@ -80,6 +79,7 @@ pub struct Program {
     arena: Store,
     weights: Vec<Option<Arc<(Spec, Store)>>>,
     states: Vec<Option<Store>>,
+    steps: Vec<Step>,
 }
 
 impl Program {
@@ -114,7 +114,8 @@ impl Program {
                 _ => None,
             });
         }
-        Ok(Program { graph, plan, device: device.clone(), arena, weights: bound, states })
+        let steps = graph.nodes().iter().map(|node| Step::new(&graph, &plan, node)).collect::<Result<_>>()?;
+        Ok(Program { graph, plan, device: device.clone(), arena, weights: bound, states, steps })
     }
 
     /// The plan that [`Program::new`] would make, without taking memory.
@@ -233,7 +234,7 @@ impl Program {
         let operand = |v: &Var| -> Result<cuda::Operand> {
             let buffer = |s: &Store| match s {
                 Store::Cuda(b) => Ok(b.ptr()),
-                Store::Host(_) => Err(Error::Device("a value on the host in a CUDA program".into())),
+                _ => Err(Error::Device("a value on the host in a CUDA program".into())),
             };
             let ptr = match self.plan.places[v.index()] {
                 Place::Arena(offset) => buffer(&self.arena)?.offset(offset),
@@ -249,7 +250,7 @@ impl Program {
         let y = node.y.iter().map(operand).collect::<Result<Vec<_>>>()?;
         let arena = match &self.arena {
             Store::Cuda(b) => b.ptr(),
-            Store::Host(_) => return Err(Error::Device("an arena on the host in a CUDA program".into())),
+            _ => return Err(Error::Device("an arena on the host in a CUDA program".into())),
         };
         let specs: Vec<Spec> = x.iter().map(|o| o.spec).collect();
         let scratch_bytes = node.op.scratch(&specs);
@@ -257,69 +258,112 @@ impl Program {
         node.op.cuda(&cuda::Call { device, node: &node.label, x: &x, y: &y, scratch, scratch_bytes })
     }
 
-    /// Borrows every operand's memory: disjoint pieces of the arena by splitting it in order of offset.
+    /// Borrows every operand's memory: disjoint pieces of the arena by splitting it in order of offset. Allocates
+    /// nothing.
     fn step_cpu(&mut self, step: usize) -> Result<()> {
-        let node = &self.graph.nodes()[step];
-        let places = &self.plan.places;
-        let specs = |vars: &[Var]| vars.iter().map(|&v| self.graph.spec(v)).collect::<Vec<_>>();
-        let (xs, ys) = (specs(&node.x), specs(&node.y));
-        let same =
-            |a: Var, b: Var| places[a.index()] == places[b.index()] && places[a.index()] != Place::Unused;
-
+        let (node, step) = (&self.graph.nodes()[step], &self.steps[step]);
         let Store::Host(arena) = &mut self.arena else {
             return Err(Error::Device("an arena on a GPU in a CPU program".into()));
         };
-        let mut wanted: Vec<(usize, usize)> = node
-            .x
-            .iter()
-            .chain(&node.y)
-            .filter_map(|v| match places[v.index()] {
-                Place::Arena(offset) => Some((offset, self.graph.spec(*v).bytes())),
-                _ => None,
-            })
-            .collect();
-        wanted.sort_unstable();
-        wanted.dedup_by_key(|w| w.0);
-        let mut pieces: HashMap<Place, &mut [u8]> = HashMap::new();
+        let mut pieces: [Option<&mut [u8]>; OPERANDS] = Default::default();
         let (mut rest, mut start) = (arena.bytes_mut(), 0);
-        for (offset, bytes) in wanted {
-            let (_, tail) = rest.split_at_mut(offset - start);
-            let (piece, tail) = tail.split_at_mut(bytes);
-            pieces.insert(Place::Arena(offset), piece);
-            (rest, start) = (tail, offset + bytes);
+        let mut states = self.states.iter_mut().enumerate();
+        for (piece, &place) in pieces.iter_mut().zip(&step.pieces) {
+            *piece = match place {
+                Piece::Arena(offset, bytes) => {
+                    let (_, tail) = rest.split_at_mut(offset - start);
+                    let (piece, tail) = tail.split_at_mut(bytes);
+                    (rest, start) = (tail, offset + bytes);
+                    Some(piece)
+                }
+                Piece::State(index, bytes) => match states.find(|(i, _)| *i == index) {
+                    Some((_, Some(Store::Host(m)))) => Some(&mut m.bytes_mut()[..bytes]),
+                    _ => None,
+                },
+            };
         }
-        let used: Vec<usize> = (node.x.iter().chain(&node.y))
-            .filter_map(|v| match places[v.index()] {
-                Place::State(s) => Some(s.index()),
-                _ => None,
-            })
-            .collect();
-        for (i, store) in self.states.iter_mut().enumerate().filter(|(i, _)| used.contains(i)) {
-            if let Some(Store::Host(m)) = store {
-                let bytes = self.graph.values()[i].spec.bytes();
-                pieces.insert(Place::State(Var(i as u32)), &mut m.bytes_mut()[..bytes]);
-            }
+        let mut outputs: [&mut [u8]; OPERANDS] = Default::default();
+        for (output, &piece) in outputs.iter_mut().zip(&step.outputs) {
+            let piece = pieces[piece].take();
+            *output = piece.ok_or_else(|| Error::invalid("two outputs in one place"))?;
         }
-        let mut outputs: Vec<&mut [u8]> = Vec::with_capacity(node.y.len());
-        for y in &node.y {
-            let piece = pieces.remove(&places[y.index()]);
-            outputs.push(piece.ok_or_else(|| Error::invalid("two outputs in one place"))?);
-        }
-        let pieces: HashMap<Place, &[u8]> = pieces.into_iter().map(|(k, v)| (k, &*v)).collect();
-        let mut inputs = Vec::with_capacity(node.x.len());
-        for &x in &node.x {
-            inputs.push(match (places[x.index()], node.y.iter().position(|&y| same(x, y))) {
-                (_, Some(j)) => In::Output(j),
-                (Place::Weight(w), None) => match self.weights[w.index()].as_deref() {
+        let pieces = pieces.map(|piece| piece.map(|piece| &*piece));
+        let mut inputs = [const { In::Shared(&[]) }; OPERANDS];
+        for (input, source) in inputs.iter_mut().zip(&step.inputs) {
+            *input = match *source {
+                Source::Output(j) => In::Output(j),
+                Source::Piece(i) => {
+                    In::Shared(pieces[i].ok_or_else(|| Error::invalid("an input without a place"))?)
+                }
+                Source::Weight(w) => match self.weights[w].as_deref() {
                     Some((spec, Store::Host(m))) => In::Shared(&m.bytes()[..spec.bytes()]),
+                    Some((_, Store::Packed(layout, m))) => {
+                        In::Packed(Packed::new(*layout, &m.bytes()[..layout.bytes()]))
+                    }
                     _ => return Err(Error::Device("a weight on a GPU in a CPU program".into())),
                 },
-                (place, None) => In::Shared(
-                    pieces.get(&place).copied().ok_or_else(|| Error::invalid("an input without a place"))?,
-                ),
+            };
+        }
+        let (inputs, outputs) = (&inputs[..step.inputs.len()], &mut outputs[..step.outputs.len()]);
+        node.op.cpu(&mut cpu::Call::new(&step.x, &step.y, inputs, outputs))
+    }
+}
+
+/// Most operands of a node, and most places that they lie in.
+const OPERANDS: usize = 12;
+
+/// What a node needs on the CPU, worked out once.
+struct Step {
+    x: Vec<Spec>,
+    y: Vec<Spec>,
+    /// Memory that the node borrows: parts of the arena by offset, then states by number.
+    pieces: Vec<Piece>,
+    inputs: Vec<Source>,
+    /// Pieces.
+    outputs: Vec<usize>,
+}
+
+/// A part of the arena (offset, bytes) or a state (number, bytes).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Piece {
+    Arena(usize, usize),
+    State(usize, usize),
+}
+
+/// Where an input is: a weight, a piece, or the memory of an output.
+enum Source {
+    Weight(usize),
+    Piece(usize),
+    Output(usize),
+}
+
+impl Step {
+    fn new(graph: &Graph, plan: &Plan, node: &Node) -> Result<Step> {
+        let specs = |vars: &[Var]| vars.iter().map(|&v| graph.spec(v)).collect::<Vec<_>>();
+        let wrong = |what: &str| Error::invalid(format!("node `{}`: {what}", node.label));
+        let piece = |v: Var| match plan.places[v.index()] {
+            Place::Arena(offset) => Some(Piece::Arena(offset, graph.spec(v).bytes())),
+            Place::State(s) => Some(Piece::State(s.index(), graph.spec(s).bytes())),
+            _ => None,
+        };
+        let mut pieces: Vec<Piece> = node.x.iter().chain(&node.y).filter_map(|&v| piece(v)).collect();
+        pieces.sort_unstable();
+        pieces.dedup();
+        if node.x.len().max(node.y.len()).max(pieces.len()) > OPERANDS {
+            return Err(wrong(&format!("want at most {OPERANDS} operands")));
+        }
+        let find = |v: Var| piece(v).and_then(|p| pieces.binary_search(&p).ok());
+        let outputs = node.y.iter().map(|&v| find(v).ok_or_else(|| wrong("an output without a place")));
+        let outputs = outputs.collect::<Result<Vec<_>>>()?;
+        let mut inputs = Vec::with_capacity(node.x.len());
+        for &v in &node.x {
+            inputs.push(match (plan.places[v.index()], find(v)) {
+                (Place::Weight(w), _) => Source::Weight(w.index()),
+                (_, Some(i)) => outputs.iter().position(|&o| o == i).map_or(Source::Piece(i), Source::Output),
+                _ => return Err(wrong("an input without a place")),
             });
         }
-        node.op.cpu(&mut cpu::Call::new(xs, ys, inputs, outputs))
+        Ok(Step { x: specs(&node.x), y: specs(&node.y), pieces, inputs, outputs })
     }
 }
 

@@ -1,7 +1,7 @@
 //! Memory on a device, and the weights that lie in it.
 
 use super::Device;
-use crate::backend::cpu::Memory;
+use crate::backend::cpu::{Memory, Slice, gemm::PackedLayout};
 use crate::backend::cuda;
 use crate::error::{Error, Result};
 use crate::tensor::{HostTensor, Spec};
@@ -11,6 +11,7 @@ use std::sync::Arc;
 /// Memory on a device.
 pub(super) enum Store {
     Host(Memory),
+    Packed(PackedLayout, Memory),
     Cuda(cuda::Buffer),
 }
 
@@ -62,6 +63,18 @@ impl Weights {
     /// # Errors
     /// When the device has no room for it.
     pub fn insert(&mut self, name: &str, tensor: &HostTensor) -> Result<()> {
+        let dims = tensor.shape();
+        if matches!(self.device, Device::Cpu)
+            && (dims.len() == 4 || dims.len() == 2 && !name.contains("embed"))
+        {
+            let layout = PackedLayout::new(tensor.spec().dtype, dims[0], dims[1..].iter().product());
+            let mut memory = Memory::new(layout.bytes())?;
+            if let Some(x) = Slice::of(tensor.spec().dtype, tensor.bytes()) {
+                layout.pack(x, &mut memory.bytes_mut()[..layout.bytes()]);
+            }
+            self.map.insert(name.into(), Arc::new((tensor.spec(), Store::Packed(layout, memory))));
+            return Ok(());
+        }
         let mut store = Store::new(&self.device, tensor.bytes().len())?;
         store.write(&self.device, 0, tensor.bytes())?;
         self.map.insert(name.into(), Arc::new((tensor.spec(), store)));

@@ -41,8 +41,7 @@ impl Operation for Activation {
     }
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
-        let x = io.f32(0);
-        io.write(0, |y| cpu::math::activate(self.0, &x, y));
+        io.update(0, 0, |_, y| cpu::math::activate_in_place(self.0, y));
         Ok(())
     }
 

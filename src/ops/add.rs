@@ -23,8 +23,15 @@ impl Operation for Add {
     }
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
-        let (a, b) = (io.f32(0), io.f32(1));
-        io.write(0, |y| y.iter_mut().zip(a.iter().zip(b.iter())).for_each(|(y, (a, b))| *y = a + b));
+        // Either term may be in the sum's memory, or both.
+        if io.shares(0) && io.shares(1) {
+            io.update(0, 0, |_, y| y.iter_mut().for_each(|y| *y += *y));
+            return Ok(());
+        }
+        let (kept, other) = if io.shares(1) { (1, io.slice(0)) } else { (0, io.slice(1)) };
+        io.update(kept, 0, |at, y| {
+            other.with(at..at + y.len(), |x| y.iter_mut().zip(x).for_each(|(y, x)| *y += x));
+        });
         Ok(())
     }
 

@@ -113,12 +113,12 @@ impl Operation for Attention {
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
         use crate::backend::cpu::attention::{Attention as Shape, Heads, attention};
         let Sizes { b, t, s, d } = self.sizes(io.x[0].shape, io.x[1].shape);
-        let (q, keys, values) = (io.f32(0), io.f32(1), io.f32(2));
+        let (q, keys, values) = (io.slice(0), io.slice(1), io.slice(2));
         let width = self.heads * d;
         let shape = Shape { b, t, s, heads: self.heads, d, scale: self.scale(d) as f32, causal: self.causal };
         let (q, keys, values) =
-            (Heads::new(&q, t, width), Heads::new(&keys, s, width), Heads::new(&values, s, width));
-        io.write(0, |y| attention(&shape, q, keys, values, y));
+            (Heads::new(q, t, width), Heads::new(keys, s, width), Heads::new(values, s, width));
+        attention(&shape, q, keys, values, io.out(0));
         Ok(())
     }
 

@@ -35,8 +35,7 @@ impl Operation for Cast {
     }
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
-        let x = io.f32(0);
-        io.write(0, |y| y.iter_mut().zip(x.iter()).for_each(|(y, x)| *y = x * self.scale));
+        io.update(0, 0, |_, y| y.iter_mut().for_each(|y| *y *= self.scale));
         Ok(())
     }
 

@@ -30,12 +30,12 @@ impl Operation for Concat {
     }
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
-        let (a, b) = (io.f32(0), io.f32(1));
+        let (a, b) = (io.slice(0), io.slice(1));
         let (na, nb) = (io.x[0].shape.last(), io.x[1].shape.last());
-        io.write(0, |y| {
-            for ((y, a), b) in y.chunks_mut(na + nb).zip(a.chunks(na)).zip(b.chunks(nb)) {
-                y[..na].copy_from_slice(a);
-                y[na..].copy_from_slice(b);
+        io.rows(0, na + nb, |first, y| {
+            for (i, y) in y.chunks_mut(na + nb).enumerate() {
+                a.read((first + i) * na, &mut y[..na]);
+                b.read((first + i) * nb, &mut y[na..]);
             }
         });
         Ok(())

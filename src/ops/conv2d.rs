@@ -6,7 +6,9 @@
 use super::activation::{Act, code};
 use super::prelude::*;
 use super::Op;
-use crate::backend::cpu::gemm::{BatchAdd, Conv, ConvShape, Dense, Epilogue, Rows, Weights, gemm};
+use crate::backend::cpu::SliceMut;
+use crate::backend::cpu::gemm::{BatchAdd, Conv, ConvShape, Dense, Epilogue, Weights, gemm};
+use crate::backend::cpu::winograd;
 use crate::kernels::conv2d as k;
 
 /// What is added to a product before it is stored; absent parts take no input.
@@ -95,21 +97,21 @@ impl Epi {
         y
     }
 
-    fn cpu(&self, io: &mut cpu::Call, a: &impl Rows, rows_per_image: usize) {
+    /// Reads what both rooms have in common; `f` multiplies. `pixels` are the rows of y that one row of `time` serves.
+    fn cpu(&self, io: &mut cpu::Call, pixels: usize, f: impl FnOnce(Weights, &Epilogue, SliceMut)) {
         let at = self.inputs();
-        let (w, n) = (io.f32(1), io.y[0].shape.last());
-        let bias = self.bias.then(|| io.f32(at.bias));
-        let time = self.time.then(|| io.f32(at.time));
+        let w = io.weights(1);
         // A single row of `time` serves every image.
-        let rows = if self.time && io.x[at.time].shape.rows() == 1 { a.m() } else { rows_per_image };
-        let residual = self.residual.then(|| io.f32(at.residual));
-        let epilogue = Epilogue {
-            bias: bias.as_deref(),
-            batch: time.as_deref().map(|data| BatchAdd { data, rows: rows.max(1) }),
-            act: self.act,
-            residual: residual.as_deref(),
-        };
-        io.write(0, |y| gemm(a, Weights::Raw(&w), n, &epilogue, y));
+        let all = self.time && io.x[at.time].shape.rows() == 1;
+        let rows = if all { io.y[0].shape.rows() } else { pixels }.max(1);
+        let (bias, time) = (self.bias.then(|| io.slice(at.bias)), self.time.then(|| io.slice(at.time)));
+        let residual = self.residual.then(|| io.slice(at.residual));
+        cpu::optional(bias, |bias| {
+            cpu::optional(time, |time| {
+                let batch = time.map(|data| BatchAdd { data, rows });
+                f(w, &Epilogue { bias, batch, act: self.act, residual }, io.out(0));
+            });
+        });
     }
 
     /// Fills in what both rooms give the kernel alike, and launches.
@@ -191,8 +193,11 @@ impl Operation for Conv2d {
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
         let Some(shape) = self.shape(io.x[0].shape, io.x[1].shape) else { return Ok(()) };
-        let x = io.f32(0);
-        self.epi.cpu(io, &Conv { x: &x, shape }, shape.out_h * shape.out_w);
+        let (conv, n, dtype) = (Conv { x: io.slice(0), shape }, io.y[0].shape.last(), io.x[0].dtype);
+        self.epi.cpu(io, shape.out_h * shape.out_w, |w, epilogue, y| match winograd::applies(&shape, dtype) {
+            true => winograd::conv3x3(&conv, w, n, epilogue, y),
+            false => gemm(&conv, w, n, epilogue, y),
+        });
         Ok(())
     }
 
@@ -230,6 +235,7 @@ impl Operation for Conv2d {
         let full = |act| with(&|o| o.epi = Epi { bias: true, time: true, act, residual: true });
         let down = |pad| with(&|o| (o.stride, o.pad) = (2, pad));
         let up = with(&|o| o.upsample = true);
+        let (up2, bare2) = (with(&|o| o.upsample = true), with(&|o| o.epi = Epi::default()));
         let bare = with(&|o| o.epi = Epi::default());
         let conv = |op: Conv2d, x: [usize; 4], o: usize, k: usize| {
             let w = t([o, k, k, x[3]]).normal(0.0, 1.0 / (k as f64 * (x[3] as f64).sqrt()));
@@ -257,6 +263,10 @@ impl Operation for Conv2d {
             conv(up, [2, 3, 4, 16], 16, 3),
             conv(bare, [1, 10, 10, 4], 320, 3),
             conv(same(5), [1, 6, 6, 3], 4, 5),
+            conv(full(Act::None), [2, 13, 11, 48], 40, 3),
+            conv(up2, [1, 7, 9, 32], 33, 3),
+            conv(with(&|o| o.pad = [0, 2, 1, 1]), [3, 16, 10, 64], 24, 3),
+            conv(bare2, [1, 9, 9, 544], 20, 3),
             conv(same(3), [2, 64, 64, 320], 320, 3).bench(),
             conv(same(3), [2, 32, 32, 640], 640, 3).bench(),
             conv(same(3), [2, 16, 16, 1280], 1280, 3).bench(),
@@ -311,8 +321,8 @@ impl Operation for Linear {
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
         let (m, c) = (io.x[0].shape.rows(), io.x[0].shape.last());
-        let x = io.f32(0);
-        self.epi.cpu(io, &Dense::new(&x, m, c), m);
+        let (x, n) = (Dense::new(io.slice(0), m, c), io.y[0].shape.last());
+        self.epi.cpu(io, m, |w, epilogue, y| gemm(&x, w, n, epilogue, y));
         Ok(())
     }
 

@@ -47,17 +47,18 @@ impl Operation for Embedding {
     }
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
-        let (ids, table) = (io.i32(0), io.f32(1));
-        let positions = self.positions.then(|| io.f32(2));
+        let (ids, table) = (io.i32(0), io.slice(1));
+        let positions = self.positions.then(|| io.slice(2));
         let (tokens, v, c) = (io.x[0].shape[1], io.x[1].shape[0], io.x[1].shape[1]);
         if let Some(bad) = ids.iter().find(|&&id| id < 0 || id as usize >= v) {
             return Err(Error::invalid(format!("embedding: want ids from 0 to {}; got {bad}", v - 1)));
         }
-        io.write(0, |y| {
-            for (i, (row, &id)) in y.chunks_mut(c).zip(ids.iter()).enumerate() {
-                row.copy_from_slice(&table[id as usize * c..][..c]);
-                if let Some(p) = &positions {
-                    row.iter_mut().zip(&p[i % tokens * c..][..c]).for_each(|(y, p)| *y += p);
+        io.rows(0, c, |first, y| {
+            for (i, row) in y.chunks_mut(c).enumerate() {
+                table.read(ids[first + i] as usize * c, row);
+                if let Some(p) = positions {
+                    let at = (first + i) % tokens * c;
+                    p.with(at..at + c, |p| row.iter_mut().zip(p).for_each(|(y, p)| *y += p));
                 }
             }
         });

@@ -4,7 +4,6 @@
 use super::activation::Act;
 use super::prelude::*;
 use crate::kernels::geglu as k;
-use rayon::prelude::*;
 
 /// x (…,2E) to (…,E): the gated feed-forward of the transformer blocks.
 #[derive(Clone, PartialEq, Debug)]
@@ -35,16 +34,14 @@ impl Operation for Geglu {
     }
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
-        let x = io.f32(0);
-        let e = io.y[0].shape.last();
-        let rows = (8192 / e).max(1);
-        io.write(0, |y| {
-            y.par_chunks_mut(rows * e).zip(x.par_chunks(rows * 2 * e)).for_each(|(y, x)| {
-                for (y, x) in y.chunks_mut(e).zip(x.chunks(2 * e)) {
+        let (x, e) = (io.slice(0), io.y[0].shape.last());
+        io.rows(0, e, |first, y| {
+            for (i, y) in y.chunks_mut(e).enumerate() {
+                x.with((first + i) * 2 * e..(first + i + 1) * 2 * e, |x| {
                     cpu::math::activate(Act::Gelu, &x[e..], y);
                     y.iter_mut().zip(x).for_each(|(y, value)| *y *= value);
-                }
-            });
+                });
+            }
         });
         Ok(())
     }

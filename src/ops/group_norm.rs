@@ -4,7 +4,6 @@
 use super::activation::{Act, code};
 use super::prelude::*;
 use crate::kernels::group_norm as k;
-use rayon::prelude::*;
 
 /// Group normalisation of x (B,…,C) with w, bias (C), and an activation after it.
 #[derive(Clone, PartialEq, Debug)]
@@ -56,6 +55,31 @@ impl GroupNorm {
     }
 }
 
+impl GroupNorm {
+    /// Pixels of one image, whose groups have these means and variances.
+    fn normalise(&self, x: &[f32], stats: &[[f64; 2]], cpg: usize, (w, bias): (&[f32], &[f32]), y: &mut [f32]) {
+        let c = w.len();
+        // a·x + b cancels where |mean| ≫ deviation; the pivot keeps the digits.
+        if stats.iter().any(|[mean, var]| mean * mean > 1e4 * var) {
+            for (i, (y, &x)) in y.iter_mut().zip(x).enumerate() {
+                let [mean, var] = stats[i % c / cpg];
+                let (high, a) = (mean as f32, w[i % c] as f64 / (var + self.eps as f64).sqrt());
+                *y = ((x - high) - (mean - high as f64) as f32) * a as f32 + bias[i % c];
+            }
+            return cpu::math::activate_in_place(self.act, y);
+        }
+        cpu::with_scratch(2 * c, |factors| {
+            let (scale, shift) = factors.split_at_mut(c);
+            for i in 0..c {
+                let [mean, var] = stats[i / cpg];
+                let a = w[i] as f64 / (var + self.eps as f64).sqrt();
+                (scale[i], shift[i]) = (a as f32, (bias[i] as f64 - mean * a) as f32);
+            }
+            cpu::math::scale_shift_act(x, scale, shift, self.act, y);
+        });
+    }
+}
+
 impl Operation for GroupNorm {
     const NAME: &'static str = "group_norm";
 
@@ -78,37 +102,25 @@ impl Operation for GroupNorm {
     }
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
-        let (x, w, bias) = (io.f32(0), io.f32(1), io.f32(2));
-        let (c, batch) = (io.x[0].shape.last(), io.x[0].shape[0]);
-        let per_image = x.len() / batch.max(1);
-        let cpg = c / self.groups;
-        io.write(0, |y| {
-            let mut stats = vec![(0.0, 0.0); self.groups];
-            let (mut scale, mut shift) = (vec![0.0; c], vec![0.0; c]);
-            for (x, y) in x.chunks(per_image.max(1)).zip(y.chunks_mut(per_image.max(1))) {
-                cpu::math::group_stats(x, c, self.groups, &mut stats);
-                for i in 0..c {
-                    let (mean, var) = stats[i / cpg];
-                    let a = w[i] as f64 / (var + self.eps as f64).sqrt();
-                    scale[i] = a as f32;
-                    shift[i] = (bias[i] as f64 - mean * a) as f32;
-                }
-                // a·x + b cancels where |mean| ≫ deviation; the pivot keeps the digits.
-                let pivoted = stats.iter().any(|(mean, var)| mean * mean > 1e4 * var);
-                let chunk = (16384 / c).max(1) * c;
-                y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).for_each(|(y, x)| {
-                    if pivoted {
-                        for (i, (y, &x)) in y.iter_mut().zip(x).enumerate() {
-                            let mean = stats[i % c / cpg].0 as f32;
-                            let low = (stats[i % c / cpg].0 - mean as f64) as f32;
-                            *y = ((x - mean) - low) * scale[i % c] + bias[i % c];
+        let (x, w, bias) = (io.slice(0), io.slice(1), io.slice(2));
+        let (c, batch, groups) = (io.x[0].shape.last(), io.x[0].shape[0], self.groups);
+        let (pixels, cpg) = (x.len() / batch.max(1) / c, c / groups);
+        w.with_all(|w| {
+            bias.with_all(|bias| {
+                cpu::math::group_stats(x, batch, c, groups, |stats| {
+                    io.rows(0, c, |first, y| {
+                        // The rows of each image that these are.
+                        let (mut p, mut rest) = (first, y);
+                        while !rest.is_empty() {
+                            let count = (pixels - p % pixels).min(rest.len() / c);
+                            let (y, tail) = rest.split_at_mut(count * c);
+                            let stats = &stats[p / pixels * groups..][..groups];
+                            x.with(p * c..p * c + y.len(), |x| self.normalise(x, stats, cpg, (w, bias), y));
+                            (p, rest) = (p + count, tail);
                         }
-                        cpu::math::activate_in_place(self.act, y);
-                    } else {
-                        cpu::math::scale_shift_act(x, &scale, &shift, self.act, y);
-                    }
+                    });
                 });
-            }
+            });
         });
         Ok(())
     }

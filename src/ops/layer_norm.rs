@@ -3,7 +3,6 @@
 //! PyTorch: `F.layer_norm(x, (C,), w, b, eps)`. Kernel: `kernels/layer_norm.cu`.
 use super::prelude::*;
 use crate::kernels::layer_norm as k;
-use rayon::prelude::*;
 
 /// Layer normalisation of x (…,C) with w, bias (C).
 #[derive(Clone, PartialEq, Debug)]
@@ -58,19 +57,17 @@ impl Operation for LayerNorm {
     }
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
-        let (x, w, bias) = (io.f32(0), io.f32(1), io.f32(2));
+        let (x, w, bias) = (io.slice(0), io.slice(1), io.slice(2));
         let c = io.x[0].shape.last();
-        let chunk = (8192 / c).max(1) * c;
-        io.write(0, |y| {
-            y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).for_each(|(y, x)| {
-                for (y, x) in y.chunks_mut(c).zip(x.chunks(c)) {
-                    let (mean, var) = cpu::math::mean_var(x);
-                    let rstd = (1.0 / (var + self.eps as f64).sqrt()) as f32;
-                    let (high, low) = (mean as f32, (mean - mean as f32 as f64) as f32);
-                    for i in 0..c {
-                        y[i] = ((x[i] - high) - low) * rstd * w[i] + bias[i];
-                    }
-                }
+        w.with_all(|w| {
+            bias.with_all(|bias| {
+                io.rows(0, c, |first, y| {
+                    x.with(first * c..first * c + y.len(), |x| {
+                        for (x, y) in x.chunks(c).zip(y.chunks_mut(c)) {
+                            cpu::math::layer_norm(x, w, bias, self.eps, y);
+                        }
+                    });
+                });
             });
         });
         Ok(())

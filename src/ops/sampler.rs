@@ -102,8 +102,8 @@ impl Operation for Prepare {
     }
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
-        let (slots, table, counter) = (io.f32(0), io.f32(1), io.i32(2));
-        let k = checked_row(counter[1], io.x[1].shape[0])?;
+        let (slots, table) = (io.f32(0), io.f32(1));
+        let k = checked_row(io.i32_at(2, 1), io.x[1].shape[0])?;
         let row = Row::at(&table, k);
         let n = slots.len() / io.x[0].shape[0];
         let from = &slots[row.slot(X_SLOT).unwrap_or(0) * n..][..n];
@@ -209,46 +209,52 @@ impl Operation for Advance {
     }
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
-        let (slots, model, table, counter, noise) = (io.f32(0), io.f32(1), io.f32(2), io.i32(3), io.f32(4));
-        let k = checked_row(counter[0], io.x[2].shape[0])?;
+        let (model, table, noise) = (io.slice(1), io.f32(2), io.f32(4));
+        let k = checked_row(io.i32_at(3, 0), io.x[2].shape[0])?;
         let row = Row::at(&table, k);
         let count = io.x[0].shape[0];
-        let n = slots.len() / count;
+        let n = io.x[0].shape.numel() / count;
         let coefficient = |i| row.f(i) as f32;
         let (g, clip) = (coefficient(GUIDANCE), coefficient(CLIP));
-        let guided: Vec<f32> = (0..n)
-            .map(|i| if self.copies == 2 { g.mul_add(model[n + i] - model[i], model[i]) } else { model[i] })
-            .collect();
-        let x = &slots[row.slot(X_SLOT).unwrap_or(0) * n..][..n];
-        io.write(0, |y| {
-            let mut next = vec![0.0f32; n];
-            let mut clean = vec![0.0f32; n];
-            for i in 0..n {
-                let m = guided[i];
-                let mut d = coefficient(DX) * x[i] + coefficient(DM) * m;
-                if clip > 0.0 {
-                    d = d.clamp(-clip, clip);
-                }
-                let mut sum = coefficient(CM) * m + coefficient(CD) * d;
-                for s in (0..count.min(8)).filter(|&s| coefficient(C + s) != 0.0) {
-                    sum += coefficient(C + s) * slots[s * n + i];
-                }
-                if let Some(z) = row.slot(NOISE) {
-                    sum += coefficient(CZ) * noise[z * n + i];
-                }
-                (next[i], clean[i]) = (sum, d);
+        let bad = cpu::with_scratch(4 * n, |buffer| {
+            let (guided, buffer) = buffer.split_at_mut(n);
+            let (conditional, buffer) = buffer.split_at_mut(n);
+            let (clean, next) = buffer.split_at_mut(n);
+            model.read(0, guided);
+            if self.copies == 2 {
+                model.read(n, conditional);
+                guided.iter_mut().zip(conditional).for_each(|(u, c)| *u = g.mul_add(*c - *u, *u));
             }
-            for (slot, value) in [(KEEP_M, &guided), (KEEP_D, &clean), (NEXT, &next)] {
-                if let Some(s) = row.slot(slot) {
-                    y[s * n..][..n].copy_from_slice(value);
+            // The slots' new value is in their own memory.
+            io.write(0, |slots| {
+                let from = row.slot(X_SLOT).unwrap_or(0) * n;
+                for i in 0..n {
+                    let m = guided[i];
+                    let mut d = coefficient(DX) * slots[from + i] + coefficient(DM) * m;
+                    if clip > 0.0 {
+                        d = d.clamp(-clip, clip);
+                    }
+                    let mut sum = coefficient(CM) * m + coefficient(CD) * d;
+                    for s in (0..count.min(8)).filter(|&s| coefficient(C + s) != 0.0) {
+                        sum += coefficient(C + s) * slots[s * n + i];
+                    }
+                    if let Some(z) = row.slot(NOISE) {
+                        sum += coefficient(CZ) * noise[z * n + i];
+                    }
+                    (next[i], clean[i]) = (sum, d);
                 }
-            }
+                for (slot, value) in [(KEEP_M, &*guided), (KEEP_D, clean), (NEXT, next)] {
+                    if let Some(s) = row.slot(slot) {
+                        slots[s * n..][..n].copy_from_slice(value);
+                    }
+                }
+            });
+            io.write(2, |y| y.copy_from_slice(guided));
+            guided.iter().any(|v| !v.is_finite())
         });
-        let bad = guided.iter().any(|v| !v.is_finite());
         let counter = io.i32_mut(1);
         counter[1] = k as i32 + 1;
         counter[2] |= bad as i32;
-        io.write(2, |y| y.copy_from_slice(&guided));
         Ok(())
     }
 

@@ -4,12 +4,17 @@
 //! K and V are packed into panels once per head. A task owns a block of queries of one head: for each block of keys it
 //! forms scores, turns them into weights relative to the running maximum, and adds weights · V to its output.
 
-use super::gemm::{Panels, multiply};
-use super::math::exp_nonpositive;
+use super::gemm::{Panels, arith, multiply};
+use super::math::exp2_nonpositive;
 use super::scratch::scratch;
-use super::simd::{Block, Grid, Isa, KC, Kernel, LDA, MAX_MR, Panel, Simd};
+use super::simd::{Arith, Block, Grid, Isa, KC, Kernel, LDA, MAX_MR, Panel, Simd, narrow_for_dot};
+use super::slice::{Element, Slice, SliceMut};
+use crate::each_mut;
+use bytemuck::cast_slice_mut;
+use half::bf16;
 use rayon::prelude::*;
 use std::array::from_fn;
+use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
 /// Queries of one task, about: nine register tiles of 14 rows.
@@ -24,16 +29,16 @@ const PACKED: usize = 8 << 20;
 #[derive(Clone, Copy)]
 pub struct Heads<'a> {
     /// From the first element of the part on.
-    pub data: &'a [f32],
-    /// Floats from one token to the next.
+    pub data: Slice<'a>,
+    /// Elements from one token to the next.
     pub row: usize,
-    /// Floats from one batch item to the next.
+    /// Elements from one batch item to the next.
     pub batch: usize,
 }
 
 impl<'a> Heads<'a> {
     /// A contiguous (B, tokens, width) with width = N·D.
-    pub fn new(data: &'a [f32], tokens: usize, width: usize) -> Heads<'a> {
+    pub fn new(data: Slice<'a>, tokens: usize, width: usize) -> Heads<'a> {
         Heads { data, row: width, batch: tokens * width }
     }
 
@@ -73,14 +78,19 @@ impl Attention {
     }
 }
 
-/// out (B,T,N·D) = softmax(scale · Q Kᵀ) V per batch item and head. Bits do not depend on the number of threads.
+/// out (B,T,N·D) = softmax(scale · Q Kᵀ) V per batch item and head. Operands of one type; bf16 is multiplied in pairs
+/// where the machine can, and the weights are rounded to bf16 then. Bits do not depend on the number of threads.
 /// A row with a NaN score, or with nothing but -∞, is NaN. Panics if a length does not fit or D is over 1024.
-pub fn attention(p: &Attention, q: Heads, k: Heads, v: Heads, out: &mut [f32]) {
+pub fn attention(p: &Attention, q: Heads, k: Heads, v: Heads, out: SliceMut) {
     attention_with(Isa::best(), p, q, k, v, out);
 }
 
 /// [`attention`] on a given instruction set.
-pub fn attention_with(isa: Isa, p: &Attention, q: Heads, k: Heads, v: Heads, out: &mut [f32]) {
+pub fn attention_with(isa: Isa, p: &Attention, q: Heads, k: Heads, v: Heads, out: SliceMut) {
+    each_mut!(out, y => typed(isa, p, q, k, v, y))
+}
+
+fn typed<T: Element>(isa: Isa, p: &Attention, q: Heads, k: Heads, v: Heads, out: &mut [T]) {
     let width = p.heads * p.d;
     assert_eq!(out.len(), p.b * p.t * width, "attention: length of the output");
     if out.is_empty() {
@@ -88,73 +98,109 @@ pub fn attention_with(isa: Isa, p: &Attention, q: Heads, k: Heads, v: Heads, out
     }
     assert!(p.d <= 1024, "attention: head size {}, at most 1024", p.d);
     if p.s == 0 {
-        return out.fill(0.0);
+        return out.fill(T::zeroed());
     }
     q.check("q", p.b, p.t, width);
     k.check("k", p.b, p.s, width);
     v.check("v", p.b, p.s, width);
-    let (keys, values) = (Panels::new(isa, p.s, p.d, KC), Panels::new(isa, p.d, p.s, KEYS));
+    let types = [q, k, v].map(|x| x.data.dtype());
+    assert!(types[0] == types[1] && types[1] == types[2], "attention: types {types:?}");
+    let arith = arith(isa, types[0]);
+    let limit = if arith == Arith::Dot { KEYS / 2 } else { KEYS };
+    let (keys, values) = (Panels::new(isa, arith, p.s, p.d, KC), Panels::new(isa, arith, p.d, p.s, limit));
     let each = keys.len() + values.len();
     let group = (PACKED / (each * p.heads)).clamp(1, p.b);
+    let block = p.t.div_ceil(p.t.div_ceil(QUERIES));
+    // Tasks of one head, and of one batch item.
+    let blocks = p.t.div_ceil(block);
+    let tasks = blocks * p.heads;
     for (g, out) in out.chunks_mut(group * p.t * width).enumerate() {
         let (b0, items) = (g * group, out.len() / (p.t * width));
         scratch(each * p.heads * items, |packed| {
             packed.par_chunks_mut(each).enumerate().for_each(|(i, packed)| {
                 let (b, head) = (b0 + i / p.heads, i % p.heads);
                 let (pk, pv) = packed.split_at_mut(keys.len());
-                pack(keys, &k.data[b * k.batch + head * p.d..], false, k.row, pk);
-                pack(values, &v.data[b * v.batch + head * p.d..], true, v.row, pv);
+                pack_keys(keys, k.data.from(b * k.batch + head * p.d), (p.d, k.row), pk);
+                pack_values(values, v.data.from(b * v.batch + head * p.d), (p.s, v.row), pv);
             });
             let packed = &*packed;
-            let block = p.t.div_ceil(p.t.div_ceil(QUERIES));
-            let grids: Vec<Grid> =
-                out.chunks_mut(p.t * width).map(|out| Grid::new(out, p.t, width, block, p.d)).collect();
-            let tasks = grids[0].count();
-            (0..items * tasks).into_par_iter().with_max_len(1).for_each(|i| {
-                let item = i / tasks;
+            let run = |item: usize, grid: &Grid<T>, i: usize| {
                 // Head by head, so that the tasks at work at one time share a head's keys and values.
-                let blocks = tasks / p.heads;
-                let (head, block) = (i % tasks / blocks, i % blocks);
-                let (t0, _, out) = grids[item].take(block * p.heads + head);
+                let (head, block) = (i / blocks, i % blocks);
+                let (t0, _, out) = grid.take(block * p.heads + head);
                 let packed = &packed[(item * p.heads + head) * each..][..each];
                 let (pk, pv) = packed.split_at(keys.len());
-                let queries = &q.data[(b0 + item) * q.batch + t0 * q.row + head * p.d..];
-                Task { p, q: queries, q_row: q.row, t0, out, keys, values, pk, pv }.run();
+                let queries = q.data.from((b0 + item) * q.batch + t0 * q.row + head * p.d);
+                T::fill(out, |out| Task { p, q: queries, q_row: q.row, t0, out, keys, values, pk, pv }.run());
+            };
+            out.par_chunks_mut(p.t * width).enumerate().for_each(|(item, out)| {
+                let grid = Grid::new(out, p.t, width, block, p.d);
+                (0..tasks).into_par_iter().with_max_len(1).for_each(|i| run(item, &grid, i));
             });
         });
     }
 }
 
-fn pack(panels: Panels, src: &[f32], transposed: bool, ld: usize, out: &mut [f32]) {
+/// Keys: one panel holds `nr` keys of D `elements`.
+fn pack_keys(panels: Panels, src: Slice, (elements, ld): (usize, usize), out: &mut [f32]) {
     for block in 0..panels.blocks() {
         for panel in 0..panels.panels() {
-            panels.pack(src, transposed, ld, block, panel, &mut out[panels.range(block, panel)]);
+            let out = &mut out[panels.range(block, panel)];
+            panels.pack(src, (elements, ld), block, panel, out);
+        }
+    }
+}
+
+/// Values: one panel holds `nr` of the D columns, a line per key or pair of keys.
+fn pack_values(panels: Panels, src: Slice, (keys, ld): (usize, usize), out: &mut [f32]) {
+    for panel in 0..panels.panels() {
+        let (n0, width) = (panel * panels.isa.nr(), panels.width(panel));
+        let cols = width.min(panels.n - n0);
+        let start = panels.range(0, panel).start;
+        let lines = out[start..start + panels.k * width].chunks_exact_mut(width);
+        for (key, line) in lines.enumerate() {
+            match src {
+                Slice::BF16(x) if panels.arith == Arith::Dot => {
+                    let row = |key: usize| (key < keys).then(|| &x[key * ld + n0..][..cols]);
+                    let pairs: &mut [bf16] = cast_slice_mut(line);
+                    pairs.fill(bf16::ZERO);
+                    for (i, row) in [row(2 * key), row(2 * key + 1)].into_iter().enumerate() {
+                        let to = pairs[i..].iter_mut().step_by(2);
+                        to.zip(row.into_iter().flatten()).for_each(|(y, x)| *y = *x);
+                    }
+                }
+                _ => {
+                    src.read(key * ld + n0, &mut line[..cols]);
+                    line[cols..].fill(0.0);
+                }
+            }
         }
     }
 }
 
 /// A block of queries of one head.
-struct Task<'a> {
+struct Task<'a, 'b, 'c> {
     p: &'a Attention,
     /// From the block's first query on.
-    q: &'a [f32],
+    q: Slice<'a>,
     q_row: usize,
     t0: usize,
-    out: Block<'a>,
+    out: &'c mut Block<'b>,
     keys: Panels,
     values: Panels,
     pk: &'a [f32],
     pv: &'a [f32],
 }
 
-impl Task<'_> {
-    fn run(mut self) {
+impl Task<'_, '_, '_> {
+    fn run(self) {
         let isa = self.keys.isa;
         let (rows, d_blocks, wide) = (self.out.rows(), self.keys.blocks(), self.values.padded());
-        scratch((d_blocks * rows + MAX_MR) * LDA + rows * wide, |buffer| {
+        scratch((d_blocks * rows + 2 * MAX_MR) * LDA + rows * wide, |buffer| {
             let (queries, buffer) = buffer.split_at_mut(d_blocks * rows * LDA);
-            let (scores, sums) = buffer.split_at_mut(MAX_MR * LDA);
-            self.scale_queries(queries);
+            let (scores, buffer) = buffer.split_at_mut(MAX_MR * LDA);
+            let (pairs, sums) = buffer.split_at_mut(MAX_MR * LDA);
+            self.queries(queries);
             let mut state = [Running { max: f32::NEG_INFINITY, sum: 0.0 }; QUERIES];
             // Blocks of keys outside, so that a block's K and V stay in the second-level cache for all queries.
             for block in 0..self.values.blocks() {
@@ -162,7 +208,7 @@ impl Task<'_> {
                 for tile in 0..tiles {
                     let range = rows * tile / tiles..rows * (tile + 1) / tiles;
                     let (queries, sums) = (&queries[range.start * LDA..], &mut sums[range.start * wide..]);
-                    self.step(block, range.clone(), queries, scores, &mut state[range], sums);
+                    self.step(block, range.clone(), queries, (scores, pairs), &mut state[range], sums);
                 }
             }
             for r in 0..rows {
@@ -183,12 +229,14 @@ impl Task<'_> {
         block: usize,
         rows: Range<usize>,
         queries: &[f32],
-        scores: &mut [f32],
+        (scores, pairs): (&mut [f32], &mut [f32]),
         state: &mut [Running],
         sums: &mut [f32],
     ) {
-        let isa = self.keys.isa;
+        let (isa, dot) = (self.keys.isa, self.keys.arith == Arith::Dot);
+        // Keys, of which a word of the values holds one or two.
         let (first, len) = self.values.block(block);
+        let (first, len) = if dot { (2 * first, (2 * len).min(self.p.s - 2 * first)) } else { (first, len) };
         let valid: [usize; MAX_MR] =
             from_fn(|r| self.p.visible(self.t0 + rows.start + r).saturating_sub(first).min(len));
         let count = rows.len();
@@ -206,22 +254,43 @@ impl Task<'_> {
             }
         }
         let wide = self.values.padded();
-        isa.run(Softmax { scores, len, valid: &valid[..count], state, sums, wide });
+        let scale = LOG2_E * if dot { self.p.scale } else { 1.0 };
+        isa.run(Softmax { scores, scale, len, valid: &valid[..count], state, sums, wide });
+        let (weights, kc) = if dot {
+            for (line, pair) in scores.chunks_exact(LDA).zip(pairs.chunks_exact_mut(LDA)).take(count) {
+                let pair: &mut [bf16] = cast_slice_mut(pair);
+                narrow_for_dot(isa, &line[..len], &mut pair[..len]);
+                pair[len] = bf16::ZERO;
+            }
+            (&*pairs, len.div_ceil(2))
+        } else {
+            (&*scores, len)
+        };
         let mut c = Block::new(sums, wide, count, wide);
         for panel in 0..self.values.panels() {
-            let v = Panel { kc: len, ..self.values.view(self.pv, block, panel) };
-            multiply(scores, &v, &mut c, panel * isa.nr(), block > 0);
+            let v = Panel { kc, ..self.values.view(self.pv, block, panel) };
+            multiply(weights, &v, &mut c, panel * isa.nr(), block > 0);
         }
     }
 
-    /// The block's queries times the scale, in lines per block of D.
-    fn scale_queries(&self, queries: &mut [f32]) {
+    /// The block's queries in lines per block of D: f32 times the scale, or pairs as they are.
+    fn queries(&self, queries: &mut [f32]) {
         let rows = self.out.rows();
         for (block, lines) in queries.chunks_exact_mut(rows * LDA).enumerate() {
             let (d0, len) = self.keys.block(block);
             for (r, line) in lines.chunks_exact_mut(LDA).enumerate() {
-                let from = r * self.q_row + d0;
-                line.iter_mut().zip(&self.q[from..from + len]).for_each(|(y, x)| *y = x * self.p.scale);
+                match self.q {
+                    Slice::BF16(x) if self.keys.arith == Arith::Dot => {
+                        let count = (2 * len).min(self.p.d - 2 * d0);
+                        let pairs: &mut [bf16] = cast_slice_mut(line);
+                        pairs[..count].copy_from_slice(&x[r * self.q_row + 2 * d0..][..count]);
+                        pairs[count] = bf16::ZERO;
+                    }
+                    x => {
+                        x.read(r * self.q_row + d0, &mut line[..len]);
+                        line[..len].iter_mut().for_each(|y| *y *= self.p.scale);
+                    }
+                }
             }
         }
     }
@@ -237,6 +306,8 @@ struct Running {
 /// Scores to weights e^(score - maximum); where the maximum has grown, what was summed before is scaled down.
 struct Softmax<'a> {
     scores: &'a mut [f32],
+    /// log2 e, times the factor of the scores unless the queries have it already.
+    scale: f32,
     len: usize,
     /// Keys that each query sees, of `len`. The others get weight 0.
     valid: &'a [usize],
@@ -266,16 +337,20 @@ impl Kernel for Softmax<'_> {
                 top[i % 2] = s.max(s.load(x), top[i % 2]);
             }
             let max = s.reduce(s.max(top[0], top[1]), |a, b| if a > b { a } else { b });
-            let shift = s.splat(max);
+            let (scale, shift) = (s.splat(self.scale), s.splat(-max * self.scale));
             let mut sum = s.splat(0.0);
             for x in line.chunks_exact_mut(S::LANES) {
-                let weight = exp_nonpositive(s, s.sub(s.load(x), shift));
+                let weight = exp2_nonpositive(s, s.fma(s.load(x), scale, shift));
                 sum = s.add(sum, weight);
                 s.store(x, weight);
             }
             let sum = s.reduce(sum, |a, b| a + b);
             if max > state.max {
-                let factor = if state.max == f32::NEG_INFINITY { 0.0 } else { (state.max - max).exp() };
+                let factor = if state.max == f32::NEG_INFINITY {
+                    0.0
+                } else {
+                    ((state.max - max) * self.scale).exp2()
+                };
                 state.sum *= factor;
                 let line = &mut self.sums[r * self.wide..(r + 1) * self.wide];
                 if factor == 0.0 {
@@ -292,156 +367,4 @@ impl Kernel for Softmax<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::simd::tests::{assert_close, assert_threads_agree, random};
-    use super::*;
-
-    /// In f64: the result, and its bound before the factor 8 · 2^-23. An error of a score, a share of Σ|q||k| · scale,
-    /// moves its weight by as much.
-    fn spec(p: &Attention, q: Heads, k: Heads, v: Heads) -> (Vec<f64>, Vec<f64>) {
-        let width = p.heads * p.d;
-        let (mut out, mut bound) = (vec![0.0; p.b * p.t * width], vec![0.0; p.b * p.t * width]);
-        for i in 0..p.b * p.t * p.heads {
-            let (b, t, head) = (i / (p.t * p.heads), i / p.heads % p.t, i % p.heads);
-            let row = |x: &Heads, t: usize| x.data[b * x.batch + t * x.row + head * p.d..][..p.d].to_vec();
-            let q = row(&q, t);
-            let seen: Vec<usize> = (0..p.s)
-                .filter(|&s| !p.causal || s as isize <= t as isize + p.s as isize - p.t as isize)
-                .collect();
-            let products = |s: usize| -> Vec<f64> {
-                q.iter().zip(row(&k, s)).map(|(&q, k)| q as f64 * k as f64 * p.scale as f64).collect()
-            };
-            let scores: Vec<f64> = seen.iter().map(|&s| products(s).iter().sum()).collect();
-            let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let total: f64 = scores.iter().map(|s| (s - top).exp()).sum();
-            for (score, &s) in scores.iter().zip(&seen) {
-                let weight = (score - top).exp() / total;
-                let share = 1.0 + products(s).iter().map(|x| x.abs()).sum::<f64>();
-                for (j, v) in row(&v, s).into_iter().enumerate() {
-                    out[i * p.d + j] += weight * v as f64;
-                    bound[i * p.d + j] += weight * (v as f64).abs() * share;
-                }
-            }
-        }
-        (out, bound)
-    }
-
-    fn inputs(p: &Attention) -> [Vec<f32>; 3] {
-        let width = p.heads * p.d;
-        [random(p.b * p.t * width, 1), random(p.b * p.s * width, 2), random(p.b * p.s * width, 3)]
-    }
-
-    #[test]
-    fn attention_is_right() {
-        // (B, T, S, N, D)
-        let shapes = [
-            (1, 1, 1, 1, 1),
-            (1, 3, 1, 2, 5),
-            (2, 5, 7, 3, 4),
-            (2, 64, 64, 2, 40),
-            (1, 77, 77, 2, 64),
-            (3, 130, 77, 2, 40),
-            (1, 15, 600, 1, 33),
-            (1, 127, 257, 1, 80),
-            (1, 260, 512, 1, 17),
-            (1, 9, 40, 1, 520),
-            (1, 600, 15, 1, 16),
-            (1, 4, 300, 1, 1024),
-        ];
-        for (b, t, s, heads, d) in shapes {
-            for causal in [false, true] {
-                let p = Attention { b, t, s, heads, d, scale: 1.0 / (d as f32).sqrt(), causal };
-                let [q, k, v] = inputs(&p);
-                let [q, k, v] = [
-                    Heads::new(&q, t, heads * d),
-                    Heads::new(&k, s, heads * d),
-                    Heads::new(&v, s, heads * d),
-                ];
-                let (want, bound) = spec(&p, q, k, v);
-                for &isa in Isa::available() {
-                    let mut out = vec![f32::NAN; want.len()];
-                    attention_with(isa, &p, q, k, v, &mut out);
-                    assert_close(&out, &want, &bound, &format!("{isa:?} {p:?}"));
-                }
-            }
-        }
-    }
-
-    /// Scores of some hundreds that grow along the keys: the running maximum moves in every block.
-    #[test]
-    fn large_and_growing_scores_do_not_overflow() {
-        let p = Attention { b: 1, t: 20, s: 900, heads: 1, d: 8, scale: 1.0, causal: false };
-        let [q, mut k, v] = inputs(&p);
-        k.iter_mut().enumerate().for_each(|(i, k)| *k *= (i / 8) as f32);
-        let [q, k, v] = [Heads::new(&q, 20, 8), Heads::new(&k, 900, 8), Heads::new(&v, 900, 8)];
-        let (want, bound) = spec(&p, q, k, v);
-        for &isa in Isa::available() {
-            let mut out = vec![f32::NAN; want.len()];
-            attention_with(isa, &p, q, k, v, &mut out);
-            // Scores of 1000 carry errors of 1e-4: the bound per element knows, one in norm does not.
-            for (i, got) in out.iter().enumerate() {
-                let error = (*got as f64 - want[i]).abs();
-                assert!(
-                    error <= 8.0 * f64::from(f32::EPSILON) * bound[i],
-                    "{isa:?} at {i}: {got}, want {}",
-                    want[i]
-                );
-            }
-        }
-    }
-
-    #[test]
-    fn a_fused_projection_is_read_in_place() {
-        let (b, t, heads, d) = (2, 33, 3, 20);
-        let p = Attention { b, t, s: t, heads, d, scale: 0.2, causal: false };
-        let width = heads * d;
-        let fused = random(b * t * 3 * width, 4);
-        let part = |i: usize| Heads { data: &fused[i * width..], row: 3 * width, batch: t * 3 * width };
-        let copy = |i: usize| -> Vec<f32> {
-            fused.chunks(3 * width).flat_map(|row| row[i * width..(i + 1) * width].to_vec()).collect()
-        };
-        let (q, k, v) = (copy(0), copy(1), copy(2));
-        let (mut one, mut two) = (vec![0.0; b * t * width], vec![1.0; b * t * width]);
-        attention(&p, part(0), part(1), part(2), &mut one);
-        let [q, k, v] = [&q, &k, &v].map(|x| Heads::new(x, t, width));
-        attention(&p, q, k, v, &mut two);
-        assert_eq!(one, two);
-    }
-
-    #[test]
-    fn bits_do_not_depend_on_threads() {
-        let p = Attention { b: 3, t: 200, s: 300, heads: 2, d: 40, scale: 0.16, causal: false };
-        let [q, k, v] = inputs(&p);
-        for &isa in Isa::available() {
-            assert_threads_agree(&format!("{isa:?}"), || {
-                let mut out = vec![f32::NAN; p.b * p.t * p.heads * p.d];
-                let [q, k, v] = [Heads::new(&q, 200, 80), Heads::new(&k, 300, 80), Heads::new(&v, 300, 80)];
-                attention_with(isa, &p, q, k, v, &mut out);
-                out
-            });
-        }
-    }
-
-    #[test]
-    fn a_nan_shows_in_its_row_alone() {
-        let p = Attention { b: 1, t: 30, s: 300, heads: 1, d: 16, scale: 0.25, causal: false };
-        let [mut q, k, v] = inputs(&p);
-        q[7 * 16] = f32::NAN;
-        for &isa in Isa::available() {
-            let mut out = vec![0.0; 30 * 16];
-            let [q, k, v] = [Heads::new(&q, 30, 16), Heads::new(&k, 300, 16), Heads::new(&v, 300, 16)];
-            attention_with(isa, &p, q, k, v, &mut out);
-            for (i, x) in out.iter().enumerate() {
-                assert_eq!(x.is_nan(), i / 16 == 7, "{isa:?} at {i}: {x}");
-            }
-        }
-    }
-
-    #[test]
-    fn no_keys_give_zeros() {
-        let p = Attention { b: 1, t: 2, s: 0, heads: 1, d: 3, scale: 1.0, causal: false };
-        let mut out = [f32::NAN; 6];
-        attention(&p, Heads::new(&[1.0; 6], 2, 3), Heads::new(&[], 0, 3), Heads::new(&[], 0, 3), &mut out);
-        assert_eq!(out, [0.0; 6]);
-    }
-}
+mod tests;

@@ -3,7 +3,10 @@
 //! Functions are polynomials of our own (weighted minimax fits), within 2 ulp for exp and 1e-7 absolute for erf.
 //! Statistics sum in f64, in an order that depends on the shape alone.
 
+use super::scratch::scratch;
 use super::simd::{Isa, Kernel, Simd};
+use super::slice::Slice;
+use bytemuck::cast_slice_mut;
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
@@ -62,6 +65,22 @@ pub fn exp_nonpositive<S: Simd>(s: S, x: S::F) -> S::F {
     let (n, p) = exp_parts(s, s.max(s.splat(LN_MIN), x));
     s.select_lt(x, s.splat(LN_MIN), s.splat(0.0), s.mul(p, s.pow2(n)))
 }
+
+/// 2^x for x <= 0, as softmax needs it: below -126 something at most 2^-126; NaN kept. Within 2 ulp.
+#[inline(always)]
+pub fn exp2_nonpositive<S: Simd>(s: S, x: S::F) -> S::F {
+    let x = s.max(s.splat(-126.0), x);
+    let n = s.round(x);
+    let r = s.sub(x, n);
+    let mut p = s.splat(EXP2[0]);
+    for c in &EXP2[1..] {
+        p = s.fma(p, r, s.splat(*c));
+    }
+    s.scale2(p, n)
+}
+
+/// 2^r on |r| <= 1/2, highest power first: a minimax fit of the relative error, 9e-8.
+const EXP2: [f32; 6] = [1.326_472_7e-3, 9.671_513e-3, 5.550_733_6e-2, 2.402_224_2e-1, 6.931_47e-1, 1.0];
 
 /// 1 + erf(x), without cancellation for x < -1.
 #[inline(always)]
@@ -322,20 +341,20 @@ impl Kernel for Moments<'_> {
     }
 }
 
-fn mean_and_variance(s1: f64, s2: f64, n: f64) -> (f64, f64) {
+fn mean_and_variance(s1: f64, s2: f64, n: f64) -> [f64; 2] {
     let mean = s1 / n;
     let var = s2 / n - mean * mean;
     // Rounding may leave a tiny negative number; NaN stays.
-    (mean, if var < 0.0 { 0.0 } else { var })
+    [mean, if var < 0.0 { 0.0 } else { var }]
 }
 
 /// Mean and biased variance of one row, in f64.
-pub fn mean_var(x: &[f32]) -> (f64, f64) {
+pub fn mean_var(x: &[f32]) -> [f64; 2] {
     mean_var_with(Isa::best(), x)
 }
 
 /// [`mean_var`] on a given instruction set; the bits are the same on all.
-pub fn mean_var_with(isa: Isa, x: &[f32]) -> (f64, f64) {
+pub fn mean_var_with(isa: Isa, x: &[f32]) -> [f64; 2] {
     assert!(!x.is_empty(), "mean_var: empty row");
     let (s1, s2) = isa.run(Moments(x));
     mean_and_variance(s1, s2, x.len() as f64)
@@ -363,42 +382,91 @@ impl Kernel for ChannelMoments<'_> {
     }
 }
 
-/// Mean and biased variance of each group of C / G adjacent channels over all pixels of one image: x (HW, C),
-/// stats (G). In parallel over fixed chunks of pixels, whose sums are added in order.
-pub fn group_stats(x: &[f32], c: usize, groups: usize, stats: &mut [(f64, f64)]) {
-    group_stats_with(Isa::best(), x, c, groups, stats);
+/// Mean and biased variance of each group of C / G adjacent channels over all pixels of each image: x (B, HW, C), and
+/// \[mean, variance\] per image and group (B, G) for `f`. In parallel over fixed chunks of pixels, whose sums are added
+/// in order.
+pub fn group_stats<R>(
+    x: Slice,
+    images: usize,
+    c: usize,
+    groups: usize,
+    f: impl FnOnce(&[[f64; 2]]) -> R,
+) -> R {
+    group_stats_with(Isa::best(), x, images, c, groups, f)
 }
 
 /// [`group_stats`] on a given instruction set; the bits are the same on all.
-pub fn group_stats_with(isa: Isa, x: &[f32], c: usize, groups: usize, stats: &mut [(f64, f64)]) {
+pub fn group_stats_with<R>(
+    isa: Isa,
+    x: Slice,
+    images: usize,
+    c: usize,
+    groups: usize,
+    f: impl FnOnce(&[[f64; 2]]) -> R,
+) -> R {
     assert!(
         groups > 0 && c.is_multiple_of(groups),
         "group_stats: {c} channels do not divide into {groups} groups"
     );
     assert!(
-        !x.is_empty() && x.len().is_multiple_of(c),
-        "group_stats: {} elements are no whole pixels of {c} channels",
+        images > 0 && !x.is_empty() && x.len().is_multiple_of(images * c),
+        "group_stats: {} elements are no whole pixels of {c} channels in {images} images",
         x.len()
     );
-    assert_eq!(stats.len(), groups, "group_stats: length of stats");
     const CHUNK: usize = 1 << 15;
-    let pixels = (CHUNK / c).max(1);
-    let partial: Vec<Vec<f64>> = x
-        .par_chunks(pixels * c)
-        .map(|x| {
-            let mut sums = vec![0.0; 2 * c];
-            isa.run(ChannelMoments { x, sums: &mut sums });
-            sums
-        })
-        .collect();
-    let width = c / groups;
-    let count = (x.len() / c * width) as f64;
-    for (g, stat) in stats.iter_mut().enumerate() {
-        let sum = |offset: usize| -> f64 {
-            let range = offset + g * width..offset + (g + 1) * width;
-            partial.iter().map(|sums| sums[range.clone()].iter().sum::<f64>()).sum()
-        };
-        *stat = mean_and_variance(sum(0), sum(c), count);
+    let (pixels, width) = (x.len() / images / c, c / groups);
+    let rows = (CHUNK / c).max(1);
+    let chunks = pixels.div_ceil(rows);
+    // Words of f64: per chunk the sums of its channels, and per group the result.
+    let (sums, results) = (images * chunks * 2 * c * 2, images * groups * 2 * 2);
+    scratch(sums + results, |buffer| {
+        let (sums, stats) = buffer.split_at_mut(sums);
+        let (sums, stats): (&mut [f64], &mut [[f64; 2]]) = (cast_slice_mut(sums), cast_slice_mut(stats));
+        sums.par_chunks_exact_mut(2 * c).enumerate().for_each(|(i, sums)| {
+            let (image, first) = (i / chunks, i % chunks * rows);
+            let start = (image * pixels + first) * c;
+            sums.fill(0.0);
+            let range = start..start + rows.min(pixels - first) * c;
+            x.with(range, |x| isa.run(ChannelMoments { x, sums }));
+        });
+        for (i, stat) in stats.iter_mut().enumerate() {
+            let (image, g) = (i / groups, i % groups);
+            let sums = &sums[image * chunks * 2 * c..][..chunks * 2 * c];
+            let sum = |offset: usize| -> f64 {
+                let range = offset + g * width..offset + (g + 1) * width;
+                sums.chunks_exact(2 * c).map(|sums| sums[range.clone()].iter().sum::<f64>()).sum()
+            };
+            *stat = mean_and_variance(sum(0), sum(c), (pixels * width) as f64);
+        }
+        f(stats)
+    })
+}
+
+/// y = (x - mean) / √(variance + eps) · w + bias of one row x (C).
+pub fn layer_norm(x: &[f32], w: &[f32], bias: &[f32], eps: f32, y: &mut [f32]) {
+    let [mean, var] = mean_var(x);
+    let rstd = (1.0 / (var + eps as f64).sqrt()) as f32;
+    let (high, low) = (mean as f32, (mean - mean as f32 as f64) as f32);
+    Isa::best().run(Normalise { x, w, bias, factors: [high, low, rstd], y });
+}
+
+/// y = ((x - high) - low) · rstd · w + bias
+struct Normalise<'a> {
+    x: &'a [f32],
+    w: &'a [f32],
+    bias: &'a [f32],
+    factors: [f32; 3],
+    y: &'a mut [f32],
+}
+
+impl Kernel for Normalise<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let [high, low, rstd] = self.factors;
+        for (((y, x), w), b) in self.y.iter_mut().zip(self.x).zip(self.w).zip(self.bias) {
+            *y = ((x - high) - low) * rstd * w + b;
+        }
     }
 }
 

@@ -5,11 +5,22 @@ pub mod gemm;
 pub mod math;
 mod scratch;
 pub mod simd;
+mod slice;
+pub mod winograd;
 
+pub use scratch::scratch as with_scratch;
+pub use slice::{Element, Slice, SliceMut, optional};
+
+use crate::each_mut;
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Spec};
+use gemm::{Packed, Weights};
 use half::{bf16, f16};
+use rayon::prelude::*;
 use std::borrow::Cow;
+
+/// Elements that a task of an elementwise operation takes: they stay in the first-level cache.
+const CHUNK: usize = 8192;
 
 /// Bytes of memory that a program can still get: what the system calls available, swap, and no more than the limit of
 /// the control group. `None` where the system does not say.
@@ -59,28 +70,36 @@ impl Memory {
 }
 
 /// An input as a room sees it.
+#[derive(Clone, Copy)]
 pub enum In<'a> {
     /// Memory of its own.
     Shared(&'a [u8]),
+    /// A weight that was packed when it was loaded.
+    Packed(Packed<'a>),
     /// The memory of this output, which holds the input until it is written.
     Output(usize),
 }
 
 /// One call of a room: inputs, outputs, scratch.
-pub struct Call<'a> {
+pub struct Call<'a, 'b> {
     /// Types and axes of the inputs.
-    pub x: Vec<Spec>,
+    pub x: &'b [Spec],
     /// Types and axes of the outputs.
-    pub y: Vec<Spec>,
-    inputs: Vec<In<'a>>,
-    outputs: Vec<&'a mut [u8]>,
+    pub y: &'b [Spec],
+    inputs: &'b [In<'a>],
+    outputs: &'b mut [&'a mut [u8]],
 }
 
-impl<'a> Call<'a> {
+impl<'a, 'b> Call<'a, 'b> {
     /// A call over borrowed memory; `inputs` and `outputs` have the sizes that their specs say.
-    pub fn new(x: Vec<Spec>, y: Vec<Spec>, inputs: Vec<In<'a>>, outputs: Vec<&'a mut [u8]>) -> Call<'a> {
+    pub fn new(
+        x: &'b [Spec],
+        y: &'b [Spec],
+        inputs: &'b [In<'a>],
+        outputs: &'b mut [&'a mut [u8]],
+    ) -> Call<'a, 'b> {
         debug_assert!(x.len() == inputs.len() && y.len() == outputs.len());
-        debug_assert!(y.iter().zip(&outputs).all(|(s, b)| s.bytes() == b.len()));
+        debug_assert!(y.iter().zip(&*outputs).all(|(s, b)| s.bytes() == b.len()));
         Call { x, y, inputs, outputs }
     }
 
@@ -88,6 +107,7 @@ impl<'a> Call<'a> {
     pub fn f32(&self, i: usize) -> Cow<'a, [f32]> {
         match &self.inputs[i] {
             In::Shared(bytes) => floats(self.x[i].dtype, bytes),
+            In::Packed(w) => Cow::Owned(floats(self.x[i].dtype, &w.unpack()).into_owned()),
             In::Output(j) => Cow::Owned(floats(self.x[i].dtype, &*self.outputs[*j]).into_owned()),
         }
     }
@@ -96,8 +116,77 @@ impl<'a> Call<'a> {
     pub fn i32(&self, i: usize) -> Cow<'a, [i32]> {
         match &self.inputs[i] {
             In::Shared(bytes) => Cow::Borrowed(bytemuck::cast_slice(bytes)),
+            In::Packed(_) => unreachable!("integers are never packed"),
             In::Output(j) => Cow::Owned(bytemuck::pod_collect_to_vec(&*self.outputs[*j])),
         }
+    }
+
+    /// Element `k` of input `i`, an integer.
+    pub fn i32_at(&self, i: usize, k: usize) -> i32 {
+        let bytes = match &self.inputs[i] {
+            In::Shared(bytes) => bytes,
+            In::Packed(_) => unreachable!("integers are never packed"),
+            In::Output(j) => &*self.outputs[*j],
+        };
+        bytemuck::cast_slice(bytes)[k]
+    }
+
+    /// Input `i` in its own type. Panics for integers, for a packed weight, and for memory that an output takes over.
+    pub fn slice(&self, i: usize) -> Slice<'a> {
+        match &self.inputs[i] {
+            In::Shared(bytes) => Slice::of(self.x[i].dtype, bytes),
+            _ => None,
+        }
+        .unwrap_or_else(|| panic!("input {i}, {}, is not in floats of its own", self.x[i]))
+    }
+
+    /// Input `i` as the right operand of a product. Panics as [`Call::slice`].
+    pub fn weights(&self, i: usize) -> Weights<'a> {
+        match &self.inputs[i] {
+            In::Packed(w) => Weights::Packed(*w),
+            _ => Weights::Raw(self.slice(i)),
+        }
+    }
+
+    /// Output `j`, to write in its own type. Panics for integers.
+    pub fn out(&mut self, j: usize) -> SliceMut<'_> {
+        let (spec, bytes) = (self.y[j], &mut *self.outputs[j]);
+        match spec.dtype {
+            DType::F32 => SliceMut::F32(bytemuck::cast_slice_mut(bytes)),
+            DType::F16 => SliceMut::F16(bytemuck::cast_slice_mut(bytes)),
+            DType::BF16 => SliceMut::BF16(bytemuck::cast_slice_mut(bytes)),
+            DType::I32 => panic!("output {j}, {spec}, does not hold floats"),
+        }
+    }
+
+    /// Computes output `j` in parallel, some rows of `width` elements at a time: `f(first row, rows)` writes them in f32.
+    pub fn rows(&mut self, j: usize, width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+        let rows = (CHUNK / width.max(1)).max(1);
+        each_mut!(self.out(j), y => y.par_chunks_mut((rows * width).max(1)).enumerate().for_each(|(i, y)| {
+            Element::edit(y, false, |y| f(i * rows, y));
+        }));
+    }
+
+    /// Computes output `j` from input `i` of the same shape, whether they share memory or not, in parallel: in f32,
+    /// `f(first element, values)` turns some elements of the input into those of the output.
+    pub fn update(&mut self, i: usize, j: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+        let x = match &self.inputs[i] {
+            In::Output(same) if *same == j && self.x[i].dtype == self.y[j].dtype => None,
+            _ => Some(self.slice(i)),
+        };
+        each_mut!(self.out(j), y => y.par_chunks_mut(CHUNK).enumerate().for_each(|(c, y)| {
+            Element::edit(y, x.is_none(), |y| {
+                if let Some(x) = x {
+                    x.read(c * CHUNK, y);
+                }
+                f(c * CHUNK, y);
+            });
+        }));
+    }
+
+    /// Whether input `i` is in memory that an output takes over.
+    pub fn shares(&self, i: usize) -> bool {
+        matches!(self.inputs[i], In::Output(_))
     }
 
     /// Lets `f` compute output `j` in f32; what it wrote is rounded once to the output's type.

@@ -11,22 +11,15 @@ thread_local! {
     static POOL: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A zeroed vector and the offset at which `len` floats start on a cache line.
-pub(super) fn scratch_line(len: usize) -> (Vec<f32>, usize) {
-    let data = vec![0.0; len + LINE - 1];
-    let start = data.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE - 1);
-    (data, start)
-}
-
 /// Calls `f` with `len` floats that start on a cache line and hold anything.
-pub(super) fn scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
+pub fn scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
     let fits = |data: &Vec<f32>| data.len() >= len + LINE - 1;
     let kept = POOL.with_borrow_mut(|pool| {
         // The smallest that is large enough.
         let best = (0..pool.len()).filter(|&i| fits(&pool[i])).min_by_key(|&i| pool[i].len());
         best.map(|i| pool.swap_remove(i))
     });
-    let mut data = kept.unwrap_or_else(|| scratch_line(len).0);
+    let mut data = kept.unwrap_or_else(|| vec![0.0; len + LINE - 1]);
     let start = data.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE - 1);
     let result = f(&mut data[start..start + len]);
     POOL.with_borrow_mut(|pool| {

@@ -1,19 +1,20 @@
 //! Instruction sets: detection, vector operations, and the matrix microkernels.
 //!
 //! The binary is built for the baseline CPU; what the machine has is asked once, at run time. Everything that needs
-//! `unsafe` on the CPU is in this file: vector intrinsics, the register tiles that read through raw pointers, and
+//! `unsafe` on the CPU is in this file and in `grid.rs` below it: vector intrinsics, the register tiles that read through raw pointers, and
 //! [`Grid`], which hands out disjoint rectangles of one matrix to several threads. What it exports is safe.
 //!
 //! A loop is written once, generic over [`Simd`], as a [`Kernel`]; [`Isa::run`] compiles it for each instruction set
 //! and calls the one asked for. Register tiles are reached through [`tile`].
 #![allow(unsafe_code)]
 
+mod grid;
 mod isa;
 
+pub use grid::{Block, Grid};
+use half::bf16;
 pub use isa::Isa;
 use std::array::from_fn;
-use std::marker::PhantomData;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 impl Isa {
     /// Runs `kernel`, compiled for this instruction set. Panics if the machine does not have it.
@@ -75,6 +76,11 @@ pub trait Simd: Copy {
     fn round(self, a: Self::F) -> Self::F;
     /// 2^n for integral n in -126..=127; anything for other n.
     fn pow2(self, n: Self::F) -> Self::F;
+    /// a · 2^n for integral n in -126..=127 and a within 2 of 1.
+    #[inline(always)]
+    fn scale2(self, a: Self::F, n: Self::F) -> Self::F {
+        self.mul(a, self.pow2(n))
+    }
     /// a < b ? yes : no, so `no` if either is NaN.
     fn select_lt(self, a: Self::F, b: Self::F, yes: Self::F, no: Self::F) -> Self::F;
 
@@ -257,7 +263,7 @@ macro_rules! tiles {
 
 static PORTABLE_TILES: [[TileFn; 8]; 2] = tiles!(tile_portable, 1 2 3 4 5 6 7 8);
 
-/// A packed panel of the right operand, kc lines of `width` columns, where `width` is nr or nr / 2 of `isa`.
+/// A packed panel of the right operand, kc lines of `width` words, where `width` is nr or nr / 2 of `isa`.
 #[derive(Clone, Copy)]
 pub struct Panel<'a> {
     /// The instruction set whose tiles it is packed for.
@@ -266,30 +272,46 @@ pub struct Panel<'a> {
     pub data: &'a [f32],
     /// Columns, padding included.
     pub width: usize,
-    /// Length of the inner dimension, at most [`KC`].
+    /// Length of the inner dimension in words, at most [`KC`].
     pub kc: usize,
+    /// What the words are.
+    pub arith: Arith,
+}
+
+/// What the 32-bit words of a product's operands are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arith {
+    /// One f32 each: fused multiply-adds.
+    Fma,
+    /// Two adjacent bf16 each, of which the machine adds both products to one f32: twice as many a cycle. Subnormal
+    /// numbers count as zero.
+    Dot,
 }
 
 /// C\[r0.., c0..\] (rows × width) = A (rows × kc, row stride [`LDA`]) · `b`, or += if `accumulate`; `rows` is 1..=mr.
 /// An element is one chain of fused multiply-adds in order of k.
 pub fn tile(rows: usize, a: &[f32], b: &Panel, c: &mut Block, (r0, c0): (usize, usize), accumulate: bool) {
-    let Panel { isa, data, width, kc } = *b;
+    let Panel { isa, data, width, kc, arith } = *b;
     isa.check();
+    assert!(arith == Arith::Fma || isa.has_dot(), "{isa:?} has no dot products of bf16");
     let vectors = width / isa.lanes();
     assert!(
         (1..=isa.mr()).contains(&rows) && (vectors == 1 || vectors == 2) && width == vectors * isa.lanes()
     );
     assert!((1..=KC).contains(&kc) && a.len() >= (rows - 1) * LDA + kc && data.len() >= kc * width);
-    let inside = r0 <= c.rows && rows <= c.rows - r0 && c0 <= c.cols && width <= c.cols - c0;
+    let inside = r0 <= c.rows() && rows <= c.rows() - r0 && c0 <= c.cols() && width <= c.cols() - c0;
     assert!(
         inside,
         "a tile {rows} × {width} at ({r0}, {c0}) lies outside its block, {} × {}",
-        c.rows, c.cols
+        c.rows(),
+        c.cols()
     );
     let f = match isa {
         Isa::Portable => PORTABLE_TILES[vectors - 1][rows - 1],
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => x86::AVX2_TILES[vectors - 1][rows - 1],
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 if arith == Arith::Dot => x86::DOT_TILES[vectors - 1][rows - 1],
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => x86::AVX512_TILES[vectors - 1][rows - 1],
         #[cfg(not(target_arch = "x86_64"))]
@@ -297,8 +319,19 @@ pub fn tile(rows: usize, a: &[f32], b: &Panel, c: &mut Block, (r0, c0): (usize, 
     };
     // SAFETY: `check` has seen the instruction set; the assertions above are what a tile asks of a, b and c.
     unsafe {
-        let c0 = c.ptr.add(r0 * c.ld + c0);
-        f(&Tile { a: a.as_ptr(), b: data.as_ptr(), kc, c: c0, ldc: c.ld, accumulate })
+        let (c, ldc) = (c.ptr().add(r0 * c.ld() + c0), c.ld());
+        f(&Tile { a: a.as_ptr(), b: data.as_ptr(), kc, c, ldc, accumulate })
+    }
+}
+
+/// y = x in bf16, nearest even, subnormal numbers as zero. Panics where there are no dot products of bf16, whose operand
+/// this makes, or lengths differ.
+pub fn narrow_for_dot(isa: Isa, x: &[f32], y: &mut [bf16]) {
+    assert!(isa.has_dot() && x.len() == y.len());
+    // SAFETY: `has_dot` has seen the instruction set; both are x.len() long.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        x86::narrow(x.as_ptr(), y.as_mut_ptr().cast(), x.len());
     }
 }
 
@@ -322,91 +355,11 @@ pub fn transpose(isa: Isa, src: &[f32], ld: usize, rows: usize, kc: usize, width
     }
 }
 
-/// A rectangle of a row-major matrix that one thread writes.
-pub struct Block<'a> {
-    ptr: *mut f32,
-    ld: usize,
-    rows: usize,
-    cols: usize,
-    life: PhantomData<&'a mut [f32]>,
-}
-
-// SAFETY: a block is the only way to its elements, as `&mut [f32]` is.
-unsafe impl Send for Block<'_> {}
-
-impl<'a> Block<'a> {
-    /// The first `rows` rows and `cols` columns of `data`, whose rows are `ld` apart.
-    pub fn new(data: &'a mut [f32], ld: usize, rows: usize, cols: usize) -> Block<'a> {
-        let need = rows.saturating_sub(1).saturating_mul(ld).saturating_add(cols);
-        assert!(rows >= 1 && cols <= ld && data.len() >= need);
-        Block { ptr: data.as_mut_ptr(), ld, rows, cols, life: PhantomData }
-    }
-
-    /// Number of rows.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// Number of columns.
-    pub fn cols(&self) -> usize {
-        self.cols
-    }
-
-    /// Row `r` of the rectangle.
-    pub fn row(&mut self, r: usize) -> &mut [f32] {
-        assert!(r < self.rows);
-        // SAFETY: row r of the rectangle is `cols` floats that only this block reaches, borrowed with it.
-        unsafe { std::slice::from_raw_parts_mut(self.ptr.add(r * self.ld), self.cols) }
-    }
-}
-
-/// A row-major matrix (m, n) cut into rectangles of mb × nb (smaller at the edges), each of which can be taken once:
-/// what lets rayon tasks write disjoint parts of one output.
-pub struct Grid<'a> {
-    ptr: *mut f32,
-    m: usize,
-    n: usize,
-    mb: usize,
-    nb: usize,
-    taken: Vec<AtomicBool>,
-    life: PhantomData<&'a mut [f32]>,
-}
-
-// SAFETY: shared access only takes blocks, each of them once, and blocks are disjoint.
-unsafe impl Sync for Grid<'_> {}
-
-impl<'a> Grid<'a> {
-    /// Cuts `data`, of m · n floats.
-    pub fn new(data: &'a mut [f32], m: usize, n: usize, mb: usize, nb: usize) -> Grid<'a> {
-        assert!(m.checked_mul(n) == Some(data.len()) && mb > 0 && nb > 0);
-        let taken = (0..m.div_ceil(mb) * n.div_ceil(nb)).map(|_| AtomicBool::new(false)).collect();
-        Grid { ptr: data.as_mut_ptr(), m, n, mb, nb, taken, life: PhantomData }
-    }
-
-    /// Number of rectangles.
-    pub fn count(&self) -> usize {
-        self.taken.len()
-    }
-
-    /// Takes rectangle `index` (row by row): its first row, its first column, and itself. Panics the second time.
-    pub fn take(&self, index: usize) -> (usize, usize, Block<'a>) {
-        assert!(
-            !self.taken[index].swap(true, Ordering::Relaxed),
-            "block {index} of the grid was taken before"
-        );
-        let across = self.n.div_ceil(self.nb);
-        let (m0, n0) = (index / across * self.mb, index % across * self.nb);
-        // SAFETY: m0 < m and n0 < n, so the offset is inside the matrix.
-        let ptr = unsafe { self.ptr.add(m0 * self.n + n0) };
-        let (rows, cols) = (self.mb.min(self.m - m0), self.nb.min(self.n - n0));
-        (m0, n0, Block { ptr, ld: self.n, rows, cols, life: PhantomData })
-    }
-}
-
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Kernel, Simd, Tile, TileFn, tile_body};
+    use super::{Kernel, LDA, Simd, Tile, TileFn, tile_body};
     use std::arch::x86_64::*;
+    use std::mem::transmute;
 
     /// Eight lanes.
     #[derive(Clone, Copy)]
@@ -445,6 +398,58 @@ mod x86 {
         unsafe { tile_body::<Zmm, R, V>(Zmm(()), t) }
     }
 
+    /// [`tile_body`] on pairs of bf16: a word of A times a word of B is two products.
+    ///
+    /// # Safety
+    /// The machine has the features; pointers as `tile_body`.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    unsafe fn tile_dot<const R: usize, const V: usize>(t: &Tile) {
+        let mut acc = [[_mm512_setzero_ps(); V]; R];
+        // SAFETY: the caller's promise bounds every offset below; any 64 bytes are 32 bf16.
+        unsafe {
+            let (mut a, mut b) = (t.a, t.b);
+            for _ in 0..t.kc {
+                let mut row = [_mm512_setzero_ps(); V];
+                for v in 0..V {
+                    row[v] = _mm512_loadu_ps(b.add(v * 16));
+                }
+                for r in 0..R {
+                    let x = _mm512_set1_ps(*a.add(r * LDA));
+                    for v in 0..V {
+                        acc[r][v] = _mm512_dpbf16_ps(acc[r][v], transmute(x), transmute(row[v]));
+                    }
+                }
+                a = a.add(1);
+                b = b.add(V * 16);
+            }
+            for r in 0..R {
+                for v in 0..V {
+                    let p = t.c.add(r * t.ldc + v * 16);
+                    let sum =
+                        if t.accumulate { _mm512_add_ps(_mm512_loadu_ps(p), acc[r][v]) } else { acc[r][v] };
+                    _mm512_storeu_ps(p, sum);
+                }
+            }
+        }
+    }
+
+    /// Rounds n floats to bf16.
+    ///
+    /// # Safety
+    /// The machine has the features; x is readable and y writable for n elements.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    pub(super) unsafe fn narrow(x: *const f32, y: *mut u16, n: usize) {
+        for i in (0..n).step_by(16) {
+            let mask = if n - i < 16 { (1u16 << (n - i)) - 1 } else { !0 };
+            // SAFETY: the mask keeps both accesses within n elements.
+            unsafe {
+                let v = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, x.add(i)));
+                _mm256_mask_storeu_epi16(y.add(i).cast(), mask, transmute::<__m256bh, __m256i>(v));
+            }
+        }
+    }
+
+    pub(super) static DOT_TILES: [[TileFn; 14]; 2] = tiles!(tile_dot, 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
     pub(super) static AVX2_TILES: [[TileFn; 6]; 2] = tiles!(tile_avx2, 1 2 3 4 5 6);
     pub(super) static AVX512_TILES: [[TileFn; 14]; 2] = tiles!(tile_avx512, 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
 
@@ -557,6 +562,7 @@ mod x86 {
                 let biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
                 _mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased))
             };
+            scale2(a, n) unsafe { _mm512_scalef_ps(a, n) };
             select_lt(a, b, yes, no) unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), no, yes) };
         }
     }

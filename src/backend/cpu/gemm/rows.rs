@@ -1,31 +1,60 @@
 //! Left operands of the matrix product: matrices in memory, and convolution inputs read as matrices.
 
+use crate::backend::cpu::slice::Slice;
+use crate::tensor::DType;
+use half::bf16;
+
+/// What a line of a tile's left operand is made of: f32, or bf16 in pairs.
+pub trait Lane: bytemuck::Zeroable + Copy {
+    /// y = the elements of x from `from` on.
+    fn read(x: Slice, from: usize, y: &mut [Self]);
+}
+
+impl Lane for f32 {
+    #[inline]
+    fn read(x: Slice, from: usize, y: &mut [f32]) {
+        x.read(from, y);
+    }
+}
+
+impl Lane for bf16 {
+    #[inline]
+    fn read(x: Slice, from: usize, y: &mut [bf16]) {
+        match x {
+            Slice::BF16(x) => y.copy_from_slice(&x[from..from + y.len()]),
+            x => unreachable!("dot products are of bf16, not {}", x.dtype()),
+        }
+    }
+}
+
 /// The left operand: a matrix (M,K) that can copy parts of its rows.
 pub trait Rows: Sync {
     /// Number of rows, M.
     fn m(&self) -> usize;
     /// Length of a row, K.
     fn k(&self) -> usize;
+    /// Element type.
+    fn dtype(&self) -> DType;
     /// out\[r·ld + j\] = A\[m0 + r, k0 + j\] for r < rows, j < kc.
-    fn pack(&self, m0: usize, rows: usize, k0: usize, kc: usize, out: &mut [f32], ld: usize);
+    fn pack<E: Lane>(&self, m0: usize, rows: usize, k0: usize, kc: usize, out: &mut [E], ld: usize);
 }
 
 /// Rows in memory: A\[m, k\] = data\[m·ld + k\].
 #[derive(Clone, Copy)]
 pub struct Dense<'a> {
     /// The matrix.
-    pub data: &'a [f32],
+    pub data: Slice<'a>,
     /// Rows.
     pub m: usize,
     /// Columns.
     pub k: usize,
-    /// Floats from one row to the next.
+    /// Elements from one row to the next.
     pub ld: usize,
 }
 
 impl<'a> Dense<'a> {
     /// A contiguous matrix (m, k).
-    pub fn new(data: &'a [f32], m: usize, k: usize) -> Dense<'a> {
+    pub fn new(data: Slice<'a>, m: usize, k: usize) -> Dense<'a> {
         assert_eq!(data.len(), m * k, "Dense: length of a ({m}, {k}) matrix");
         Dense { data, m, k, ld: k }
     }
@@ -38,51 +67,12 @@ impl Rows for Dense<'_> {
     fn k(&self) -> usize {
         self.k
     }
-    fn pack(&self, m0: usize, rows: usize, k0: usize, kc: usize, out: &mut [f32], ld: usize) {
+    fn dtype(&self) -> DType {
+        self.data.dtype()
+    }
+    fn pack<E: Lane>(&self, m0: usize, rows: usize, k0: usize, kc: usize, out: &mut [E], ld: usize) {
         for r in 0..rows {
-            let from = (m0 + r) * self.ld + k0;
-            out[r * ld..r * ld + kc].copy_from_slice(&self.data[from..from + kc]);
-        }
-    }
-}
-
-/// A transposed matrix in memory: A\[m, k\] = data\[k·ld + m\].
-#[derive(Clone, Copy)]
-pub struct DenseT<'a> {
-    /// The matrix (K,M).
-    pub data: &'a [f32],
-    /// Rows of A.
-    pub m: usize,
-    /// Columns of A.
-    pub k: usize,
-    /// Floats from one k to the next.
-    pub ld: usize,
-}
-
-impl<'a> DenseT<'a> {
-    /// The transpose of a contiguous matrix (k, m).
-    pub fn new(data: &'a [f32], m: usize, k: usize) -> DenseT<'a> {
-        assert_eq!(data.len(), m * k, "DenseT: length of a ({k}, {m}) matrix");
-        DenseT { data, m, k, ld: m }
-    }
-}
-
-impl Rows for DenseT<'_> {
-    fn m(&self) -> usize {
-        self.m
-    }
-    fn k(&self) -> usize {
-        self.k
-    }
-    fn pack(&self, m0: usize, rows: usize, k0: usize, kc: usize, out: &mut [f32], ld: usize) {
-        // Eight k at a time: a line of the target is written in runs, a row of the source read as one.
-        for k in (0..kc).step_by(8) {
-            let src = &self.data[(k0 + k) * self.ld + m0..];
-            for r in 0..rows {
-                for j in 0..8.min(kc - k) {
-                    out[r * ld + k + j] = src[j * self.ld + r];
-                }
-            }
+            E::read(self.data, (m0 + r) * self.ld + k0, &mut out[r * ld..r * ld + kc]);
         }
     }
 }
@@ -120,7 +110,7 @@ pub struct ConvShape {
 #[derive(Clone, Copy)]
 pub struct Conv<'a> {
     /// (B,H,W,C)
-    pub x: &'a [f32],
+    pub x: Slice<'a>,
     /// See [`ConvShape`].
     pub shape: ConvShape,
 }
@@ -132,13 +122,16 @@ impl Rows for Conv<'_> {
     fn k(&self) -> usize {
         self.shape.kh * self.shape.kw * self.shape.c
     }
-    fn pack(&self, m0: usize, rows: usize, k0: usize, kc: usize, out: &mut [f32], ld: usize) {
+    fn dtype(&self) -> DType {
+        self.x.dtype()
+    }
+    fn pack<E: Lane>(&self, m0: usize, rows: usize, k0: usize, kc: usize, out: &mut [E], ld: usize) {
         let p = &self.shape;
         for r in 0..rows {
             let m = m0 + r;
             let (b, oh, ow) = (m / (p.out_w * p.out_h), m / p.out_w % p.out_h, m % p.out_w);
             let line = &mut out[r * ld..r * ld + kc];
-            // One kernel row after the other; each is a run of KW · C floats, of which the block may want a part.
+            // One kernel row after the other; each is a run of KW · C elements, of which the block may want a part.
             let run = p.kw * p.c;
             let mut k = k0;
             while k < k0 + kc {
@@ -153,13 +146,13 @@ impl Rows for Conv<'_> {
 }
 
 impl Conv<'_> {
-    /// Floats `from..` of the kernel row that lies on input row `ih` (outside: zeros) at output column `ow`.
+    /// Elements `from..` of the kernel row that lies on input row `ih` (outside: zeros) at output column `ow`.
     #[inline]
-    fn pack_run(&self, b: usize, ih: usize, ow: usize, from: usize, out: &mut [f32]) {
+    fn pack_run<E: Lane>(&self, b: usize, ih: usize, ow: usize, from: usize, out: &mut [E]) {
         let p = &self.shape;
         let (h, w, shift) = if p.upsample { (2 * p.h, 2 * p.w, 1) } else { (p.h, p.w, 0) };
         if ih >= h {
-            return out.fill(0.0);
+            return out.fill(E::zeroed());
         }
         let row = (b * p.h + (ih >> shift)) * p.w * p.c;
         let left = ow * p.stride;
@@ -171,10 +164,10 @@ impl Conv<'_> {
                 let iw = (left + kw).wrapping_sub(p.pad_left);
                 let part = &mut out[done..done + len];
                 if iw >= w {
-                    part.fill(0.0);
+                    part.fill(E::zeroed());
                 } else {
                     let start = row + (iw >> shift) * p.c + c;
-                    part.copy_from_slice(&self.x[start..start + len]);
+                    E::read(self.x, start, part);
                 }
                 done += len;
             }
@@ -184,11 +177,11 @@ impl Conv<'_> {
         let zeros = (p.pad_left.saturating_sub(left) * p.c).clamp(from, from + out.len()) - from;
         let end = ((w + p.pad_left).saturating_sub(left) * p.c).clamp(from, from + out.len()) - from;
         let end = end.max(zeros);
-        out[..zeros].fill(0.0);
+        out[..zeros].fill(E::zeroed());
         if end > zeros {
             let start = row + left * p.c + from + zeros - p.pad_left * p.c;
-            out[zeros..end].copy_from_slice(&self.x[start..start + end - zeros]);
+            E::read(self.x, start, &mut out[zeros..end]);
         }
-        out[end..].fill(0.0);
+        out[end..].fill(E::zeroed());
     }
 }

@@ -1,5 +1,7 @@
 use super::super::simd::tests::{assert_close, assert_threads_agree, random};
 use super::*;
+use crate::tensor::DType;
+use half::f16;
 
 /// A · Wᵀ in f64, and the same of absolute values.
 fn product(a: &[f32], w: &[f32], m: usize, n: usize, k: usize) -> (Vec<f64>, Vec<f64>) {
@@ -8,10 +10,6 @@ fn product(a: &[f32], w: &[f32], m: usize, n: usize, k: usize) -> (Vec<f64>, Vec
         a.iter().zip(w).map(|(&a, &w)| f(a as f64 * w as f64)).sum::<f64>()
     };
     ((0..m * n).map(|i| dot(i, |x| x)).collect(), (0..m * n).map(|i| dot(i, f64::abs)).collect())
-}
-
-fn transposed(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-    (0..rows * cols).map(|i| x[i % rows * cols + i / rows]).collect()
 }
 
 fn bits(x: &[f32]) -> Vec<u32> {
@@ -35,35 +33,74 @@ const SIZES: [(usize, usize, usize); 14] = [
     (400, 1, 3),
 ];
 
-/// Each form of each operand gives the same bits, and these are right.
+/// Each form of W gives the same bits, and these are right.
 #[test]
 fn products_are_right_in_every_form() {
     for (m, n, k) in SIZES {
         let (a, w) = (random(m * k, 1), random(n * k, 2));
-        let (at, wt) = (transposed(&a, m, k), transposed(&w, n, k));
         let (want, absolute) = product(&a, &w, m, n, k);
         for &isa in Isa::available() {
             let what = format!("{isa:?} ({m}, {n}, {k})");
-            let packed = PackedW::new_with(isa, &w, n, k);
-            assert_eq!(packed.shape(), (n, k));
-            let run = |a: &dyn Fn(Weights, &mut [f32]), w: Weights| {
+            let layout = PackedLayout::new_with(isa, DType::F32, n, k);
+            assert_eq!((layout.shape(), layout.dtype()), ((n, k), DType::F32));
+            let mut packed = vec![0; layout.bytes()];
+            layout.pack(Slice::F32(&w), &mut packed);
+            let packed = Packed::new(layout, &packed);
+            assert!(packed.unpack() == bytemuck::cast_slice::<f32, u8>(&w), "{what}: unpacked");
+            let run = |w: Weights| {
                 let mut out = vec![f32::NAN; m * n];
-                a(w, &mut out);
+                let a = Dense::new(Slice::F32(&a), m, k);
+                gemm_with(isa, &a, w, n, &Epilogue::default(), SliceMut::F32(&mut out));
                 out
             };
-            let none = Epilogue::default();
-            let rows = |w: Weights, out: &mut [f32]| gemm_with(isa, &Dense::new(&a, m, k), w, n, &none, out);
-            let columns =
-                |w: Weights, out: &mut [f32]| gemm_with(isa, &DenseT::new(&at, m, k), w, n, &none, out);
-            let first = run(&rows, Weights::Raw(&w));
+            let first = run(Weights::Raw(Slice::F32(&w)));
             assert_close(&first, &want, &absolute, &what);
-            for w in [Weights::Transposed(&wt), Weights::Packed(&packed)] {
-                assert!(bits(&run(&rows, w)) == bits(&first), "{what}: another form of W gives other bits");
+            assert!(bits(&run(Weights::Packed(packed))) == bits(&first), "{what}: packed gives other bits");
+        }
+    }
+}
+
+/// 16-bit operands, multiplied in pairs or widened, raw or packed: their products in f64, to f32's bounds; and the
+/// same rounded once where the result is 16 bits wide.
+#[test]
+fn narrow_products_are_right_in_every_form() {
+    for (m, n, k) in SIZES {
+        let (a, w) = (random(m * k, 1), random(n * k, 2));
+        let (ab, wb) =
+            (a.iter().map(|&v| bf16::from_f32(v)).collect(), w.iter().map(|&v| bf16::from_f32(v)).collect());
+        let (ah, wh) =
+            (a.iter().map(|&v| f16::from_f32(v)).collect(), w.iter().map(|&v| f16::from_f32(v)).collect());
+        let (ab, wb, ah, wh): (Vec<bf16>, Vec<bf16>, Vec<f16>, Vec<f16>) = (ab, wb, ah, wh);
+        for (x, w) in [(Slice::BF16(&ab), Slice::BF16(&wb)), (Slice::F16(&ah), Slice::F16(&wh))] {
+            let (mut a, mut wide) = (vec![0.0; m * k], vec![0.0; n * k]);
+            x.read(0, &mut a);
+            w.read(0, &mut wide);
+            let (want, absolute) = product(&a, &wide, m, n, k);
+            let residual: Vec<f32> = random(m * n, 6).iter().map(|&v| bf16::from_f32(v).to_f32()).collect();
+            let narrow: Vec<bf16> = residual.iter().map(|&v| bf16::from_f32(v)).collect();
+            for &isa in Isa::available() {
+                let what = format!("{isa:?} {} ({m}, {n}, {k})", x.dtype());
+                let layout = PackedLayout::new_with(isa, x.dtype(), n, k);
+                let mut packed = vec![0; layout.bytes()];
+                layout.pack(w, &mut packed);
+                let packed = Packed::new(layout, &packed);
+                let mut again = vec![0.0; n * k];
+                Slice::of(x.dtype(), &packed.unpack()).unwrap().read(0, &mut again);
+                assert!(again == wide, "{what}: unpacked");
+                let (mut first, mut second, mut third) =
+                    (vec![0.0; m * n], vec![0.0; m * n], vec![bf16::ZERO; m * n]);
+                let a = Dense::new(x, m, k);
+                let e = Epilogue::default();
+                gemm_with(isa, &a, Weights::Raw(w), n, &e, SliceMut::F32(&mut first));
+                gemm_with(isa, &a, Weights::Packed(packed), n, &e, SliceMut::F32(&mut second));
+                assert_close(&first, &want, &absolute, &what);
+                assert!(bits(&first) == bits(&second), "{what}: packed gives other bits");
+                let e = Epilogue { residual: Some(Slice::BF16(&narrow)), ..e };
+                gemm_with(isa, &a, Weights::Packed(packed), n, &e, SliceMut::BF16(&mut third));
+                for i in 0..m * n {
+                    assert_eq!(third[i], bf16::from_f32(first[i] + residual[i]), "{what}: element {i}");
+                }
             }
-            assert!(
-                bits(&run(&columns, Weights::Raw(&w))) == bits(&first),
-                "{what}: DenseT gives other bits"
-            );
         }
     }
 }
@@ -80,9 +117,16 @@ fn epilogues_do_what_they_say() {
             for act in [Act::None, Act::Silu, Act::Gelu, Act::QuickGelu, Act::GeluTanh] {
                 for data in [&items[..], &items[..n]] {
                     let batch = Some(BatchAdd { data, rows: per_item });
-                    let e = Epilogue { bias: Some(&bias), batch, act, residual: Some(&residual) };
+                    let e = Epilogue { bias: Some(&bias), batch, act, residual: Some(Slice::F32(&residual)) };
                     let mut out = vec![f32::NAN; m * n];
-                    gemm_with(isa, &Dense::new(&a, m, k), Weights::Raw(&w), n, &e, &mut out);
+                    gemm_with(
+                        isa,
+                        &Dense::new(Slice::F32(&a), m, k),
+                        Weights::Raw(Slice::F32(&w)),
+                        n,
+                        &e,
+                        SliceMut::F32(&mut out),
+                    );
                     let (mut want, mut scale) = (vec![0.0; m * n], vec![0.0; m * n]);
                     for i in 0..m * n {
                         let item = if data.len() == n { 0 } else { i / n / per_item };
@@ -143,14 +187,21 @@ fn convolutions_read_what_im2col_would() {
             let (m, n, k) = (b * out_h * out_w, 9, kh * kw * c);
             let (x, weights) = (random(b * h * w * c, 1), random(n * k, 2));
             let a = im2col(&x, &shape);
-            let conv = Conv { x: &x, shape };
+            let conv = Conv { x: Slice::F32(&x), shape };
             assert_eq!((conv.m(), conv.k()), (m, k));
             let (want, absolute) = product(&a, &weights, m, n, k);
             for &isa in Isa::available() {
                 let (mut out, mut dense) = (vec![f32::NAN; m * n], vec![f32::NAN; m * n]);
                 let e = Epilogue::default();
-                gemm_with(isa, &conv, Weights::Raw(&weights), n, &e, &mut out);
-                gemm_with(isa, &Dense::new(&a, m, k), Weights::Raw(&weights), n, &e, &mut dense);
+                gemm_with(isa, &conv, Weights::Raw(Slice::F32(&weights)), n, &e, SliceMut::F32(&mut out));
+                gemm_with(
+                    isa,
+                    &Dense::new(Slice::F32(&a), m, k),
+                    Weights::Raw(Slice::F32(&weights)),
+                    n,
+                    &e,
+                    SliceMut::F32(&mut dense),
+                );
                 assert_close(&out, &want, &absolute, &format!("{isa:?} {shape:?}"));
                 assert!(bits(&out) == bits(&dense), "{isa:?} {shape:?}: other bits than im2col");
             }
@@ -164,8 +215,15 @@ fn bits_depend_on_neither_threads_nor_other_rows_nor_the_width_of_vectors() {
         let (a, w) = (random(m * k, 1), random(n * k, 2));
         let run = |isa: Isa, m: usize| {
             let mut out = vec![f32::NAN; m * n];
-            let a = Dense::new(&a[..m * k], m, k);
-            gemm_with(isa, &a, Weights::Raw(&w), n, &Epilogue::default(), &mut out);
+            let a = Dense::new(Slice::F32(&a[..m * k]), m, k);
+            gemm_with(
+                isa,
+                &a,
+                Weights::Raw(Slice::F32(&w)),
+                n,
+                &Epilogue::default(),
+                SliceMut::F32(&mut out),
+            );
             out
         };
         for &isa in Isa::available() {
@@ -189,7 +247,14 @@ fn infinities_stay_in_their_row() {
     a[4 * k] = f32::INFINITY;
     for &isa in Isa::available() {
         let mut out = vec![0.0; m * n];
-        gemm_with(isa, &Dense::new(&a, m, k), Weights::Raw(&w), n, &Epilogue::default(), &mut out);
+        gemm_with(
+            isa,
+            &Dense::new(Slice::F32(&a), m, k),
+            Weights::Raw(Slice::F32(&w)),
+            n,
+            &Epilogue::default(),
+            SliceMut::F32(&mut out),
+        );
         for (i, x) in out.iter().enumerate() {
             assert_eq!(x.is_finite(), i / n != 4, "{isa:?} at {i}: {x}");
         }
@@ -198,12 +263,30 @@ fn infinities_stay_in_their_row() {
 
 #[test]
 fn nothing_to_do_is_no_error() {
-    gemm(&Dense::new(&[], 0, 3), Weights::Raw(&[1.0; 6]), 2, &Epilogue::default(), &mut []);
-    gemm(&Dense::new(&[1.0; 6], 2, 3), Weights::Raw(&[]), 0, &Epilogue::default(), &mut []);
+    gemm(
+        &Dense::new(Slice::F32(&[]), 0, 3),
+        Weights::Raw(Slice::F32(&[1.0; 6])),
+        2,
+        &Epilogue::default(),
+        SliceMut::F32(&mut []),
+    );
+    gemm(
+        &Dense::new(Slice::F32(&[1.0; 6]), 2, 3),
+        Weights::Raw(Slice::F32(&[])),
+        0,
+        &Epilogue::default(),
+        SliceMut::F32(&mut []),
+    );
 }
 
 #[test]
-#[should_panic(expected = "length of w")]
+#[should_panic(expected = "length or type of w")]
 fn a_wrong_weight_is_refused() {
-    gemm(&Dense::new(&[1.0; 6], 2, 3), Weights::Raw(&[1.0; 5]), 2, &Epilogue::default(), &mut [0.0; 4]);
+    gemm(
+        &Dense::new(Slice::F32(&[1.0; 6]), 2, 3),
+        Weights::Raw(Slice::F32(&[1.0; 5])),
+        2,
+        &Epilogue::default(),
+        SliceMut::F32(&mut [0.0; 4]),
+    );
 }

@@ -122,17 +122,20 @@ fn statistics_are_right_and_alike_everywhere() {
         let two_passes = |select: &dyn Fn(usize) -> bool| {
             let part: Vec<f64> = (0..x.len()).filter(|&i| select(i)).map(|i| x[i] as f64).collect();
             let mean = part.iter().sum::<f64>() / part.len() as f64;
-            (mean, part.iter().map(|x| (x - mean) * (x - mean)).sum::<f64>() / part.len() as f64)
+            [mean, part.iter().map(|x| (x - mean) * (x - mean)).sum::<f64>() / part.len() as f64]
         };
-        let close = |got: (f64, f64), want: (f64, f64), what: &str| {
-            let fine = (got.0 - want.0).abs() <= 1e-12 * (1.0 + want.0.abs())
-                && (got.1 - want.1).abs() <= 1e-8 * want.1;
+        let close = |got: [f64; 2], want: [f64; 2], what: &str| {
+            let fine = (got[0] - want[0]).abs() <= 1e-12 * (1.0 + want[0].abs())
+                && (got[1] - want[1]).abs() <= 1e-8 * want[1];
             assert!(fine, "{what}: got {got:?}, want {want:?}");
         };
-        let mut first: Option<Vec<(f64, f64)>> = None;
+        let mut first: Option<Vec<[f64; 2]>> = None;
         for &isa in Isa::available() {
-            let mut stats = vec![(0.0, 0.0); groups];
-            group_stats_with(isa, &x, c, groups, &mut stats);
+            // Twice the same image.
+            let two = [&x[..], &x[..]].concat();
+            let mut stats = group_stats_with(isa, Slice::F32(&two), 2, c, groups, <[_]>::to_vec);
+            assert_eq!(stats[..groups], stats[groups..]);
+            stats.truncate(groups);
             for (g, &stat) in stats.iter().enumerate() {
                 close(
                     stat,

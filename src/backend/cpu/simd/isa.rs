@@ -53,6 +53,14 @@ impl Isa {
         self == Isa::Portable
     }
 
+    /// Whether this machine multiplies pairs of bf16 ([`super::Arith::Dot`]) in this instruction set.
+    pub fn has_dot(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self == Isa::Avx512 && self.detect() && is_x86_feature_detected!("avx512bf16");
+        #[cfg(not(target_arch = "x86_64"))]
+        return false;
+    }
+
     /// Panics unless this machine has the instruction set: what makes the dispatch below sound.
     pub(super) fn check(self) {
         assert!(

@@ -60,7 +60,7 @@ fn tiles_of_all_sizes_stay_inside_their_block() {
                 for accumulate in [false, true] {
                     let (ld, guard) = (width + 5, 7.5);
                     let mut c = vec![guard; (rows + 2) * ld];
-                    let panel = Panel { isa, data: &b, width, kc: K };
+                    let panel = Panel { isa, data: &b, width, kc: K, arith: Arith::Fma };
                     tile(rows, &a, &panel, &mut Block::new(&mut c, ld, rows + 2, ld), (1, 3), accumulate);
                     for (i, &got) in c.iter().enumerate() {
                         let (r, j) = ((i / ld).wrapping_sub(1), (i % ld).wrapping_sub(3));
@@ -104,7 +104,7 @@ fn transpose_packs_and_pads() {
 fn a_tile_outside_its_block_is_refused() {
     let (a, b, mut c) = (random(2 * LDA, 1), random(64, 2), vec![0.0; 64]);
     let isa = Isa::Portable;
-    let b = Panel { isa, data: &b, width: isa.nr(), kc: 4 };
+    let b = Panel { isa, data: &b, width: isa.nr(), kc: 4, arith: Arith::Fma };
     tile(2, &a, &b, &mut Block::new(&mut c, 32, 2, 8), (1, 0), false);
 }
 
