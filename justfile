@@ -19,6 +19,10 @@ test *words:
 bench *words:
     cargo bench --bench ops -- {{words}}
 
+# Write the counts that CI compares with: after a change that lowers them
+bench-counts:
+    .ci/run counts write
+
 # Whole models: text encoder, UNet evaluation, decoder (LDM_BENCH_MODEL=FOLDER for another checkpoint)
 steps:
     cargo bench --bench steps

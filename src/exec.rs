@@ -1,5 +1,6 @@
 //! Runs a planned graph on a device: one loop.
 
+pub mod timing;
 mod weights;
 
 use crate::backend::cpu::{self, In, gemm::Packed};

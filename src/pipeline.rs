@@ -3,14 +3,17 @@
 mod blueprint;
 mod memory;
 mod parts;
+mod random;
 mod request;
+mod residency;
 mod tiles;
 pub mod verify;
 
 pub use blueprint::{Blueprint, Vae};
 pub use memory::{Estimate, Stage};
-pub use parts::{Residency, load, upload};
+pub use parts::{Parts, random_weights};
 pub use request::{Init, Observer, Picture, Request};
+pub use residency::{Residency, load, upload};
 
 use crate::diffusion::{Sampling, Settings};
 use crate::error::{Error, Result};
@@ -22,7 +25,7 @@ use crate::rng::Generator;
 use crate::samplers::{Ladder, Table, skipped};
 use crate::tensor::{DType, HostTensor};
 use blueprint::vae_name;
-use parts::Part;
+use residency::Part;
 use tiles::Port;
 
 /// A Stable Diffusion pipeline: everything that a diffusers folder holds, ready on a device.

@@ -1,5 +1,6 @@
 //! The commands: one file each, one line in the list.
 
+mod bench;
 mod info;
 mod progress;
 mod sample;
@@ -12,12 +13,13 @@ use clap::{Args, Parser, Subcommand};
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 
 /// Latent diffusion: sample from Stable Diffusion checkpoints, on a CPU or an NVIDIA GPU.
 #[derive(Parser, Debug)]
 #[command(name = "ldm", version, about, max_term_width = 110)]
 #[command(
-    after_help = "Exit codes: 0 done, 1 failed (or diverged, for verify), 2 a request that cannot be met."
+    after_help = "Exit codes: 0 done, 1 failed (or diverged, for verify; slower, for bench), 2 a request that cannot be met."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -44,6 +46,8 @@ commands! {
     Verify(verify),
     /// Say what a checkpoint is, and what a picture costs
     Info(info),
+    /// Measure parts of a model: time, rates, memory, each operation
+    Bench(bench),
 }
 
 /// Beyond any machine's cores.
@@ -83,8 +87,28 @@ impl DeviceFlags {
     }
 }
 
-/// Runs the program.
-pub fn main() -> ExitCode {
+/// What the program's allocator has counted since it started.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Heap {
+    /// Blocks that were asked for, or moved to grow.
+    pub allocations: usize,
+    /// Bytes that were asked for.
+    pub allocated: usize,
+    /// Bytes that were given back.
+    pub freed: usize,
+}
+
+/// How the program's allocator is asked: it belongs to the process, as this does.
+static HEAP: OnceLock<fn() -> Heap> = OnceLock::new();
+
+/// The allocator's counts; `None` in a program that does not count.
+fn heap() -> Option<Heap> {
+    HEAP.get().map(|count| count())
+}
+
+/// Runs the program. `count` asks its allocator.
+pub fn main(count: fn() -> Heap) -> ExitCode {
+    let _ = HEAP.set(count);
     let cli = Cli::parse();
     match cli.command.run() {
         Ok(code) => code,

@@ -2,7 +2,7 @@
 //! state; a table on the device says what each evaluation does.
 
 use crate::error::{Error, Result};
-use crate::exec::{CheckFinite, Device, Program, Weights};
+use crate::exec::{CheckFinite, Device, Hook, Program, Weights};
 use crate::graph::Graph;
 use crate::models::UNet2DCondition;
 use crate::ops::{Advance, Concat, Prepare, TABLE, cast};
@@ -188,13 +188,21 @@ impl Sampling {
     /// # Errors
     /// From the device; [`Error::NonFinite`] naming the first node whose result is not finite.
     pub fn step(&mut self) -> Result<bool> {
+        self.step_with(&mut ())
+    }
+
+    /// [`Sampling::step`], watched by a hook.
+    ///
+    /// # Errors
+    /// As there, and from the hook.
+    pub fn step_with(&mut self, hook: &mut impl Hook) -> Result<bool> {
         if self.done == self.table.rows.len() {
             return Ok(false);
         }
         if std::mem::replace(&mut self.broken, true) {
             return Err(Error::invalid("sampling: an evaluation failed; start again"));
         }
-        self.program.run(&mut ())?;
+        self.program.run(hook)?;
         let flag = match self.program.read("counter")?.data() {
             crate::tensor::Data::I32(v) => v[2],
             _ => 0,

@@ -21,6 +21,16 @@ impl Inventory {
         Inventory(all.map(|(_, v, layout)| (v.name.clone(), (v.spec, layout))).collect())
     }
 
+    /// Name, spec and layout of each weight, in order of name.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, Spec, Layout)> {
+        self.0.iter().map(|(name, &(spec, layout))| (name.as_str(), spec, layout))
+    }
+
+    /// Whether there is a weight of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
     /// Number of parameters.
     pub fn parameters(&self) -> usize {
         self.0.values().fold(0, |n, (s, _)| n.saturating_add(s.shape.numel()))

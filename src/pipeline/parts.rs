@@ -1,81 +1,135 @@
-//! The parts of a pipeline: weights that stay on the device, or are there only while their stage runs.
+//! The parts of a model, each by itself, from a folder or a preset: for measuring, and for models that are not whole.
 
-use crate::error::Result;
-use crate::exec::{Device, Graph, Weights};
-use crate::io::{Checkpoint, ModelFolder};
-use crate::models::{Inventory, Model, Source};
+use super::Vae;
+use super::blueprint::{scheduler, vae_name};
+use crate::error::{Error, Result};
+use crate::exec::{Device, Weights};
+use crate::io::{Config, ModelFolder};
+use crate::models::{AnyModel, ClipText, Inventory, Model, UNet2DCondition};
+use crate::presets::Preset;
+use crate::samplers::ScheduleConfig;
 use crate::tensor::DType;
-use std::borrow::Cow;
-use std::collections::HashSet;
 
-/// How long the weights of a pipeline's parts stay on the device.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Residency {
-    /// From opening on, all of them: for many requests.
-    #[default]
-    Always,
-    /// Each part from the beginning to the end of its stage: the least memory, for a single request. A further request
-    /// reads them again.
-    Staged,
+/// What there is of a model. A part that is missing, or of a class that the engine does not run, is `None`.
+#[derive(Clone, Debug, Default)]
+pub struct Parts {
+    /// The text encoder.
+    pub text: Option<ClipText>,
+    /// The UNet.
+    pub unet: Option<UNet2DCondition>,
+    /// The autoencoder.
+    pub vae: Option<Vae>,
+    /// Class of the scheduler, and the noise schedule.
+    pub schedule: Option<(String, ScheduleConfig)>,
+    /// Name and class of every part that is there, whether it is run or not.
+    pub classes: Vec<(String, String)>,
 }
 
-/// Puts the weights that are `wanted` on a device.
-///
-/// # Errors
-/// As [`Source::read`], and when the device has no room.
-pub fn upload(source: &Source, device: &Device, wanted: impl Fn(&str) -> bool) -> Result<Weights> {
-    let mut weights = Weights::new(device);
-    let made = source.read(wanted, |w| weights.make(w.spec, w.layout, |rows, out| w.fill(rows, out)))?;
-    made.into_iter().for_each(|(name, weight)| weights.put(&name, weight));
-    Ok(weights)
-}
-
-/// Puts all weights of an inventory on a device: everything is checked before anything is read.
-///
-/// # Errors
-/// As [`Source::new`] and [`upload`].
-pub fn load(checkpoint: Checkpoint, inventory: &Inventory, device: &Device) -> Result<Weights> {
-    upload(&Source::new(checkpoint, inventory)?, device, |_| true)
-}
-
-/// The weights of one component.
-pub(super) enum Part {
-    Held(Weights),
-    Staged(Source),
-}
-
-impl Part {
-    /// Checks what the checkpoint's headers say; reads no value.
-    pub(super) fn source<M: Model>(
-        folder: &ModelFolder,
-        name: &str,
-        model: &M,
-        dtype: DType,
-    ) -> Result<Source> {
-        Source::new(folder.checkpoint(name)?, &Inventory::of(&model.inventory(dtype)?))
-    }
-
-    pub(super) fn new(source: Source, device: &Device, residency: Residency) -> Result<Part> {
-        match residency {
-            Residency::Always => Ok(Part::Held(upload(&source, device, |_| true)?)),
-            Residency::Staged => Ok(Part::Staged(source)),
-        }
-    }
-
-    /// Whether [`Part::weights`] has to read them.
-    pub(super) fn is_staged(&self) -> bool {
-        matches!(self, Part::Staged(_))
-    }
-
-    /// The weights, at least those of the graph; all where there is none.
-    pub(super) fn weights(&self, device: &Device, graph: Option<&Graph>) -> Result<Cow<'_, Weights>> {
-        match self {
-            Part::Held(weights) => Ok(Cow::Borrowed(weights)),
-            Part::Staged(source) => {
-                let names = graph.map(|g| g.weights().map(|(_, v, _)| &*v.name).collect::<HashSet<_>>());
-                let wanted = |name: &str| names.as_ref().is_none_or(|names| names.contains(name));
-                upload(source, device, wanted).map(Cow::Owned)
+impl Parts {
+    /// The parts of a preset.
+    ///
+    /// # Errors
+    /// None with the presets that are built in.
+    pub fn preset(preset: &Preset) -> Result<Parts> {
+        let mut parts = Parts::default();
+        for name in ["text_encoder", "unet", "vae"] {
+            if let Some((class, config)) = preset.part(name)? {
+                parts.add(name, &class, &config)?;
             }
         }
+        if let Some((class, value)) = preset.scheduler()? {
+            parts.schedule = Some((class, ScheduleConfig::from_json(&value, &preset.file())?));
+        }
+        Ok(parts)
     }
+
+    /// The parts of a diffusers folder.
+    ///
+    /// # Errors
+    /// When the configuration of a class that the engine runs is not understood.
+    pub fn read(folder: &ModelFolder) -> Result<Parts> {
+        let mut parts = Parts::default();
+        let names = ["text_encoder", "unet", vae_name(folder), "scheduler"];
+        for c in folder.components().iter().filter(|c| names.contains(&&*c.name)) {
+            match (c.path.is_dir(), &*c.name) {
+                // A part may be left out of a copy: the others can still be measured.
+                (false, name) => {
+                    parts.classes.push((name.into(), format!("{}, without its folder", c.class)))
+                }
+                (true, "scheduler") => parts.schedule = Some(scheduler(folder)?),
+                (true, name) => parts.add(name, &c.class, &folder.config(name)?)?,
+            }
+        }
+        Ok(parts)
+    }
+
+    fn add(&mut self, name: &str, class: &str, config: &Config) -> Result<()> {
+        self.classes.push((name.into(), class.into()));
+        match AnyModel::read(class, config)? {
+            Some(AnyModel::ClipText(m)) => self.text = Some(m),
+            Some(AnyModel::UNet2DCondition(m)) => self.unet = Some(m),
+            Some(AnyModel::AutoencoderKL(m)) => self.vae = Some(Vae::Kl(m)),
+            Some(AnyModel::VQModel(m)) => self.vae = Some(Vae::Vq(m)),
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// The text encoder, or what there is instead.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] where there is none that the engine runs.
+    pub fn text(&self) -> Result<&ClipText> {
+        self.text.as_ref().ok_or_else(|| self.missing("text_encoder", ClipText::CLASSES))
+    }
+
+    /// The UNet, or what there is instead.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] where there is none that the engine runs.
+    pub fn unet(&self) -> Result<&UNet2DCondition> {
+        self.unet.as_ref().ok_or_else(|| self.missing("unet", UNet2DCondition::CLASSES))
+    }
+
+    /// The autoencoder, or what there is instead.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] where there is none that the engine runs.
+    pub fn vae(&self) -> Result<&Vae> {
+        self.vae.as_ref().ok_or_else(|| self.missing("vae", &["AutoencoderKL", "VQModel"]))
+    }
+
+    fn missing(&self, part: &str, want: &[&str]) -> Error {
+        let there: Vec<String> = self.classes.iter().map(|(n, c)| format!("{n} ({c})")).collect();
+        let there = if there.is_empty() { "nothing".into() } else { there.join(", ") };
+        Error::invalid(format!("this model has no {part} of class {}; it has {there}", want.join(" or ")))
+    }
+}
+
+impl Vae {
+    /// The weights that encoder and decoder need.
+    ///
+    /// # Errors
+    /// When the configuration contradicts itself.
+    pub fn inventory(&self, dtype: DType) -> Result<Inventory> {
+        Ok(Inventory::of(&match self {
+            Vae::Kl(m) => m.inventory(dtype)?,
+            Vae::Vq(m) => m.inventory(dtype)?,
+        }))
+    }
+}
+
+/// Weights of the right names, shapes and type with random contents, the same for the same seed: for measuring.
+///
+/// Matrices and convolutions are uniform with variance 1 / fan-in, scales of norms are 1, biases are within 0.01 of 0,
+/// so that activations stay of order one. Filled by all threads.
+///
+/// # Errors
+/// When the device has no room for them.
+pub fn random_weights(inventory: &Inventory, device: &Device, seed: u64) -> Result<Weights> {
+    let mut weights = Weights::new(device);
+    for (name, spec, layout) in inventory.iter() {
+        weights.insert_as(name, &super::random::tensor(name, spec, seed)?, layout)?;
+    }
+    Ok(weights)
 }

@@ -9,7 +9,7 @@ use crate::kernels::{DevicePtr, Params};
 use cudarc::driver::sys::{self, CUresult};
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::ptr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// The oldest driver interface whose functions are all called here: CUDA 12.8, driver 570.
 const OLDEST: i32 = 12080;
@@ -76,6 +76,13 @@ pub(super) fn present() -> bool {
     }
     // SAFETY: no arguments but the flags, which must be 0. May be called any number of times.
     unsafe { sys::cuInit(0) != CUresult::CUDA_ERROR_NO_DEVICE && !matches!(count(), Ok(0)) }
+}
+
+/// Whether NVTX's library is there: libnvToolsExt, which CUDA toolkits up to 12 bring.
+pub(super) fn ranges() -> bool {
+    static PRESENT: OnceLock<bool> = OnceLock::new();
+    // SAFETY: opens and closes the library. cudarc's own loader panics where there is none, so it must not be asked.
+    *PRESENT.get_or_init(|| unsafe { cudarc::nvtx::sys::is_culib_present() })
 }
 
 /// Loads and starts the driver, and returns the CUDA version that it supports: 13000 is 13.0.

@@ -237,6 +237,20 @@ impl Cuda {
         Event::record(&self.inner.context)
     }
 
+    /// Opens a range of this name on the calling thread for profilers (NVTX); nothing where its library is missing.
+    pub fn range_push(&self, name: &str) {
+        if driver::ranges() && !name.contains('\0') {
+            cudarc::nvtx::result::range_push(name);
+        }
+    }
+
+    /// Closes the range that was opened last.
+    pub fn range_pop(&self) {
+        if driver::ranges() {
+            cudarc::nvtx::result::range_pop();
+        }
+    }
+
     /// The loaded module of a unit, loaded on first use.
     fn module(&self, index: usize) -> Result<Arc<Module>> {
         let mut modules = lock(&self.inner.modules);
