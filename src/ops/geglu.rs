@@ -72,7 +72,9 @@ impl Operation for Geglu {
             &[2, 9, 128],
         ];
         let mut all: Vec<Case> = shapes.iter().map(|&s| Case::new(Geglu, [t(s).normal(0.0, 2.0)])).collect();
-        all.push(Case::new(Geglu, [t([2, 64, 64, 2560])]).bench());
+        // Feed-forward layers of SD 1.5, SDXL and LDM 1.45B: tokens of an image, twice four times their width.
+        let real = [[4096, 2560], [4096, 5120], [1024, 10240], [1024, 5120], [1024, 2560], [256, 10240], [64, 10240]];
+        all.extend(real.map(|[tokens, c]| Case::new(Geglu, [t([2, tokens, c])]).bench()));
         all
     }
 
