@@ -73,8 +73,9 @@ impl Operation for Geglu {
         ];
         let mut all: Vec<Case> = shapes.iter().map(|&s| Case::new(Geglu, [t(s).normal(0.0, 2.0)])).collect();
         // Feed-forward layers of SD 1.5, SDXL and LDM 1.45B: tokens of an image, twice four times their width.
-        let real = [[4096, 2560], [4096, 5120], [1024, 10240], [1024, 5120], [1024, 2560], [256, 10240], [64, 10240]];
-        all.extend(real.map(|[tokens, c]| Case::new(Geglu, [t([2, tokens, c])]).bench()));
+        let wide = [1024, 256, 64, 16].map(|tokens| [tokens, 10240]);
+        let real = [[4096, 2560], [4096, 5120], [1024, 5120], [1024, 2560], [256, 5120]];
+        all.extend(real.into_iter().chain(wide).map(|[tokens, c]| Case::new(Geglu, [t([2, tokens, c])]).bench()));
         all
     }
 
