@@ -129,6 +129,19 @@ impl Program {
                 _ => None,
             });
         }
+        for node in graph.nodes() {
+            for (i, x) in node.x.iter().enumerate() {
+                let packed = matches!(bound[x.index()].as_deref(), Some((_, Store::Packed(..))));
+                if packed && node.op.packed() != Some(i) {
+                    let name = &graph.values()[x.index()].name;
+                    return Err(Error::invalid(format!(
+                        "weight `{name}` of {} `{}` was packed for products; load it with the layout Same",
+                        node.op.name(),
+                        node.label
+                    )));
+                }
+            }
+        }
         let steps = graph.nodes().iter().map(|node| Step::new(&graph, &plan, node)).collect::<Result<_>>()?;
         Ok(Program { graph, plan, device: device.clone(), arena, weights: bound, states, steps })
     }

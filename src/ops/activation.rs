@@ -74,7 +74,8 @@ impl Operation for Activation {
             all.push(Case::new(Activation(act), [t([2, 9, 9, 32])]));
             all.push(Case::new(Activation(act), [t([64]).normal(0.0, 30.0)]));
         }
-        all.push(Case::new(Activation(Act::Silu), [t([2, 64, 64, 320])]).bench());
+        // The time embedding of a UNet, and a picture's worth for the bandwidth.
+        all.extend([&[2, 1280][..], &[2, 64, 64, 320]].map(|x| Case::new(Activation(Act::Silu), [t(x)]).bench()));
         all
     }
 

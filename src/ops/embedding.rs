@@ -103,7 +103,7 @@ impl Operation for Embedding {
             embed(2, 3, 7, 8, 3),
             embed(4, 1, 100, 16, 0),
             embed(1, 77, 500, 48, 77),
-            embed(2, 77, 49408, 768, 77).bench(),
+            embed(2, 77, 49408, 768, 77).weights(1..3).bench(),
         ]
     }
 
