@@ -3,7 +3,7 @@
 
     pip install torch==2.11 diffusers==0.37.1 transformers==4.57.6 safetensors
     cargo build --release --example 03_worker
-    cargo build --release --manifest-path tools/peers/candle/Cargo.toml
+    cargo build --release --manifest-path tools/peers/candle/Cargo.toml --target-dir target/candle
     python tools/peers/compare.py FOLDER [--json FILE] [--readme README.md]
 
 FOLDER is a checkpoint of Stable Diffusion 1.5 as diffusers lays it out. The weights' values do not matter for time:
@@ -202,7 +202,6 @@ def write_readme(path, text):
 
 def main():
     target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
-    own = Path(os.environ.get("CARGO_TARGET_DIR", HERE / "candle" / "target"))
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("folder", help="diffusers folder of a Stable Diffusion 1.5 checkpoint")
     ap.add_argument("--rounds", type=int, default=5)
@@ -213,7 +212,7 @@ def main():
     ap.add_argument("--torch", default="all", help=f"{', '.join(MODES)}, several with commas, or none; all by default")
     ap.add_argument("--python", default=sys.executable, help="that has PyTorch and diffusers")
     ap.add_argument("--ours", type=Path, default=target / "release/examples/03_worker")
-    ap.add_argument("--candle", type=Path, default=own / "release/candle-worker")
+    ap.add_argument("--candle", type=Path, default=ROOT / "target/candle/release/candle-worker")
     ap.add_argument("--json", type=Path, help="every second that was measured")
     ap.add_argument("--readme", type=Path, help="put the table between this file's markers")
     a = ap.parse_args()
