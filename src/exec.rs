@@ -230,6 +230,23 @@ impl Program {
         self.value(output.map_or_else(|| self.leaf(name), Ok)?)
     }
 
+    /// Reads the first integers of a state of integers; allocates nothing on a CPU.
+    ///
+    /// # Errors
+    /// When there is no such state, or it is shorter.
+    pub fn read_i32(&self, state: &str, to: &mut [i32]) -> Result<()> {
+        let store = self.states[self.leaf(state)?.index()].as_ref();
+        let to: &mut [u8] = bytemuck::cast_slice_mut(to);
+        match (store, &self.device) {
+            (Some(Store::Host(m)), _) if m.bytes().len() >= to.len() => {
+                to.copy_from_slice(&m.bytes()[..to.len()]);
+                Ok(())
+            }
+            (Some(Store::Cuda(b)), Device::Cuda(c)) => c.download(b, 0, to),
+            _ => Err(Error::invalid(format!("this program has no state `{state}` of {} bytes", to.len()))),
+        }
+    }
+
     fn value(&self, v: Var) -> Result<HostTensor> {
         let spec = self.graph.spec(v);
         match self.plan.places[v.index()] {

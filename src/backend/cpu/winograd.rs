@@ -233,7 +233,7 @@ impl Winograd<'_> {
                 let taps = from_fn(|tap| {
                     let (part, tail) = std::mem::take(&mut rest).split_at_mut(CHANNELS * width);
                     rest = tail;
-                    &*self.w.lines(panel, tap * c + c0..tap * c + c0 + count, part)
+                    self.w.lines(panel, tap * c + c0..tap * c + c0 + count, part)
                 });
                 let u = &mut u[(c0 - channels.start) * width..];
                 self.isa.run(WeightTransform { taps, u, stride: kc * width });
