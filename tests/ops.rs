@@ -5,7 +5,8 @@ mod common;
 
 use ldm::backend::Device;
 use ldm::backend::cuda::{Call, Cuda, Operand};
-use ldm::exec;
+use ldm::exec::{self, Program, Weights};
+use ldm::graph::{Graph, Layout};
 use ldm::ops::{Array, Case, Op, ROOMS, Room};
 use ldm::rng::Small;
 use ldm::tensor::{DType, HostTensor, Spec};
@@ -68,6 +69,30 @@ fn run_apart(cuda: &Cuda, op: &Op, x: &[HostTensor], in_place: bool) -> Result<V
     outputs.iter().zip(&place).map(read).collect()
 }
 
+/// Runs an op on the CPU with one input as models hold it: a weight that was packed when it was loaded.
+fn run_packed(op: &Op, x: &[HostTensor], weight: usize) -> Result<Vec<HostTensor>, ldm::Error> {
+    let (mut g, mut weights) = (Graph::new(), Weights::new(&Device::Cpu));
+    let mut vars = Vec::new();
+    for (i, x) in x.iter().enumerate() {
+        let Spec { dtype, shape } = x.spec();
+        vars.push(if i == weight {
+            let layout = if shape.len() == 4 { Layout::Conv } else { Layout::Linear };
+            weights.insert_as("w", x, layout)?;
+            g.weight("w", layout, dtype, shape)?
+        } else {
+            g.input(&format!("x{i}"), dtype, shape)
+        });
+    }
+    let y = g.push_all(op.name(), op.clone(), &vars)?;
+    y.iter().enumerate().for_each(|(i, &v)| g.output(&format!("y{i}"), v));
+    let mut program = Program::new(g, &weights, &Device::Cpu)?;
+    for (i, x) in x.iter().enumerate().filter(|(i, _)| *i != weight) {
+        program.write(&format!("x{i}"), x)?;
+    }
+    program.run(&mut ())?;
+    (0..y.len()).map(|i| program.read(&format!("y{i}"))).collect()
+}
+
 /// Runs a case and compares each output with the specification.
 fn check(device: &Device, case: &Case, t: DType, seed: u64) -> Result<(), String> {
     let arrays = case.inputs(t, seed);
@@ -76,7 +101,16 @@ fn check(device: &Device, case: &Case, t: DType, seed: u64) -> Result<(), String
     let inputs: Vec<HostTensor> =
         (arrays.iter().zip(&specs)).map(|(a, &s)| a.to_tensor(s)).collect::<Result<_, _>>().map_err(err)?;
     match device {
-        Device::Cpu => compare(case, t, &arrays, &exec::run_op(device, &case.op, &inputs).map_err(err)?),
+        Device::Cpu => {
+            let got = exec::run_op(device, &case.op, &inputs).map_err(err)?;
+            if let Some(weight) = case.op.packed() {
+                let packed = run_packed(&case.op, &inputs, weight).map_err(err)?;
+                if packed != got {
+                    return Err(format!("{}: a packed weight gives another result", case.name(t)));
+                }
+            }
+            compare(case, t, &arrays, &got)
+        }
         Device::Cuda(cuda) => {
             compare(case, t, &arrays, &run_apart(cuda, &case.op, &inputs, false).map_err(err)?)?;
             match case.op.in_place() {
