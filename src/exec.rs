@@ -95,6 +95,10 @@ pub struct Program {
     weights: Vec<Option<Arc<(Spec, Store)>>>,
     states: Vec<Option<Store>>,
     steps: Vec<Step>,
+    /// By node, see [`Graph::constant`].
+    constant: Vec<bool>,
+    /// Whether constant nodes have run since an input was written.
+    settled: bool,
 }
 
 impl Program {
@@ -143,7 +147,9 @@ impl Program {
             }
         }
         let steps = graph.nodes().iter().map(|node| Step::new(&graph, &plan, node)).collect::<Result<_>>()?;
-        Ok(Program { graph, plan, device: device.clone(), arena, weights: bound, states, steps })
+        let constant = graph.constant();
+        let device = device.clone();
+        Ok(Program { graph, plan, device, arena, weights: bound, states, steps, constant, settled: false })
     }
 
     /// The memory that [`Program::new`] and [`Program::run`] would take, without taking it.
@@ -214,6 +220,7 @@ impl Program {
         if x.spec() != want {
             return Err(Error::invalid(format!("input `{name}`: want {want}; got {}", x.spec())));
         }
+        self.settled &= matches!(self.graph.values()[v.index()].origin, Origin::State);
         match (self.plan.places[v.index()], &mut self.states[v.index()]) {
             (Place::Arena(offset), _) => self.arena.write(&self.device, offset, x.bytes()),
             (Place::State(_), Some(store)) => store.write(&self.device, 0, x.bytes()),
@@ -263,17 +270,27 @@ impl Program {
         }
     }
 
-    /// Runs the graph once.
+    /// Lets the next run compute constant nodes too, though no input was written.
+    pub fn unsettle(&mut self) {
+        self.settled = false;
+    }
+
+    /// Runs the graph once. What cannot have changed since the last run, see [`Graph::constant`], is not run again.
     ///
     /// # Errors
     /// From a room or the device, with the node's label; or from the hook.
     pub fn run(&mut self, hook: &mut impl Hook) -> Result<()> {
+        let settled = std::mem::replace(&mut self.settled, false);
         for step in 0..self.graph.nodes().len() {
+            if settled && self.constant[step] {
+                continue;
+            }
             hook.before(step, &self.graph.nodes()[step])?;
             self.step(step).map_err(|e| e.at_node(&self.graph.nodes()[step].label))?;
             let node = &self.graph.nodes()[step];
             hook.after(step, node, &|i| self.value(node.y[i]))?;
         }
+        self.settled = true;
         Ok(())
     }
 

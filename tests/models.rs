@@ -4,9 +4,15 @@
 mod common;
 
 use ldm::backend::Device;
+use ldm::diffusion::{Sampling, Settings};
+use ldm::exec::Hook;
+use ldm::graph::Node;
 use ldm::io::ModelFolder;
+use ldm::models::{Inventory, Model};
 use ldm::pipeline::verify::{Options, Report, verify};
-use ldm::tensor::DType;
+use ldm::pipeline::{Blueprint, Request, load};
+use ldm::rng::Generator;
+use ldm::tensor::{DType, HostTensor};
 use std::path::{Path, PathBuf};
 
 /// The folder is looked up when the test runs: on another machine (tools/gpu.sh) it is elsewhere.
@@ -64,6 +70,57 @@ fn on_cuda() {
     for record in 0..RECORDS.len() {
         common::on_cuda_with(&common::SCHEDULES[record % 3..][..1], |device| check(record, device));
     }
+}
+
+/// Labels of the nodes that run.
+struct Labels(Vec<String>);
+
+impl Hook for Labels {
+    fn before(&mut self, _: usize, node: &Node) -> ldm::Result<()> {
+        self.0.push(node.label.clone());
+        Ok(())
+    }
+}
+
+/// Keys and values of the prompt, and nothing else, are computed once: again only for another prompt, whose results
+/// are then those of a run that began with it.
+#[test]
+fn keys_and_values_of_the_prompt_are_computed_once() {
+    let folder = ModelFolder::open(golden("sd15-tiny")).unwrap();
+    let blueprint = Blueprint::read(&folder).unwrap();
+    let (unet, device) = (&blueprint.unet, Device::Cpu);
+    let inventory = Inventory::of(&unet.inventory(DType::F32).unwrap());
+    let weights = load(folder.checkpoint("unet").unwrap(), &inventory, &device).unwrap();
+    let (method, schedule) = blueprint.choose(&Request::default()).unwrap();
+    let ladder = method.ladder(&schedule, 4, 0).unwrap();
+    let settings = Settings { batch: 1, size: [8, 8], tokens: 7, guidance: 3.0, dtype: DType::F32 };
+    let tensor = |shape: &[usize], seed| {
+        HostTensor::f32(shape, Generator::new(seed).randn(shape.iter().product())).unwrap()
+    };
+    let contexts = [1, 2].map(|seed| tensor(&[2, 7, unet.context], seed));
+    let run = |prompts: &[usize]| {
+        let mut run = Sampling::new(unet, &weights, &device, (method, &ladder), settings.clone()).unwrap();
+        let mut ran = vec![];
+        for &prompt in prompts {
+            run.set_context(&contexts[prompt]).unwrap();
+            run.start(&tensor(&[1, 8, 8, unet.out_channels], 3)).unwrap();
+            for _ in 0..2 {
+                let mut labels = Labels(vec![]);
+                run.step_with(&mut labels).unwrap();
+                ran.push(labels.0);
+            }
+        }
+        (ran, run.state().unwrap())
+    };
+    let (ran, state) = run(&[0, 1]);
+    let once: Vec<&String> = ran[0].iter().filter(|label| !ran[1].contains(label)).collect();
+    let of_the_prompt = |l: &str| l == "context" || l.ends_with("attn2.to_k") || l.ends_with("attn2.to_v");
+    assert!(!once.is_empty() && once.iter().all(|label| of_the_prompt(label)), "{once:?}");
+    assert_eq!(once.len(), ran[0].iter().filter(|label| of_the_prompt(label)).count());
+    assert_eq!(ran[0].len(), ran[1].len() + once.len());
+    assert_eq!((&ran[2], &ran[3]), (&ran[0], &ran[1]), "another prompt runs everything once");
+    assert_eq!(state, run(&[1]).1, "the second prompt alone");
+    assert_ne!(state, run(&[0]).1, "the first prompt");
 }
 
 #[test]

@@ -209,6 +209,7 @@ impl Sampling {
             // A row never writes a slot that it reads, so the evaluation can be repeated with a check after each node.
             let k = self.done as i32;
             self.program.write("counter", &HostTensor::i32([4], vec![k, k, 0, 0])?)?;
+            self.program.unsettle();
             self.program.run(&mut CheckFinite)?;
             return Err(Error::NonFinite {
                 op: "unet".into(),

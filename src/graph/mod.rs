@@ -221,6 +221,25 @@ impl Graph {
         uses
     }
 
+    /// By node: whether its outputs stay the same from run to run until an input is written. In a graph with states, which
+    /// is run again and again, these are the nodes that depend on inputs and weights alone, such as the keys and values
+    /// of a prompt; a graph without states has none, since it is run for its inputs.
+    pub fn constant(&self) -> Vec<bool> {
+        let mut constant = vec![false; self.nodes.len()];
+        if self.updates.is_empty() {
+            return constant;
+        }
+        for (i, node) in self.nodes.iter().enumerate() {
+            constant[i] = node.op.updates().is_empty()
+                && node.x.iter().all(|x| match self.values[x.index()].origin {
+                    Origin::Input | Origin::Weight(_) => true,
+                    Origin::State => false,
+                    Origin::Node(maker, _) => constant[maker],
+                });
+        }
+        constant
+    }
+
     /// The node that made a value.
     pub fn maker(&self, v: Var) -> Option<&Node> {
         match self.values[v.index()].origin {

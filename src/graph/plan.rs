@@ -109,6 +109,16 @@ impl Plan {
         for (i, v) in values.iter().enumerate() {
             pinned[i] |= v.origin == Origin::Input;
         }
+        // What constant nodes make for others stays in its place from run to run, as inputs do.
+        let constant = g.constant();
+        let made_once = |i: usize| matches!(values[i].origin, Origin::Node(maker, _) if constant[maker]);
+        let mut kept: Vec<bool> = (0..values.len()).map(|i| made_once(i) && pinned[i]).collect();
+        for (_, node) in g.nodes().iter().enumerate().filter(|(step, _)| !constant[*step]) {
+            node.x.iter().filter(|x| made_once(x.index())).for_each(|x| kept[x.index()] = true);
+        }
+        for i in (0..values.len()).filter(|&i| kept[i]) {
+            (pinned[i], last[i]) = (true, end);
+        }
         for (step, node) in g.nodes().iter().enumerate() {
             for &(output, input) in node.op.updates() {
                 let (from, to) = (node.x[input].index(), node.y[output].index());
@@ -168,12 +178,14 @@ impl Plan {
                     } else if root != i {
                         let life: &mut Life = &mut lives[life_of[root]];
                         life.last = life.last.max(last[i]);
+                        life.first = if kept[i] { 0 } else { life.first };
                         life_of[i] = life_of[root];
                     } else {
                         // An output that nothing reads still needs a place while its node runs.
                         let last = if uses[i] == 0 { step } else { last[i] };
                         life_of[i] = lives.len();
-                        lives.push(Life { bytes: v.spec.bytes(), first: step, last });
+                        let first = if kept[i] { 0 } else { step };
+                        lives.push(Life { bytes: v.spec.bytes(), first, last });
                     }
                 }
             }
