@@ -12,8 +12,8 @@ use ldm::backend::Device;
 use ldm::diffusion::{Sampling, Settings};
 use ldm::exec::{Graph, Program, Weights};
 use ldm::io::ModelFolder;
-use ldm::models::{Inventory, Model, load};
-use ldm::pipeline::{Blueprint, Pipeline, Request, Vae};
+use ldm::models::{Inventory, Model};
+use ldm::pipeline::{Blueprint, Pipeline, Request, Residency, Vae, load};
 use ldm::rng::Generator;
 use ldm::tensor::{DType, HostTensor, Spec};
 use std::path::PathBuf;
@@ -52,7 +52,7 @@ fn main() {
             time(b, &bench.device, program);
         });
     }
-    let estimate = ok(bench.blueprint.estimate(&Request::default(), dtype));
+    let estimate = ok(bench.blueprint.estimate(&Request::default(), dtype, Residency::Always));
     group.throughput(Throughput::Elements(estimate.unet_flops as u64));
     let mut run = None;
     group.bench_function("unet", |b| {
@@ -83,10 +83,8 @@ impl Bench {
     }
 
     fn weights(&self, name: &str, model: &impl Model) -> Result<Weights> {
-        let mut weights = Weights::new(&self.device);
         let inventory = Inventory::of(&model.inventory(self.dtype)?);
-        load(&self.folder.checkpoint(name)?, &inventory, |name, tensor| weights.insert(name, &tensor))?;
-        Ok(weights)
+        load(self.folder.checkpoint(name)?, &inventory, &self.device)
     }
 
     /// The text encoder or the decoder, with something in its inputs.

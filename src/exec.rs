@@ -6,15 +6,16 @@ mod weights;
 use crate::backend::cpu::{self, In, gemm::Packed};
 use crate::backend::cuda;
 use crate::error::{Error, Result};
-use crate::graph::{Node, Origin, Place, Plan, Var, fuse};
+use crate::graph::{Node, Origin, Place, Plan, Value, Var, fuse};
 use crate::ops::Op;
 use crate::tensor::{HostTensor, Spec};
+use std::borrow::Cow;
 use std::sync::Arc;
 use weights::Store;
 
-pub use crate::backend::{Device, DeviceName};
+pub use crate::backend::{Device, DeviceName, peak};
 pub use crate::graph::Graph;
-pub use weights::Weights;
+pub use weights::{Made, Weights};
 
 /// What happens during a run, for progress, traces and checks.
 pub trait Hook {
@@ -64,11 +65,25 @@ impl Hook for CheckFinite {
 /// # Errors
 /// When there is one.
 pub fn check_finite(x: &HostTensor, op: &str, label: &str) -> Result<()> {
-    let Some((i, v)) = x.to_f32().into_iter().enumerate().find(|(_, v)| !v.is_finite()) else {
+    let values = x.as_f32().map_or_else(|| Cow::Owned(x.to_f32()), Cow::Borrowed);
+    let Some((i, v)) = values.iter().enumerate().find(|(_, v)| !v.is_finite()) else {
         return Ok(());
     };
     let what = format!("{v} at element {i} of {}", x.spec());
     Err(Error::NonFinite { op: op.into(), node: label.into(), what })
+}
+
+/// The memory of a program, in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Measure {
+    /// Weights, as a device holds them.
+    pub weights: usize,
+    /// Arena: inputs, outputs, intermediate values.
+    pub arena: usize,
+    /// States.
+    pub states: usize,
+    /// What the CPU's code of the neediest node takes beside these.
+    pub scratch: usize,
 }
 
 /// A graph with its plan and its memory on a device.
@@ -114,16 +129,39 @@ impl Program {
                 _ => None,
             });
         }
+        for node in graph.nodes() {
+            for (i, x) in node.x.iter().enumerate() {
+                let packed = matches!(bound[x.index()].as_deref(), Some((_, Store::Packed(..))));
+                if packed && node.op.packed() != Some(i) {
+                    let name = &graph.values()[x.index()].name;
+                    return Err(Error::invalid(format!(
+                        "weight `{name}` of {} `{}` was packed for products; load it with the layout Same",
+                        node.op.name(),
+                        node.label
+                    )));
+                }
+            }
+        }
         let steps = graph.nodes().iter().map(|node| Step::new(&graph, &plan, node)).collect::<Result<_>>()?;
         Ok(Program { graph, plan, device: device.clone(), arena, weights: bound, states, steps })
     }
 
-    /// The plan that [`Program::new`] would make, without taking memory.
+    /// The memory that [`Program::new`] and [`Program::run`] would take, without taking it.
     ///
     /// # Errors
     /// As [`Plan::new`].
-    pub fn measure(graph: &Graph) -> Result<Plan> {
-        Plan::new(&fuse(graph)?)
+    pub fn measure(graph: &Graph) -> Result<Measure> {
+        let graph = fuse(graph)?;
+        let plan = Plan::new(&graph)?;
+        let specs = |vars: &[Var]| vars.iter().map(|&v| graph.spec(v)).collect::<Vec<_>>();
+        let weight = |(_, v, layout): (_, &Value, _)| Weights::measure(&Device::Cpu, v.spec, layout);
+        let scratch = |n: &Node| n.op.cpu_scratch(&specs(&n.x), &specs(&n.y));
+        Ok(Measure {
+            weights: graph.weights().map(weight).fold(0, usize::saturating_add),
+            arena: plan.arena,
+            states: plan.states,
+            scratch: graph.nodes().iter().map(scratch).max().unwrap_or(0),
+        })
     }
 
     /// The graph as it would run, as text.
@@ -190,6 +228,23 @@ impl Program {
     pub fn read(&self, name: &str) -> Result<HostTensor> {
         let output = self.graph.outputs().iter().find(|(n, _)| n == name).map(|(_, v)| *v);
         self.value(output.map_or_else(|| self.leaf(name), Ok)?)
+    }
+
+    /// Reads the first integers of a state of integers; allocates nothing on a CPU.
+    ///
+    /// # Errors
+    /// When there is no such state, or it is shorter.
+    pub fn read_i32(&self, state: &str, to: &mut [i32]) -> Result<()> {
+        let store = self.states[self.leaf(state)?.index()].as_ref();
+        let to: &mut [u8] = bytemuck::cast_slice_mut(to);
+        match (store, &self.device) {
+            (Some(Store::Host(m)), _) if m.bytes().len() >= to.len() => {
+                to.copy_from_slice(&m.bytes()[..to.len()]);
+                Ok(())
+            }
+            (Some(Store::Cuda(b)), Device::Cuda(c)) => c.download(b, 0, to),
+            _ => Err(Error::invalid(format!("this program has no state `{state}` of {} bytes", to.len()))),
+        }
     }
 
     fn value(&self, v: Var) -> Result<HostTensor> {

@@ -1,39 +1,32 @@
 //! From a prompt to a picture: text encoder, sampling, decoder, with the checkpoint of a diffusers folder.
 
 mod blueprint;
+mod memory;
 mod parts;
 mod random;
 mod request;
+mod residency;
+mod tiles;
 pub mod verify;
 
-pub use blueprint::{Blueprint, Estimate, Vae};
+pub use blueprint::{Blueprint, Vae};
+pub use memory::{Estimate, Stage};
 pub use parts::{Parts, random_weights};
 pub use request::{Init, Observer, Picture, Request};
+pub use residency::{Residency, load, upload};
 
 use crate::diffusion::{Sampling, Settings};
 use crate::error::{Error, Result};
-use crate::exec::{Device, Program, Weights, check_finite, human_bytes};
+use crate::exec::{Device, Graph, Program, check_finite, human_bytes};
 use crate::io::{Encoded, ModelFolder, Tokenizer};
+use crate::models::Inventory;
 use crate::models::load::stored_type;
-use crate::models::{Inventory, Model, load};
 use crate::rng::Generator;
-use crate::samplers::{Ladder, skipped};
+use crate::samplers::{Ladder, Table, skipped};
 use crate::tensor::{DType, HostTensor};
 use blueprint::vae_name;
-
-/// Puts the weights of a component on a device.
-fn weights<M: Model>(
-    folder: &ModelFolder,
-    name: &str,
-    model: &M,
-    device: &Device,
-    dtype: DType,
-) -> Result<Weights> {
-    let inventory = Inventory::of(&model.inventory(dtype)?);
-    let mut weights = Weights::new(device);
-    load(&folder.checkpoint(name)?, &inventory, |name, tensor| weights.insert(name, &tensor))?;
-    Ok(weights)
-}
+use residency::Part;
+use tiles::Port;
 
 /// A Stable Diffusion pipeline: everything that a diffusers folder holds, ready on a device.
 pub struct Pipeline {
@@ -41,19 +34,41 @@ pub struct Pipeline {
     device: Device,
     dtype: DType,
     tokenizer: Tokenizer,
-    text: Weights,
-    unet: Weights,
-    vae: Weights,
+    residency: Residency,
+    text: Part,
+    unet: Part,
+    vae: Part,
+    bytes: usize,
 }
 
 impl Pipeline {
-    /// Loads a diffusers folder. Without a type, that of the UNet's file on a GPU and f32 on a CPU.
+    /// Loads a diffusers folder, to stay. Without a type, that of the UNet's file on a GPU and f32 on a CPU.
     ///
     /// # Errors
     /// When the folder, a configuration or a tensor is not what it should be; nothing is guessed.
     pub fn open(folder: &ModelFolder, device: &Device, dtype: Option<DType>) -> Result<Pipeline> {
+        Pipeline::open_with(folder, device, dtype, Residency::Always)
+    }
+
+    /// [`Pipeline::open`], with a choice of how long weights stay.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open_with(
+        folder: &ModelFolder,
+        device: &Device,
+        dtype: Option<DType>,
+        residency: Residency,
+    ) -> Result<Pipeline> {
         let blueprint = Blueprint::read(folder)?;
         let dtype = Self::compute_type(folder, device, dtype)?;
+        // All headers, before any work.
+        let text = Part::source(folder, "text_encoder", &blueprint.text, dtype)?;
+        let unet = Part::source(folder, "unet", &blueprint.unet, dtype)?;
+        let vae = match &blueprint.vae {
+            Vae::Kl(model) => Part::source(folder, vae_name(folder), model, dtype)?,
+            Vae::Vq(model) => Part::source(folder, vae_name(folder), model, dtype)?,
+        };
         let tokenizer = folder.tokenizer("tokenizer")?;
         if tokenizer.vocab_size() > blueprint.text.vocabulary {
             return Err(Error::Config {
@@ -71,16 +86,19 @@ impl Pipeline {
                 got: tokenizer.max_length().to_string(),
             });
         }
+        if residency == Residency::Staged {
+            // What is read last would otherwise spoil the work of all before it.
+            vae.check()?;
+        }
         Ok(Pipeline {
+            bytes: blueprint.weight_bytes(dtype)?,
             device: device.clone(),
             dtype,
             tokenizer,
-            text: weights(folder, "text_encoder", &blueprint.text, device, dtype)?,
-            unet: weights(folder, "unet", &blueprint.unet, device, dtype)?,
-            vae: match &blueprint.vae {
-                Vae::Kl(model) => weights(folder, vae_name(folder), model, device, dtype)?,
-                Vae::Vq(model) => weights(folder, vae_name(folder), model, device, dtype)?,
-            },
+            residency,
+            text: Part::new(text, device, residency)?,
+            unet: Part::new(unet, device, residency)?,
+            vae: Part::new(vae, device, residency)?,
             blueprint,
         })
     }
@@ -107,9 +125,9 @@ impl Pipeline {
         self.dtype
     }
 
-    /// Bytes of all weights.
+    /// Bytes of all weights, whether they are on the device now or only while their stage runs.
     pub fn weight_bytes(&self) -> usize {
-        self.text.bytes() + self.unet.bytes() + self.vae.bytes()
+        self.bytes
     }
 
     /// Makes the pictures.
@@ -117,8 +135,7 @@ impl Pipeline {
     /// # Errors
     /// For a request that cannot be met, a device that fails, or values that are not finite.
     pub fn generate(&self, r: &Request, observer: &mut dyn Observer) -> Result<Vec<Picture>> {
-        self.blueprint.check_memory(r, self.dtype, &self.device)?;
-        let (width, height) = self.blueprint.size(r)?;
+        self.blueprint.check_memory(r, self.dtype, &self.device, self.residency, true)?;
         let size = self.blueprint.latent_size(r)?;
         let unet = &self.blueprint.unet;
         if unet.in_channels != unet.out_channels {
@@ -135,20 +152,24 @@ impl Pipeline {
         }
         let ladder = method.ladder(&schedule, r.steps, skip)?;
 
-        observer.stage("text")?;
         let tokens = self.tokenizer.max_length();
         let settings = Settings { batch: r.batch, size, tokens, guidance: r.cfg_scale, dtype: self.dtype };
         let context = self.context(r, settings.copies(), observer)?;
+        let (first, rest) = self.start(r, &method.table(&ladder)?, &ladder, observer)?;
 
-        observer.stage("sampling")?;
         let latents = {
-            let mut run = Sampling::new(unet, &self.unet, &self.device, (method, &ladder), settings)?;
+            if self.unet.is_staged() {
+                observer.stage("loading")?;
+            }
+            let weights = self.unet.weights(&self.device, None)?;
+            observer.stage("sampling")?;
+            let mut run = Sampling::new(unet, &weights, &self.device, (method, &ladder), settings)?;
             run.set_context(&context)?;
-            let (first, rest) = self.start(r, &run, &ladder)?;
             run.start(&first)?;
             if run.noises() > 0 {
                 run.set_noise(&rest)?;
             }
+            drop((first, rest));
             while {
                 let more = run.step()?;
                 observer.step(run.done(), run.evaluations())?;
@@ -156,19 +177,23 @@ impl Pipeline {
             } {}
             run.state()?
         };
+        self.pictures(r, &latents, observer)
+    }
 
-        observer.stage("decoding")?;
-        let n = latents.shape().numel() / r.batch;
-        let z = latents.to_f32();
-        let [_, h, w, c] = *latents.shape() else { return Err(Error::invalid("latents without four axes")) };
-        // One at a time: the decoder's arena is the largest of all.
-        (0..r.batch)
-            .map(|i| {
-                let z = HostTensor::f32([1, h, w, c], z[i * n..][..n].to_vec())?;
-                let rgb = to_bytes(&self.decode(&z)?.to_f32());
-                Ok(Picture { width, height, rgb, seed: r.seed.wrapping_add(i as u64) })
-            })
-            .collect()
+    /// The program of a part's graph, with its weights; then the stage begins.
+    fn program(
+        &self,
+        part: &Part,
+        graph: Graph,
+        stage: &str,
+        observer: &mut dyn Observer,
+    ) -> Result<Program> {
+        if part.is_staged() {
+            observer.stage("loading")?;
+        }
+        let weights = part.weights(&self.device, Some(&graph))?;
+        observer.stage(stage)?;
+        Program::new(graph, &weights, &self.device)
     }
 
     fn encode_prompt(&self, what: &str, prompt: &str, observer: &mut dyn Observer) -> Result<Encoded> {
@@ -189,37 +214,63 @@ impl Pipeline {
             ids.extend(self.encode_prompt("negative prompt", &r.negative, observer)?.ids);
         }
         ids.extend(self.encode_prompt("prompt", &r.prompt, observer)?.ids);
-        let hidden = self.encode_text(&ids, copies, r.clip_skip)?;
-        repeat(&hidden, r.batch)
+        repeat(&self.encode_text(&ids, copies, r.clip_skip, observer)?, r.batch)
     }
 
     /// ids (rows·T) to the hidden states (rows,T,E) f32.
-    fn encode_text(&self, ids: &[i32], rows: usize, skip: usize) -> Result<HostTensor> {
+    fn encode_text(
+        &self,
+        ids: &[i32],
+        rows: usize,
+        skip: usize,
+        observer: &mut dyn Observer,
+    ) -> Result<HostTensor> {
         let tokens = ids.len() / rows;
         let graph = self.blueprint.text.context_graph(rows, tokens, self.dtype, skip)?;
-        let mut program = Program::new(graph, &self.text, &self.device)?;
+        let mut program = self.program(&self.text, graph, "text", observer)?;
         program.write("ids", &HostTensor::i32([rows, tokens], ids.to_vec())?)?;
         finite(&mut program, "context", "text encoder")
     }
 
     /// First state and the noises of the steps, each image's from its own generator, in the order in which diffusers
     /// draws them: for an initial picture its latent's, then the noise that hides it.
-    fn start(&self, r: &Request, run: &Sampling, ladder: &Ladder) -> Result<(HostTensor, HostTensor)> {
-        let [b, h, w, c] = run.latents();
-        let (n, count) = (h * w * c, run.noises());
+    fn start(
+        &self,
+        r: &Request,
+        table: &Table,
+        ladder: &Ladder,
+        observer: &mut dyn Observer,
+    ) -> Result<(HostTensor, HostTensor)> {
+        let ([h, w], b, c) = (self.blueprint.latent_size(r)?, r.batch, self.blueprint.unet.out_channels);
+        let (n, count) = (h * w * c, table.noises);
         let mut first = Vec::with_capacity(b * n);
         let mut rest = vec![0.0; count.max(1) * b * n];
-        let mut encoder = r.init.as_ref().map(|init| self.encoder(init)).transpose()?;
+        let mut encoder = match &r.init {
+            None => None,
+            Some(init) => {
+                let graph = self.blueprint.encode_graph(r, self.dtype)?;
+                let pixels = init.rgb.iter().map(|&v| v as f32 / 255.0 * 2.0 - 1.0).collect();
+                let picture = HostTensor::f32([1, init.height, init.width, 3], pixels)?;
+                Some((self.program(&self.vae, graph, "encoding", observer)?, picture))
+            }
+        };
+        let [rows, columns] = self.blueprint.tiles(r)?;
         for i in 0..b {
             let mut generator = Generator::new(r.seed.wrapping_add(i as u64));
             let mut draw = || -> Result<HostTensor> {
                 HostTensor::f32([1, c, h, w], generator.randn(n))?.permute(&[0, 2, 3, 1])
             };
             match &mut encoder {
-                None => first.extend(draw()?.to_f32().iter().map(|v| v * run.noise_scale() as f32)),
-                Some(program) => {
-                    program.write("noise", &draw()?)?;
-                    let (z, noise) = (finite(program, "latents", "encoder")?.to_f32(), draw()?.to_f32());
+                None => first.extend(draw()?.to_f32().iter().map(|v| v * table.noise_scale as f32)),
+                Some((program, picture)) => {
+                    let (scale, own) = (self.blueprint.vae.codec().factor(), draw()?);
+                    let inputs = [
+                        (Port { name: "image", scale }, &*picture),
+                        (Port { name: "noise", scale: 1 }, &own),
+                    ];
+                    let output = Port { name: "latents", scale: 1 };
+                    let z = tiles::run(program, "encoder", &inputs, output, [&rows, &columns], observer)?;
+                    let (z, noise) = (z.to_f32(), draw()?.to_f32());
                     let at = &ladder.steps[0].at;
                     first
                         .extend(z.iter().zip(&noise).map(|(z, e)| at.alpha as f32 * z + at.sigma as f32 * e));
@@ -232,31 +283,36 @@ impl Pipeline {
         Ok((HostTensor::f32([b, h, w, c], first)?, HostTensor::f32([count.max(1), b, h, w, c], rest)?))
     }
 
-    /// The encoder with a picture written to it.
-    fn encoder(&self, init: &Init) -> Result<Program> {
-        let Vae::Kl(vae) = &self.blueprint.vae else {
-            return Err(Error::invalid(
-                "an initial picture needs a model with an AutoencoderKL; this one has a VQModel",
-            ));
-        };
-        let graph = vae.sample_graph([1, init.height, init.width], self.dtype)?;
-        let mut program = Program::new(graph, &self.vae, &self.device)?;
-        let pixels = init.rgb.iter().map(|&v| v as f32 / 255.0 * 2.0 - 1.0).collect();
-        program.write("image", &HostTensor::f32([1, init.height, init.width, 3], pixels)?)?;
-        Ok(program)
+    /// Latents (B,h,w,Z) in the sampler's scale to pictures, one at a time: the decoder's arena is the largest of all.
+    fn pictures(
+        &self,
+        r: &Request,
+        latents: &HostTensor,
+        observer: &mut dyn Observer,
+    ) -> Result<Vec<Picture>> {
+        let ((width, height), [rows, columns]) = (self.blueprint.size(r)?, self.blueprint.tiles(r)?);
+        let graph = self.blueprint.vae.decode_graph([1, rows.tile, columns.tile], self.dtype)?;
+        let mut program = self.program(&self.vae, graph, "decoding", observer)?;
+        let codec = self.blueprint.vae.codec();
+        let (z, [_, h, w, c]) = (unscaled(latents, codec.scaling_factor)?, axes(latents)?);
+        let n = h * w * c;
+        (0..r.batch)
+            .map(|i| {
+                let z = HostTensor::f32([1, h, w, c], z.to_f32()[i * n..][..n].to_vec())?;
+                let output = Port { name: "image", scale: codec.factor() };
+                let input = [(Port { name: "latents", scale: 1 }, &z)];
+                let image = tiles::run(&mut program, "decoder", &input, output, [&rows, &columns], observer)?;
+                let rgb = to_bytes(image.as_f32().unwrap_or_default());
+                Ok(Picture { width, height, rgb, seed: r.seed.wrapping_add(i as u64) })
+            })
+            .collect()
     }
 
-    /// Latents (B,h,w,Z) in the sampler's scale to pictures (B,H,W,C) in −1…1.
-    fn decode(&self, latents: &HostTensor) -> Result<HostTensor> {
-        let factor = 1.0 / self.blueprint.vae.codec().scaling_factor;
-        let scaled = latents.to_f32().iter().map(|v| (*v as f64 * factor) as f32).collect();
-        self.decode_scaled(&HostTensor::f32(latents.shape(), scaled)?)
-    }
-
+    /// Latents (B,h,w,Z), in the autoencoder's own scale, to pictures (B,H,W,C) in −1…1.
     fn decode_scaled(&self, z: &HostTensor) -> Result<HostTensor> {
-        let [b, h, w, _] = *z.shape() else { return Err(Error::invalid("latents without four axes")) };
+        let [b, h, w, _] = axes(z)?;
         let graph = self.blueprint.vae.decode_graph([b, h, w], self.dtype)?;
-        let mut program = Program::new(graph, &self.vae, &self.device)?;
+        let mut program = self.program(&self.vae, graph, "decoding", &mut ())?;
         program.write("latents", z)?;
         finite(&mut program, "image", "decoder")
     }
@@ -277,6 +333,17 @@ fn finite(program: &mut Program, output: &str, part: &str) -> Result<HostTensor>
         check_finite(&y, part, "")?;
     }
     Ok(y)
+}
+
+/// The four axes of latents.
+fn axes(x: &HostTensor) -> Result<[usize; 4]> {
+    <[usize; 4]>::try_from(&x.shape()[..]).map_err(|_| Error::invalid("latents without four axes"))
+}
+
+/// Latents in the sampler's scale to the autoencoder's own.
+fn unscaled(latents: &HostTensor, scaling_factor: f64) -> Result<HostTensor> {
+    let factor = 1.0 / scaling_factor;
+    HostTensor::f32(latents.shape(), latents.to_f32().iter().map(|v| (*v as f64 * factor) as f32).collect())
 }
 
 /// Each row `times` times in a row: (R,T,E) to (R·times,T,E).

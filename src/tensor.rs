@@ -319,6 +319,14 @@ impl HostTensor {
         &self.data
     }
 
+    /// The elements, where they are f32.
+    pub fn as_f32(&self) -> Option<&[f32]> {
+        match &self.data {
+            Data::F32(v) => Some(v),
+            _ => None,
+        }
+    }
+
     /// The elements as bytes, little-endian.
     pub fn bytes(&self) -> &[u8] {
         match &self.data {

@@ -7,7 +7,7 @@ mod folder;
 use folder::{Folder, golden};
 use ldm::backend::Device;
 use ldm::io::ModelFolder;
-use ldm::pipeline::{Blueprint, Pipeline, Request};
+use ldm::pipeline::{Blueprint, Pipeline, Request, Residency};
 use ldm::rng::Small;
 use ldm::tensor::DType;
 use serde_json::{Value, json};
@@ -18,7 +18,8 @@ use std::path::Path;
 /// Opens a model and plans a picture; an error is as good as success.
 fn open(model: &Path) -> bool {
     let Ok(folder) = ModelFolder::open(model) else { return false };
-    let planned = Blueprint::read(&folder).and_then(|b| b.estimate(&Request::default(), DType::F32));
+    let planned =
+        Blueprint::read(&folder).and_then(|b| b.estimate(&Request::default(), DType::F32, Residency::Always));
     planned.is_ok() & Pipeline::open(&folder, &Device::Cpu, None).is_ok()
 }
 

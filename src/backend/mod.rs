@@ -2,6 +2,9 @@
 
 pub mod cpu;
 pub mod cuda;
+mod memory;
+
+pub use memory::{Memory, peak};
 
 use crate::error::{Error, Result};
 use std::str::FromStr;

@@ -2,10 +2,10 @@
 
 use super::print;
 use crate::error::Result;
-use crate::exec::human_bytes;
+use crate::exec::{Device, human_bytes};
 use crate::io::ModelFolder;
 use crate::models::{AnyModel, CLASSES, Inventory};
-use crate::pipeline::{Blueprint, Request};
+use crate::pipeline::{Blueprint, Request, Residency};
 use crate::samplers::Choice;
 use crate::tensor::DType;
 use clap::Args;
@@ -38,6 +38,12 @@ pub(super) struct Arguments {
     /// Type to compute in: f32, f16 or bf16
     #[arg(long, default_value = "f32", value_name = "TYPE")]
     dtype: String,
+    /// With the autoencoder's tiles, as in `ldm sample`
+    #[arg(long)]
+    vae_tiling: bool,
+    /// Side of a tile in latents [default: what the autoencoder was made for]
+    #[arg(long, value_name = "N", requires = "vae_tiling")]
+    vae_tile_size: Option<usize>,
     /// Print the graph of one evaluation: nodes, shapes, offsets, work
     #[arg(long)]
     graph: bool,
@@ -76,6 +82,8 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
         cfg_scale: a.cfg_scale,
         steps: a.steps,
         method: a.sampling_method,
+        vae_tiling: a.vae_tiling,
+        vae_tile_size: a.vae_tile_size,
         ..Request::default()
     };
     if !Blueprint::PIPELINES.contains(&folder.class()) {
@@ -83,15 +91,15 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let blueprint = Blueprint::read(&folder)?;
-    let e = blueprint.estimate(&request, dtype)?;
+    let e = blueprint.estimate(&request, dtype, Residency::Staged)?;
     let (w, h) = blueprint.size(&request)?;
-    print(&format!(
-        "\n{w}x{h}, {} picture{}, {dtype}: {} row{} per evaluation\n\
+    let s = |n: usize| if n == 1 { "" } else { "s" };
+    let (n, rows) = (a.batch_size, e.rows);
+    let mut text = format!(
+        "\n{w}x{h}, {n} picture{}, {dtype}: {rows} row{} per evaluation\n\
          {:18} {:>12} {:>14}\n{:18} {:>12} {:>14}\n{:18} {:>12} {:>14}\n",
-        a.batch_size,
-        if a.batch_size == 1 { "" } else { "s" },
-        e.rows,
-        if e.rows == 1 { "" } else { "s" },
+        s(n),
+        s(rows),
         "",
         "arena",
         "GFLOP",
@@ -101,7 +109,22 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
         "decoding, each",
         human_bytes(e.decoder_arena),
         format!("{:.1}", e.decoder_flops / 1e9),
-    ))?;
+    );
+    text += &format!(
+        "\n{:18} {:>12} {:>12} {:>12} {:>12}\n",
+        "`sample` on a CPU", "weights", "arena", "scratch", "in and out"
+    );
+    for s in &e.stages {
+        let [weights, arena, scratch, host] = [s.weights, s.arena, s.scratch, s.host].map(human_bytes);
+        text += &format!("{:18} {weights:>12} {arena:>12} {scratch:>12} {host:>12}\n", s.name);
+    }
+    let (peak, process) = (e.peak(&Device::Cpu), human_bytes(e.process));
+    let stage = e.peak_stage(&Device::Cpu).map_or("", |s| s.name);
+    text += &format!(
+        "peak: {peak} bytes ({}), while {stage}, {process} for the process itself among them\n",
+        human_bytes(peak)
+    );
+    print(&text)?;
     if a.graph {
         print(&format!("\n{}", blueprint.show(&request, dtype)?))?;
     }

@@ -69,16 +69,16 @@ struct DeviceFlags {
 
 impl DeviceFlags {
     fn open(&self) -> Result<crate::exec::Device> {
-        if let Some(n) = self.threads {
-            if n == 0 || n > MAX_THREADS {
-                return Err(Error::invalid(format!("--threads: want 1 to {MAX_THREADS}; got {n}")));
-            }
-            // Fails only when the pool is running already, which it is not: this is the first thing a command does.
-            rayon::ThreadPoolBuilder::new()
-                .num_threads(n)
-                .build_global()
-                .map_err(|e| Error::invalid(format!("--threads {n}: {e}")))?;
+        if let Some(n) = self.threads.filter(|&n| n == 0 || n > MAX_THREADS) {
+            return Err(Error::invalid(format!("--threads: want 1 to {MAX_THREADS}; got {n}")));
         }
+        // This thread is one of the pool's, so that it works where it would wait, and hands nothing over. Fails only when
+        // the pool is running already, which it is not: this is the first thing a command does.
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(self.threads.unwrap_or(0))
+            .use_current_thread()
+            .build_global()
+            .map_err(|e| Error::invalid(format!("--threads: {e}")))?;
         crate::exec::Device::open(self.device.parse()?)
     }
 

@@ -3,8 +3,9 @@
 use super::progress::Progress;
 use super::{DeviceFlags, check_output, print};
 use crate::error::{Error, Result};
+use crate::exec::{Device, peak};
 use crate::io::{ModelFolder, png};
-use crate::pipeline::{Blueprint, Init, Observer, Picture, Pipeline, Request};
+use crate::pipeline::{Blueprint, Init, Picture, Pipeline, Request, Residency};
 use crate::rng::fresh_seed;
 use crate::samplers::Choice;
 use clap::Args;
@@ -58,6 +59,12 @@ pub(super) struct Arguments {
     /// How much of the initial picture is given up, 0 to 1
     #[arg(long, default_value_t = 0.75, value_name = "X")]
     strength: f64,
+    /// Take the picture through the autoencoder in tiles that overlap: less memory for large ones
+    #[arg(long)]
+    vae_tiling: bool,
+    /// Side of a tile in latents [default: what the autoencoder was made for]
+    #[arg(long, value_name = "N", requires = "vae_tiling")]
+    vae_tile_size: Option<usize>,
     /// Leave the settings out of the PNG
     #[arg(long)]
     disable_image_metadata: bool,
@@ -107,6 +114,8 @@ impl Arguments {
             batch: self.batch_size,
             clip_skip: self.clip_skip - 1,
             eta: self.eta,
+            vae_tiling: self.vae_tiling,
+            vae_tile_size: self.vae_tile_size,
         })
     }
 }
@@ -119,20 +128,24 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     // Before any work: can the model do this, is there memory for it, and can the result be written?
     let folder = ModelFolder::open(&a.model)?;
     let blueprint = Blueprint::read(&folder)?;
-    blueprint.check_memory(&request, Pipeline::compute_type(&folder, &device, dtype)?, &device)?;
+    let staged = Residency::Staged;
+    let compute = Pipeline::compute_type(&folder, &device, dtype)?;
+    blueprint.check_memory(&request, compute, &device, staged, false)?;
     let method = blueprint.choose(&request)?.0;
     check_output(&a.output)?;
     let files = names(&a.output, a.batch_size);
     files.iter().try_for_each(|f| check_output(f))?;
     let mut progress = Progress::new(a.quiet);
-    progress.stage("loading")?;
-    let pipeline = Pipeline::open(&folder, &device, dtype)?;
-    progress.finish();
+    let pipeline = Pipeline::open_with(&folder, &device, dtype, staged)?;
     if !a.quiet {
         eprintln!("{}; {}, seed {seed}", pipeline.describe(), method.label());
     }
     let pictures = pipeline.generate(&request, &mut progress)?;
     progress.finish();
+    if let (false, Device::Cpu, Some(peak)) = (a.quiet, &device, peak()) {
+        let planned = blueprint.estimate(&request, compute, staged)?.peak(&device);
+        eprintln!("memory: {peak} bytes at the peak, {planned} planned");
+    }
     for (picture, file) in pictures.iter().zip(&files) {
         let text = (!a.disable_image_metadata).then(|| parameters(&a, picture, method.label()));
         png::write_rgb8(file, picture.width, picture.height, &picture.rgb, text.as_deref())?;

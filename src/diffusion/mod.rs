@@ -203,11 +203,9 @@ impl Sampling {
             return Err(Error::invalid("sampling: an evaluation failed; start again"));
         }
         self.program.run(hook)?;
-        let flag = match self.program.read("counter")?.data() {
-            crate::tensor::Data::I32(v) => v[2],
-            _ => 0,
-        };
-        if flag != 0 {
+        let mut counter = [0; 3];
+        self.program.read_i32("counter", &mut counter)?;
+        if counter[2] != 0 {
             // A row never writes a slot that it reads, so the evaluation can be repeated with a check after each node.
             let k = self.done as i32;
             self.program.write("counter", &HostTensor::i32([4], vec![k, k, 0, 0])?)?;

@@ -4,6 +4,7 @@ use super::weights::{Entry, StoredType};
 use crate::tensor::{DType, Data, HostTensor, Shape, Spec};
 use half::slice::HalfFloatSliceExt as _;
 use half::{bf16, f16};
+use std::ops::Range;
 
 /// What is wrong with a stored tensor.
 pub(crate) struct Fault {
@@ -13,6 +14,16 @@ pub(crate) struct Fault {
 
 fn fault(want: impl Into<String>, got: impl Into<String>) -> Fault {
     Fault { want: want.into(), got: got.into() }
+}
+
+/// How the elements of a tensor are to lie in memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Order {
+    /// As in the file.
+    #[default]
+    Stored,
+    /// Stored (O,I,…), wanted (O,…,I).
+    ChannelsLast,
 }
 
 /// Elements that are converted at a time: they stay in the first-level cache.
@@ -31,6 +42,76 @@ pub(crate) fn tensor(entry: &Entry, bytes: &[u8], dtype: DType) -> Result<HostTe
     };
     let spec = Spec::new(dtype, Shape::new(&entry.shape));
     HostTensor::new(spec.shape, data).map_err(|e| fault(spec.to_string(), e.to_string()))
+}
+
+/// Converts the rows `rows` of the outermost axis into `out`, which holds just these, aligned to the type.
+pub(crate) fn rows(
+    entry: &Entry,
+    bytes: &[u8],
+    (dtype, order): (DType, Order),
+    rows: Range<usize>,
+    out: &mut [u8],
+) -> Result<(), Fault> {
+    match dtype {
+        DType::F32 => rows_of::<f32>(entry, bytes, order, rows, out),
+        DType::F16 => rows_of::<f16>(entry, bytes, order, rows, out),
+        DType::BF16 => rows_of::<bf16>(entry, bytes, order, rows, out),
+        DType::I32 => Err(fault("a float type to convert to", dtype.name())),
+    }
+}
+
+fn rows_of<F: Float>(
+    entry: &Entry,
+    bytes: &[u8],
+    order: Order,
+    rows: Range<usize>,
+    out: &mut [u8],
+) -> Result<(), Fault> {
+    let row: usize = entry.shape.iter().skip(1).product();
+    let there = entry.shape.first().copied().unwrap_or(1);
+    let room = out.len();
+    let refused = || {
+        let want = format!("rows within {there}, {row} elements each, in memory of their size");
+        fault(want, format!("rows {rows:?} for {room} bytes"))
+    };
+    let out: &mut [F] = bytemuck::try_cast_slice_mut(out).map_err(|_| refused())?;
+    let fits = rows.start <= rows.end && rows.end <= there && out.len() == rows.len() * row;
+    if !fits {
+        return Err(refused());
+    }
+    let channels = entry.shape.get(1).copied().unwrap_or(1);
+    let taps = row.checked_div(channels).unwrap_or(1);
+    let first = rows.start * row;
+    if order == Order::Stored || taps <= 1 || channels == 1 {
+        return into(entry, bytes, first, out);
+    }
+    // As many channels at a time as stay in the first-level cache: read in one piece, written in `taps` pieces.
+    let most = (CHUNK / taps).max(1);
+    let mut part = vec![F::zeroed(); most * taps];
+    for (r, out) in out.chunks_exact_mut(row).enumerate() {
+        for c in (0..channels).step_by(most) {
+            let n = most.min(channels - c);
+            let part = &mut part[..n * taps];
+            into(entry, bytes, first + r * row + c * taps, part)?;
+            match taps {
+                9 => scatter::<F, 9>(part, &mut out[c..], channels),
+                _ => (0..taps).for_each(|k| {
+                    let out = out[k * channels + c..][..n].iter_mut();
+                    out.zip(part[k..].iter().step_by(taps)).for_each(|(to, &from)| *to = from);
+                }),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Channels with `K` values each, to `K` rows of channels: the step is known, so the compiler can take many at a time.
+fn scatter<F: Float, const K: usize>(part: &[F], out: &mut [F], channels: usize) {
+    for k in 0..K {
+        let from = part.as_chunks::<K>().0;
+        let to = &mut out[k * channels..][..from.len()];
+        to.iter_mut().zip(from).for_each(|(to, from)| *to = from[k]);
+    }
 }
 
 /// An integer tensor, widened.
@@ -53,41 +134,58 @@ fn narrowed(entry: &Entry, wide: &[i64]) -> Result<Vec<i32>, Fault> {
 
 /// A float tensor in type `F`, rounded to nearest; all values finite.
 pub(crate) fn floats<F: Float>(entry: &Entry, bytes: &[u8]) -> Result<Vec<F>, Fault> {
-    let out: Vec<F> = match entry.dtype {
-        stored if stored == F::STORED => bytemuck::pod_collect_to_vec(bytes),
-        StoredType::F32 => through_f32(bytes, |from: &[f32], to| to.copy_from_slice(from)),
-        StoredType::F16 => through_f32(bytes, |from: &[f16], to| from.convert_to_f32_slice(to)),
-        StoredType::BF16 => through_f32(bytes, |from: &[bf16], to| from.convert_to_f32_slice(to)),
-        StoredType::F64 => through_f32(bytes, |from: &[f64], to| {
-            to.iter_mut().zip(from).for_each(|(t, &f)| *t = F::shortened(f));
-        }),
-        other => return Err(fault("F32, F16, BF16 or F64", other.to_string())),
-    };
-    // Without a branch for each value, so that the compiler can take many at a time.
-    let finite = |chunk: &[F]| chunk.iter().fold(true, |all, v| all & v.finite());
-    if out.chunks(CHUNK).all(finite) {
-        return Ok(out);
-    }
-    let i = out.iter().position(|v| !v.finite()).unwrap_or(0);
-    let (value, at) = (stored_value(entry.dtype, bytes, i), place(entry, i));
-    Err(match value.is_finite() {
-        true => fault(format!("values that {} can hold", F::NAME), format!("{value} at {at}")),
-        false => fault("finite values", format!("{value} at {at}")),
-    })
+    let mut out = vec![F::zeroed(); entry.elements()];
+    into(entry, bytes, 0, &mut out)?;
+    Ok(out)
 }
 
-/// Converts chunk by chunk, so that no second copy of the whole tensor ever exists.
-fn through_f32<S: bytemuck::Pod, F: Float>(bytes: &[u8], widen: impl Fn(&[S], &mut [f32])) -> Vec<F> {
-    let (mut stored, mut wide) = ([S::zeroed(); CHUNK], [0f32; CHUNK]);
-    let mut out = Vec::with_capacity(bytes.len() / size_of::<S>());
-    for part in bytes.chunks(CHUNK * size_of::<S>()) {
-        // A copy, because nothing aligns the tensors of a file.
-        let n = part.len() / size_of::<S>();
-        bytemuck::cast_slice_mut(&mut stored[..n]).copy_from_slice(part);
-        widen(&stored[..n], &mut wide[..n]);
-        F::append(&wide[..n], &mut out);
+/// Elements from `first` on, in the order of the file, as many as `out` takes; rounded to nearest, all finite.
+fn into<F: Float>(entry: &Entry, bytes: &[u8], first: usize, out: &mut [F]) -> Result<(), Fault> {
+    let size = entry.dtype.bitsize() / 8;
+    let from = &bytes[first * size..][..out.len() * size];
+    for (i, (from, to)) in from.chunks(CHUNK * size).zip(out.chunks_mut(CHUNK)).enumerate() {
+        match entry.dtype {
+            stored if stored == F::STORED => bytemuck::cast_slice_mut(to).copy_from_slice(from),
+            StoredType::F32 => aligned(from, |from: &[f32]| F::round(from, to)),
+            StoredType::F16 => {
+                aligned(from, |from: &[f16]| through(to, |wide| from.convert_to_f32_slice(wide)))
+            }
+            StoredType::BF16 => {
+                aligned(from, |from: &[bf16]| through(to, |wide| from.convert_to_f32_slice(wide)))
+            }
+            StoredType::F64 => aligned(from, |from: &[f64]| {
+                through(to, |wide| wide.iter_mut().zip(from).for_each(|(w, &f)| *w = F::shortened(f)));
+            }),
+            other => return Err(fault("F32, F16, BF16 or F64", other.to_string())),
+        }
+        // While the chunk is in the cache; without a branch for each value, so that the compiler can take many at a time.
+        if !to.iter().fold(true, |all, v| all & v.finite()) {
+            let at = first + i * CHUNK + to.iter().position(|v| !v.finite()).unwrap_or(0);
+            let (value, at) = (stored_value(entry.dtype, bytes, at), place(entry, at));
+            return Err(match value.is_finite() {
+                true => fault(format!("values that {} can hold", F::NAME), format!("{value} at {at}")),
+                false => fault("finite values", format!("{value} at {at}")),
+            });
+        }
     }
-    out
+    Ok(())
+}
+
+/// A chunk of the file as values. Nothing aligns the tensors of a file; those that are not are copied.
+fn aligned<S: bytemuck::Pod>(bytes: &[u8], f: impl FnOnce(&[S])) {
+    if let Ok(stored) = bytemuck::try_cast_slice(bytes) {
+        return f(stored);
+    }
+    let (mut copy, n) = ([S::zeroed(); CHUNK], bytes.len() / size_of::<S>());
+    bytemuck::cast_slice_mut(&mut copy[..n]).copy_from_slice(bytes);
+    f(&copy[..n]);
+}
+
+/// Fills a chunk by way of f32.
+fn through<F: Float>(to: &mut [F], widen: impl FnOnce(&mut [f32])) {
+    let mut wide = [0f32; CHUNK];
+    widen(&mut wide[..to.len()]);
+    F::round(&wide[..to.len()], to);
 }
 
 /// Element `i`, exactly.
@@ -124,7 +222,8 @@ pub(crate) trait Float: bytemuck::Pod {
     /// An f32 that rounds to the same value of this type as `v` does.
     fn shortened(v: f64) -> f32;
     fn finite(self) -> bool;
-    fn append(from: &[f32], to: &mut Vec<Self>);
+    /// As many as there are, to nearest.
+    fn round(from: &[f32], to: &mut [Self]);
 }
 
 impl Float for f32 {
@@ -136,8 +235,8 @@ impl Float for f32 {
     fn finite(self) -> bool {
         self.is_finite()
     }
-    fn append(from: &[f32], to: &mut Vec<f32>) {
-        to.extend_from_slice(from);
+    fn round(from: &[f32], to: &mut [f32]) {
+        to.copy_from_slice(from);
     }
 }
 
@@ -150,10 +249,8 @@ impl Float for f16 {
     fn finite(self) -> bool {
         self.is_finite()
     }
-    fn append(from: &[f32], to: &mut Vec<f16>) {
-        let old = to.len();
-        to.resize(old + from.len(), f16::ZERO);
-        to[old..].convert_from_f32_slice(from);
+    fn round(from: &[f32], to: &mut [f16]) {
+        to.convert_from_f32_slice(from);
     }
 }
 
@@ -166,8 +263,8 @@ impl Float for bf16 {
     fn finite(self) -> bool {
         self.is_finite()
     }
-    fn append(from: &[f32], to: &mut Vec<bf16>) {
-        to.extend(from.iter().map(|&v| brain(v)));
+    fn round(from: &[f32], to: &mut [bf16]) {
+        to.iter_mut().zip(from).for_each(|(to, &v)| *to = brain(v));
     }
 }
 
@@ -284,5 +381,62 @@ mod tests {
             tensor(&entry(StoredType::F32, &[0, 2]), &[], DType::F32).ok().unwrap().shape(),
             [0, 2].into()
         );
+    }
+
+    #[test]
+    fn rows_are_parts_of_the_whole_in_either_order() {
+        // More channels than a chunk holds, kernels with and without a length of their own, and an odd start in memory.
+        for shape in [
+            &[5, 300, 3, 3][..],
+            &[3, 7, 5, 5],
+            &[4, 600, 2, 2],
+            &[3, 4, 1, 1],
+            &[6, 1, 3, 3],
+            &[9, 5000],
+            &[7],
+            &[],
+        ] {
+            let n: usize = shape.iter().product();
+            let v: Vec<f32> = (0..n).map(|i| i as f32 - 100.0).collect();
+            let bytes = [&[0u8][..], bytemuck::cast_slice(&v)].concat();
+            let e = entry(StoredType::F32, shape);
+            let count = shape.first().copied().unwrap_or(1);
+            for dtype in DType::FLOATS {
+                for order in [Order::Stored, Order::ChannelsLast] {
+                    let whole = tensor(&e, &bytes[1..], dtype).ok().unwrap();
+                    let whole = match (order, shape.len()) {
+                        (Order::ChannelsLast, 4) => whole.permute(&[0, 2, 3, 1]).unwrap(),
+                        _ => whole,
+                    };
+                    let row = n / count * dtype.size();
+                    for part in [0..count, 0..1, count / 2..count, 1..1] {
+                        let mut out = vec![0f64; (part.len() * row).div_ceil(8)];
+                        let out = &mut bytemuck::cast_slice_mut::<f64, u8>(&mut out)[..part.len() * row];
+                        assert!(rows(&e, &bytes[1..], (dtype, order), part.clone(), out).is_ok());
+                        assert!(
+                            *out == whole.bytes()[part.start * row..part.end * row],
+                            "{shape:?} {dtype} {order:?}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_that_are_not_there_are_refused_and_a_fault_says_its_place_in_the_file() {
+        let mut v = vec![1f32; 2 * 3 * 4];
+        v[12 + 4 + 3] = f32::NAN;
+        let e = entry(StoredType::F32, &[2, 3, 2, 2]);
+        let mut out = vec![0u32; 24];
+        let out: &mut [u8] = bytemuck::cast_slice_mut(&mut out);
+        let mut take = |part: Range<usize>, n: usize| {
+            rows(&e, bytemuck::cast_slice(&v), (DType::F32, Order::ChannelsLast), part, &mut out[..n])
+        };
+        assert!(take(0..1, 48).is_ok());
+        assert_eq!(said(take(0..2, 96)), "want finite values; got NaN at [1, 1, 1, 1]");
+        assert_eq!(said(take(1..2, 48)), "want finite values; got NaN at [1, 1, 1, 1]");
+        assert!(said(take(1..3, 96)).contains("got rows 1..3 for 96 bytes"));
+        assert!(said(take(0..1, 44)).contains("rows within 2, 12 elements each"));
     }
 }

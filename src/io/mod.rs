@@ -18,7 +18,7 @@ mod words;
 pub use config::Config;
 pub use folder::{Component, ModelFolder};
 pub use tokenizer::{Encoded, Tokenizer};
-pub use weights::{Checkpoint, Entry, StoredType};
+pub use weights::{Checkpoint, Entry, Order, StoredType};
 
 #[cfg(test)]
 mod scratch;

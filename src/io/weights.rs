@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+pub use super::convert::Order;
 /// Element type of a tensor in a file.
 pub use safetensors::Dtype as StoredType;
 
@@ -220,6 +221,23 @@ impl Checkpoint {
         convert::integers(entry, bytes).map_err(|fault| self.fault(name, fault))
     }
 
+    /// A tensor to be read row by row, by several threads at once; the system begins to fetch it.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] when it is missing, [`Error::File`] when the file has become shorter.
+    pub fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
+        let (entry, bytes) = self.bytes(name)?;
+        let (name, place) = self.tensors.get_key_value(name).ok_or_else(|| self.missing(name))?;
+        Ok(Tensor { checkpoint: self, name, place, entry, bytes })
+    }
+
+    /// Tells the system that a tensor will be read soon.
+    pub fn prefetch(&self, name: &str) {
+        if let Some(p) = self.tensors.get(name) {
+            self.maps[p.map].prefetch(p.range.clone());
+        }
+    }
+
     /// Gives the memory under a tensor back to the system, once it has been read. It can be read again.
     pub fn release(&self, name: &str) {
         if let Some(p) = self.tensors.get(name) {
@@ -228,18 +246,56 @@ impl Checkpoint {
     }
 
     fn bytes(&self, name: &str) -> Result<(&Entry, &[u8])> {
-        let Some(p) = self.tensors.get(name) else {
-            let near = self.names().map(|n| (distance(n, name), n)).min();
-            let near = near.map_or(String::new(), |(_, n)| format!("; the nearest name is `{n}`"));
-            return Err(wrong(&self.path, name, "this tensor", format!("{} others{near}", self.len())));
-        };
+        let p = self.tensors.get(name).ok_or_else(|| self.missing(name))?;
         let map = &self.maps[p.map];
         map.prefetch(p.range.clone());
         Ok((&p.entry, map.bytes(p.range.clone())?))
     }
 
+    fn missing(&self, name: &str) -> Error {
+        let near = self.names().map(|n| (distance(n, name), n)).min();
+        let near = near.map_or(String::new(), |(_, n)| format!("; the nearest name is `{n}`"));
+        wrong(&self.path, name, "this tensor", format!("{} others{near}", self.len()))
+    }
+
     fn fault(&self, name: &str, fault: convert::Fault) -> Error {
         wrong(self.file(name), name, fault.want, fault.got)
+    }
+}
+
+/// A tensor in its file: any of its rows can be converted, at any time and by any thread.
+pub struct Tensor<'a> {
+    checkpoint: &'a Checkpoint,
+    name: &'a str,
+    place: &'a Place,
+    entry: &'a Entry,
+    bytes: &'a [u8],
+}
+
+/// How far beyond what is touched the system maps a file, at most.
+const AROUND: usize = 64 << 10;
+
+impl Drop for Tensor<'_> {
+    /// Lets go of what was mapped around the pieces that were read one by one.
+    fn drop(&mut self) {
+        let Range { start, end } = self.place.range;
+        self.checkpoint.maps[self.place.map].release(start.saturating_sub(AROUND)..end + AROUND);
+    }
+}
+
+impl Tensor<'_> {
+    /// Converts the rows `rows` of the outermost axis to `dtype`, rounded to nearest, in this order, into `out`: bytes
+    /// for just these rows, aligned to the type. Then gives the file's memory under them back to the system.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::read`]; the place of a value is its place in the file. Also when the rows are not there, or
+    /// `out` has another size.
+    pub fn rows(&self, rows: Range<usize>, dtype: DType, order: Order, out: &mut [u8]) -> Result<()> {
+        let done = convert::rows(self.entry, self.bytes, (dtype, order), rows.clone(), out);
+        let row = self.bytes.len() / self.entry.shape.first().copied().unwrap_or(1).max(1);
+        let at = |row_index: usize| self.place.range.start + row_index * row;
+        self.checkpoint.maps[self.place.map].release(at(rows.start)..at(rows.end));
+        done.map_err(|fault| self.checkpoint.fault(self.name, fault))
     }
 }
 

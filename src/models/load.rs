@@ -2,9 +2,13 @@
 
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Layout};
-use crate::io::Checkpoint;
-use crate::tensor::{DType, HostTensor, Spec};
+use crate::io::weights::Tensor;
+use crate::io::{Checkpoint, Order};
+use crate::tensor::{DType, Spec};
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The weights that graphs use, by name.
 #[derive(Clone, Debug, Default)]
@@ -75,64 +79,151 @@ fn stored(spec: Spec, layout: Layout) -> Vec<Vec<usize>> {
     }
 }
 
-/// Reads every weight of the inventory, converted to its type and layout, and hands it to `put`; then lets go of the
-/// file's pages, so that nothing is held twice.
-///
-/// # Errors
-/// [`Error::Tensor`] for a tensor that is missing, misshapen, not finite, or that nothing uses.
-pub fn load(
-    checkpoint: &Checkpoint,
-    inventory: &Inventory,
-    mut put: impl FnMut(&str, HostTensor) -> Result<()>,
-) -> Result<()> {
-    let mut used = BTreeSet::new();
-    let mut found = Vec::with_capacity(inventory.0.len());
-    // Everything is checked before anything is read.
-    for (name, &(spec, layout)) in &inventory.0 {
-        let shapes = stored(spec, layout);
-        let want = || {
-            let s = shapes.iter().map(|s| format!("({})", commas(s))).collect::<Vec<_>>();
-            s.join(" or ")
+/// A weight of a model, and the tensor of a checkpoint that holds it.
+#[derive(Debug)]
+struct Found {
+    name: String,
+    source: String,
+    spec: Spec,
+    layout: Layout,
+}
+
+/// A checkpoint that is known to hold what a model needs, and nothing else. No value has been read yet.
+#[derive(Debug)]
+pub struct Source {
+    checkpoint: Checkpoint,
+    found: Vec<Found>,
+}
+
+/// A weight as [`Source::read`] hands it out.
+pub struct Weight<'a> {
+    /// Its name in the graphs.
+    pub name: &'a str,
+    /// Type and axes as the engine holds it.
+    pub spec: Spec,
+    /// How the checkpoint stores it.
+    pub layout: Layout,
+    tensor: Tensor<'a>,
+}
+
+impl Weight<'_> {
+    /// Converts rows of the outermost axis, as the engine holds them, into bytes of just their size, aligned to the
+    /// type; then lets go of the file's pages. Any thread may ask for any rows.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for a value that is not finite, or that the type cannot hold.
+    pub fn fill(&self, rows: Range<usize>, out: &mut [u8]) -> Result<()> {
+        let order = if self.layout == Layout::Conv { Order::ChannelsLast } else { Order::Stored };
+        self.tensor.rows(rows, self.spec.dtype, order, out)
+    }
+}
+
+/// Bytes that one thread checks at a time.
+const PART: usize = 1 << 20;
+
+impl Source {
+    /// Reads the values of every weight and keeps none, so that a fault is told before the work that it would spoil.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for the first weight with a value that is not finite, or that the type cannot hold.
+    pub fn check(&self) -> Result<()> {
+        let check = |w: &Weight| {
+            let rows = w.spec.shape.first().copied().unwrap_or(1);
+            let row = w.spec.bytes() / rows.max(1);
+            let most = (PART / row.max(1)).clamp(1, rows.max(1));
+            // As words, which are aligned for any type.
+            let mut words = vec![0u64; (most * row).div_ceil(8)];
+            let out: &mut [u8] = bytemuck::cast_slice_mut(&mut words);
+            (0..rows).step_by(most).try_for_each(|first| {
+                let part = first..(first + most).min(rows);
+                let bytes = part.len() * row;
+                w.fill(part, &mut out[..bytes])
+            })
         };
-        let there = aliases(name).into_iter().find(|n| checkpoint.entry(n).is_some());
-        let Some((source, entry)) = there.and_then(|n| checkpoint.entry(&n).cloned().map(|e| (n, e))) else {
+        self.read(|_| true, check).map(drop)
+    }
+
+    /// Finds every weight of the inventory in a checkpoint. Headers only are read.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for a tensor that is missing, misshapen, or that nothing uses.
+    pub fn new(checkpoint: Checkpoint, inventory: &Inventory) -> Result<Source> {
+        let mut used = BTreeSet::new();
+        let mut found = Vec::with_capacity(inventory.0.len());
+        for (name, &(spec, layout)) in &inventory.0 {
+            let shapes = stored(spec, layout);
+            let want = || {
+                let s = shapes.iter().map(|s| format!("({})", commas(s))).collect::<Vec<_>>();
+                s.join(" or ")
+            };
+            let there = aliases(name).into_iter().find(|n| checkpoint.entry(n).is_some());
+            let Some((source, entry)) = there.and_then(|n| checkpoint.entry(&n).cloned().map(|e| (n, e)))
+            else {
+                return Err(Error::Tensor {
+                    file: checkpoint.path().into(),
+                    name: name.clone(),
+                    want: want(),
+                    got: "no such tensor; the file is incomplete or belongs to another model".into(),
+                });
+            };
+            if !shapes.contains(&entry.shape) {
+                return Err(Error::Tensor {
+                    file: checkpoint.file(&source).into(),
+                    name: source,
+                    want: want(),
+                    got: format!("({})", commas(&entry.shape)),
+                });
+            }
+            used.insert(source.clone());
+            found.push(Found { name: name.clone(), source, spec, layout });
+        }
+        if let Some(surplus) = checkpoint.names().find(|n| !used.contains(*n) && !is_constant(n)) {
+            let shape = checkpoint.entry(surplus).map(|e| commas(&e.shape)).unwrap_or_default();
             return Err(Error::Tensor {
-                file: checkpoint.path().into(),
-                name: name.clone(),
-                want: want(),
-                got: "no such tensor; the file is incomplete or belongs to another model".into(),
-            });
-        };
-        if !shapes.contains(&entry.shape) {
-            return Err(Error::Tensor {
-                file: checkpoint.file(&source).into(),
-                name: source,
-                want: want(),
-                got: format!("({})", commas(&entry.shape)),
+                file: checkpoint.file(surplus).into(),
+                name: surplus.into(),
+                want: "no tensor of this name, by the model's config.json".into(),
+                got: format!("({shape}); the configuration belongs to another model"),
             });
         }
-        used.insert(source.clone());
-        found.push((name, source, spec, layout));
+        Ok(Source { checkpoint, found })
     }
-    if let Some(surplus) = checkpoint.names().find(|n| !used.contains(*n) && !is_constant(n)) {
-        let shape = checkpoint.entry(surplus).map(|e| commas(&e.shape)).unwrap_or_default();
-        return Err(Error::Tensor {
-            file: checkpoint.file(surplus).into(),
-            name: surplus.into(),
-            want: "no tensor of this name, by the model's config.json".into(),
-            got: format!("({shape}); the configuration belongs to another model"),
+
+    /// Lets the threads `make` something of each weight that is `wanted`, in order of name, and gives back what they made,
+    /// in that order. Nothing is held here; the file's pages are let go as they are done, and the system fetches a tensor
+    /// while the ones before it are converted.
+    ///
+    /// # Errors
+    /// Of [`Checkpoint::tensor`] and of `make`: always that of the first name.
+    pub fn read<T: Send>(
+        &self,
+        wanted: impl Fn(&str) -> bool,
+        make: impl Fn(&Weight) -> Result<T> + Sync,
+    ) -> Result<Vec<(String, T)>> {
+        let wanted: Vec<&Found> = self.found.iter().filter(|f| wanted(&f.name)).collect();
+        let (next, made) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
+        // A queue, so that files are read from front to back, and no thread waits at the end of a tensor.
+        rayon::broadcast(|_| {
+            loop {
+                let i = next.fetch_add(1, Ordering::Relaxed);
+                let Some(Found { name, source, spec, layout }) = wanted.get(i).copied() else { return };
+                let ahead = i + rayon::current_num_threads();
+                wanted.get(ahead).into_iter().for_each(|f| self.checkpoint.prefetch(&f.source));
+                let one = self.checkpoint.tensor(source);
+                let one = one.and_then(|tensor| make(&Weight { name, spec: *spec, layout: *layout, tensor }));
+                if one.is_err() {
+                    // Those before are under way or done: the first error is among them.
+                    next.fetch_max(wanted.len(), Ordering::Relaxed);
+                }
+                lock(&made).insert(i, one.map(|t| (name.clone(), t)));
+            }
         });
+        std::mem::take(&mut *lock(&made)).into_values().collect()
     }
-    for (name, source, spec, layout) in found {
-        let tensor = checkpoint.read(&source, spec.dtype)?;
-        let tensor = match layout {
-            Layout::Conv => tensor.permute(&[0, 2, 3, 1])?,
-            Layout::Linear | Layout::Same => tensor.reshape(spec.shape)?,
-        };
-        put(name, tensor)?;
-        checkpoint.release(&source);
-    }
-    Ok(())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn commas(shape: &[usize]) -> String {

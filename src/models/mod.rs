@@ -2,7 +2,7 @@
 
 pub mod load;
 
-pub use load::{Inventory, load};
+pub use load::{Inventory, Source};
 
 use crate::error::Result;
 use crate::graph::Graph;

@@ -53,6 +53,10 @@ impl Operation for Activation {
         io.launch(k::ACTIVATION_FWD, spec.dtype, "", [n.div_ceil(per_block), 1, 1], k::BLOCK, params)
     }
 
+    fn cpu_scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
+        cpu::working_bytes(y[0].shape.last())
+    }
+
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
         Cost::streaming(8 * y[0].shape.numel(), x, y)
     }
@@ -70,7 +74,8 @@ impl Operation for Activation {
             all.push(Case::new(Activation(act), [t([2, 9, 9, 32])]));
             all.push(Case::new(Activation(act), [t([64]).normal(0.0, 30.0)]));
         }
-        all.push(Case::new(Activation(Act::Silu), [t([2, 64, 64, 320])]).bench());
+        // The time embedding of a UNet, and a picture's worth for the bandwidth.
+        all.extend([&[2, 1280][..], &[2, 64, 64, 320]].map(|x| Case::new(Activation(Act::Silu), [t(x)]).bench()));
         all
     }
 

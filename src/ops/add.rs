@@ -47,6 +47,10 @@ impl Operation for Add {
         Ok(vec![dy[0], dy[0]])
     }
 
+    fn cpu_scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
+        cpu::working_bytes(y[0].shape.last())
+    }
+
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
         Cost::streaming(y[0].shape.numel(), x, y)
     }

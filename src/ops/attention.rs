@@ -27,6 +27,13 @@ impl Attention {
         Sizes { b, t: q.rows() / b.max(1), s: keys.rows() / b.max(1), d: q.last() / self.heads }
     }
 
+    /// The shape as the CPU's code takes it.
+    fn on_cpu(&self, x: &[Spec]) -> cpu::attention::Attention {
+        let Sizes { b, t, s, d } = self.sizes(x[0].shape, x[1].shape);
+        let (heads, scale, causal) = (self.heads, self.scale(d) as f32, self.causal);
+        cpu::attention::Attention { b, t, s, heads, d, scale, causal }
+    }
+
     /// D^-1/2, the scale of the scores.
     fn scale(&self, d: usize) -> f64 {
         1.0 / (d as f64).sqrt()
@@ -111,15 +118,19 @@ impl Operation for Attention {
     }
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
-        use crate::backend::cpu::attention::{Attention as Shape, Heads, attention};
-        let Sizes { b, t, s, d } = self.sizes(io.x[0].shape, io.x[1].shape);
+        let Sizes { t, s, d, .. } = self.sizes(io.x[0].shape, io.x[1].shape);
+        use cpu::attention::{Heads, attention};
         let (q, keys, values) = (io.slice(0), io.slice(1), io.slice(2));
         let width = self.heads * d;
-        let shape = Shape { b, t, s, heads: self.heads, d, scale: self.scale(d) as f32, causal: self.causal };
+        let shape = self.on_cpu(io.x);
         let (q, keys, values) =
             (Heads::new(q, t, width), Heads::new(keys, s, width), Heads::new(values, s, width));
         attention(&shape, q, keys, values, io.out(0));
         Ok(())
+    }
+
+    fn cpu_scratch(&self, x: &[Spec], _y: &[Spec]) -> usize {
+        cpu::attention::working_bytes(x[0].dtype, &self.on_cpu(x))
     }
 
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
@@ -175,9 +186,25 @@ impl Operation for Attention {
             heads(1, 960, 1, 5, 7, false),
             heads(3, 24, 1, 10, 50, true),
             image,
+            // SD 1.5 and LDM 1.45B, then SDXL, to themselves and to the text; then the autoencoders.
             heads(8, 40, 2, 4096, 4096, false).bench(),
             heads(8, 40, 2, 4096, 77, false).bench(),
+            heads(8, 40, 2, 1024, 1024, false).bench(),
+            heads(8, 40, 2, 1024, 77, false).bench(),
             heads(8, 80, 2, 1024, 1024, false).bench(),
+            heads(8, 80, 2, 1024, 77, false).bench(),
+            heads(8, 80, 2, 256, 256, false).bench(),
+            heads(8, 80, 2, 256, 77, false).bench(),
+            heads(8, 160, 2, 256, 256, false).bench(),
+            heads(8, 160, 2, 256, 77, false).bench(),
+            heads(8, 160, 2, 64, 64, false).bench(),
+            heads(8, 160, 2, 64, 77, false).bench(),
+            heads(8, 160, 2, 16, 16, false).bench(),
+            heads(8, 160, 2, 16, 77, false).bench(),
+            heads(10, 64, 2, 4096, 4096, false).bench(),
+            heads(10, 64, 2, 4096, 77, false).bench(),
+            heads(20, 64, 2, 1024, 1024, false).bench(),
+            heads(20, 64, 2, 1024, 77, false).bench(),
             heads(1, 512, 1, 4096, 4096, false).bench(),
         ]
     }

@@ -3,6 +3,7 @@
 use super::{Array, Op, Operation};
 use crate::rng::Small;
 use crate::tensor::{DType, Shape, Spec};
+use std::ops::Range;
 
 /// Element type of a case's input.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -75,6 +76,8 @@ pub struct Case {
     pub args: Vec<Arg>,
     /// A real shape, timed by the benches and too large for the test harness.
     pub bench: bool,
+    /// Which inputs a model holds as weights; the benches do the same.
+    pub weights: Range<usize>,
     /// Factor on the error bounds, with the reason for it.
     pub loose: Option<(f64, &'static str)>,
     /// The types it is tested in.
@@ -84,12 +87,25 @@ pub struct Case {
 impl Case {
     /// A case for every float type.
     pub fn new(op: impl Operation, args: impl Into<Vec<Arg>>) -> Case {
-        Case { op: op.into(), args: args.into(), bench: false, loose: None, types: &DType::FLOATS }
+        Case {
+            op: op.into(),
+            args: args.into(),
+            bench: false,
+            weights: 0..0,
+            loose: None,
+            types: &DType::FLOATS,
+        }
     }
 
     /// Marks a real shape.
     pub fn bench(mut self) -> Case {
         self.bench = true;
+        self
+    }
+
+    /// Says which inputs a model holds as weights.
+    pub fn weights(mut self, inputs: Range<usize>) -> Case {
+        self.weights = inputs;
         self
     }
 

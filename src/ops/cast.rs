@@ -46,6 +46,10 @@ impl Operation for Cast {
         io.launch(k::CAST_FWD, types, "", [n.div_ceil(k::BLOCK), 1, 1], k::BLOCK, p)
     }
 
+    fn cpu_scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
+        cpu::working_bytes(y[0].shape.last())
+    }
+
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
         Cost::streaming(y[0].shape.numel(), x, y)
     }

@@ -56,6 +56,10 @@ impl Operation for Concat {
         io.launch(k::CONCAT_FWD, y.dtype, "", [n.div_ceil(k::BLOCK), 1, 1], k::BLOCK, p)
     }
 
+    fn cpu_scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
+        cpu::working_bytes(y[0].shape.last())
+    }
+
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
         Cost::streaming(0, x, y)
     }
@@ -65,7 +69,7 @@ impl Operation for Concat {
             let s = |n| [lead, &[n]].concat();
             Case::new(Concat, [t(s(a).as_slice()), t(s(b).as_slice())])
         };
-        vec![
+        let mut small = vec![
             cat(&[], 1, 1),
             cat(&[1], 3, 2),
             cat(&[2, 5, 7], 64, 32),
@@ -74,8 +78,17 @@ impl Operation for Concat {
             cat(&[2, 8, 8], 32, 32),
             cat(&[77], 5, 60),
             cat(&[1, 1, 1], 1280, 640),
-            cat(&[2, 64, 64], 320, 320).bench(),
-        ]
+        ];
+        // The skips of SD 1.5; those of SDXL and of the LDM are as large or smaller.
+        let real: [(usize, &[(usize, usize)]); 4] = [
+            (8, &[(1280, 1280)]),
+            (16, &[(1280, 1280), (1280, 640)]),
+            (32, &[(1280, 640), (640, 640), (640, 320)]),
+            (64, &[(640, 320), (320, 320)]),
+        ];
+        let at = |side| move |&(a, b): &(usize, usize)| cat(&[2, side, side], a, b).bench();
+        small.extend(real.iter().flat_map(|&(side, pairs)| pairs.iter().map(at(side))));
+        small
     }
 
     fn random(r: &mut Small) -> Case {

@@ -79,6 +79,10 @@ impl Operation for Embedding {
         io.launch(k::EMBEDDING_FWD, io.y_spec(0).dtype, "", [y[0] * y[1], 1, 1], k::BLOCK, p)
     }
 
+    fn cpu_scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
+        cpu::working_bytes(y[0].shape.last())
+    }
+
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
         let moved = y[0].bytes() * (2 + self.positions as usize) + x[0].bytes();
         Cost { flops: y[0].shape.numel() as f64, bytes: moved as f64 }
@@ -99,7 +103,7 @@ impl Operation for Embedding {
             embed(2, 3, 7, 8, 3),
             embed(4, 1, 100, 16, 0),
             embed(1, 77, 500, 48, 77),
-            embed(2, 77, 49408, 768, 77).bench(),
+            embed(2, 77, 49408, 768, 77).weights(1..3).bench(),
         ]
     }
 

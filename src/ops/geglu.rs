@@ -53,6 +53,10 @@ impl Operation for Geglu {
         io.launch(k::GEGLU_FWD, y.dtype, "", [n.div_ceil(k::BLOCK), 1, 1], k::BLOCK, p)
     }
 
+    fn cpu_scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
+        cpu::working_bytes(y[0].shape.last())
+    }
+
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
         Cost::streaming(12 * y[0].shape.numel(), x, y)
     }
@@ -69,7 +73,10 @@ impl Operation for Geglu {
             &[2, 9, 128],
         ];
         let mut all: Vec<Case> = shapes.iter().map(|&s| Case::new(Geglu, [t(s).normal(0.0, 2.0)])).collect();
-        all.push(Case::new(Geglu, [t([2, 64, 64, 2560])]).bench());
+        // Feed-forward layers of SD 1.5, SDXL and LDM 1.45B: tokens of an image, twice four times their width.
+        let wide = [1024, 256, 64, 16].map(|tokens| [tokens, 10240]);
+        let real = [[4096, 2560], [4096, 5120], [1024, 5120], [1024, 2560], [256, 5120]];
+        all.extend(real.into_iter().chain(wide).map(|[tokens, c]| Case::new(Geglu, [t([2, tokens, c])]).bench()));
         all
     }
 

@@ -142,6 +142,10 @@ impl Operation for GroupNorm {
         io.launch(k::GROUP_NORM_FWD, io.x_spec(0).dtype, "", [self.groups, b, 1], k::BLOCK, p)
     }
 
+    fn cpu_scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
+        cpu::working_bytes(y[0].shape.last()) + cpu::math::stats_bytes(y[0].shape.rows(), y[0].shape.last())
+    }
+
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
         Cost::streaming(10 * y[0].shape.numel(), x, y)
     }
@@ -158,7 +162,7 @@ impl Operation for GroupNorm {
             8.0,
             "the norm bound assumes |y| near |x|; here the input's own rounding is 1e-3 of its deviation",
         );
-        vec![
+        let mut small = vec![
             norm(1, 1e-5, Act::None, &[1, 1, 1, 4]),
             norm(2, 1e-5, Act::None, &[2, 3, 3, 4]),
             norm(32, 1e-5, Act::Silu, &[2, 8, 8, 32]),
@@ -168,9 +172,30 @@ impl Operation for GroupNorm {
             norm(3, 1e-5, Act::None, &[1, 40, 9]),
             norm(32, 1e-5, Act::Silu, &[1, 33, 31, 160]),
             far,
-            norm(32, 1e-5, Act::Silu, &[2, 64, 64, 320]).bench(),
-            norm(32, 1e-6, Act::Silu, &[1, 512, 512, 128]).bench(),
-        ]
+        ];
+        // UNets of SD 1.5, SDXL and LDM 1.45B; KL-f8 at 512×512 and VQ-f4 at 256×256, without a batch. Before attention
+        // there is no activation: one of those in each size stands for them.
+        let real: [(usize, usize, &[usize]); 10] = [
+            (2, 128, &[320, 640, 960]),
+            (2, 64, &[320, 640, 960, 1280, 1920]),
+            (2, 32, &[320, 640, 960, 1280, 1920, 2560]),
+            (2, 16, &[320, 640, 960, 1280, 1920, 2560]),
+            (2, 8, &[640, 1280, 1920, 2560]),
+            (2, 4, &[1280, 2560]),
+            (1, 64, &[512]),
+            (1, 128, &[256, 512]),
+            (1, 256, &[128, 256, 512]),
+            (1, 512, &[128, 256]),
+        ];
+        for (b, side, channels) in real {
+            let eps = if b == 1 { 1e-6 } else { 1e-5 };
+            let case = |act, c| norm(32, eps, act, &[b, side, side, c]).weights(1..3).bench();
+            small.extend(channels.iter().map(|&c| case(Act::Silu, c)));
+        }
+        for (b, side, c) in [(2, 64, 320), (2, 32, 640), (2, 16, 1280), (2, 8, 1280), (1, 64, 512)] {
+            small.push(norm(32, 1e-6, Act::None, &[b, side, side, c]).weights(1..3).bench());
+        }
+        small
     }
 
     fn random(r: &mut Small) -> Case {

@@ -88,6 +88,10 @@ impl Operation for LayerNorm {
         io.launch(k::LAYER_NORM_FWD, io.x_spec(0).dtype, "", grid, k::BLOCK, p)
     }
 
+    fn cpu_scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
+        cpu::working_bytes(y[0].shape.last())
+    }
+
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
         Cost::streaming(8 * y[0].shape.numel(), x, y)
     }
@@ -103,7 +107,7 @@ impl Operation for LayerNorm {
             8.0,
             "the norm bound assumes |y| near |x|; here the input's own rounding is 1e-3 of its deviation",
         );
-        vec![
+        let mut small = vec![
             norm(&[1, 2]),
             norm(&[3, 7]),
             norm(&[2, 77, 32]),
@@ -113,8 +117,12 @@ impl Operation for LayerNorm {
             norm(&[1, 1280]),
             norm(&[5, 9, 100]),
             far,
-            norm(&[2, 64, 64, 320]).bench(),
-        ]
+        ];
+        // Tokens and widths of SD 1.5, SDXL and LDM 1.45B.
+        let real = [[4096, 320], [4096, 640], [1024, 320], [1024, 640], [1024, 1280], [256, 640], [256, 1280]];
+        let real = real.into_iter().chain([[64, 1280], [16, 1280]]);
+        small.extend(real.map(|[tokens, c]| norm(&[2, tokens, c]).weights(1..3).bench()));
+        small
     }
 
     fn random(r: &mut Small) -> Case {

@@ -121,6 +121,17 @@ pub trait Operation: Clone + PartialEq + Debug + Into<Op> {
         0
     }
 
+    /// Bytes that [`Operation::cpu`] takes beside its inputs and outputs, on all threads of the current pool together.
+    /// By default those of f32 copies of 16-bit operands.
+    fn cpu_scratch(&self, x: &[Spec], y: &[Spec]) -> usize {
+        cpu::copies(x, y)
+    }
+
+    /// The input that may be a packed weight on the CPU: the right operand of a product.
+    fn packed(&self) -> Option<usize> {
+        None
+    }
+
     /// Pairs (output, input) that may share memory: element i of the output depends on element i of that input alone.
     fn in_place(&self) -> &'static [(usize, usize)] {
         &[]
@@ -226,6 +237,10 @@ macro_rules! define {
             pub fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost { each!(self, op => op.cost(x, y)) }
             /// [`Operation::scratch`].
             pub fn scratch(&self, x: &[Spec]) -> usize { each!(self, op => op.scratch(x)) }
+            /// [`Operation::cpu_scratch`].
+            pub fn cpu_scratch(&self, x: &[Spec], y: &[Spec]) -> usize { each!(self, op => op.cpu_scratch(x, y)) }
+            /// [`Operation::packed`].
+            pub fn packed(&self) -> Option<usize> { each!(self, op => op.packed()) }
             /// [`Operation::in_place`].
             pub fn in_place(&self) -> &'static [(usize, usize)] { each!(self, op => op.in_place()) }
             /// [`Operation::updates`].

@@ -115,7 +115,7 @@ impl Operation for Quantize {
             q(&[2, 3, 3, 8], 64),
             q(&[9, 256], 17),
             tie,
-            q(&[1, 64, 64, 3], 8192).bench(),
+            q(&[1, 64, 64, 3], 8192).weights(1..2).bench(),
         ]
     }
 

@@ -35,11 +35,11 @@ pub struct Advance {
 }
 
 /// A row of the table.
-struct Row<V>(Vec<V>);
+struct Row<'a, V>(&'a [V]);
 
-impl<V: Copy + Into<f64>> Row<V> {
-    fn at(table: &[V], k: usize) -> Row<V> {
-        Row(table[k * TABLE..][..TABLE].to_vec())
+impl<'a, V: Copy + Into<f64>> Row<'a, V> {
+    fn at(table: &'a [V], k: usize) -> Row<'a, V> {
+        Row(&table[k * TABLE..][..TABLE])
     }
     fn f(&self, i: usize) -> f64 {
         self.0[i].into()
@@ -108,10 +108,10 @@ impl Operation for Prepare {
         let n = slots.len() / io.x[0].shape[0];
         let from = &slots[row.slot(X_SLOT).unwrap_or(0) * n..][..n];
         let scale = row.f(SCALE_IN) as f32;
-        io.write(0, |y| {
-            for y in y.chunks_mut(n.max(1)) {
-                y.iter_mut().zip(from).for_each(|(y, x)| *y = x * scale);
-            }
+        let width = io.y[0].shape.last();
+        io.rows(0, width, |first, y| {
+            let at = |i: usize| (first * width + i) % n;
+            y.iter_mut().enumerate().for_each(|(i, y)| *y = from[at(i)] * scale);
         });
         io.write(1, |y| y[0] = row.f(TIMESTEP) as f32);
         io.i32_mut(2)[0] = k as i32;

@@ -51,9 +51,9 @@ impl Operation for Timestep {
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
         let (t, half) = (io.f32(0), self.width / 2);
-        io.write(0, |y| {
+        io.rows(0, self.width, |first, y| {
             for (i, y) in y.iter_mut().enumerate() {
-                let (b, c) = (i / self.width, i % self.width);
+                let (b, c) = (first + i / self.width, i % self.width);
                 let angle = (t[b] * self.frequency(c % half)) as f64;
                 *y = if (c < half) == self.flip { angle.cos() } else { angle.sin() } as f32;
             }

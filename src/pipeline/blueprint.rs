@@ -1,9 +1,10 @@
 //! What a folder describes, without its weights: enough to say what a picture costs.
 
 use super::Request;
+use super::tiles::Axis;
 use crate::diffusion::{Settings, evaluation_graph};
 use crate::error::{Error, Result};
-use crate::exec::{Device, Graph, Program, human_bytes};
+use crate::exec::{Graph, Program};
 use crate::io::ModelFolder;
 use crate::models::{AutoencoderKL, ClipText, Codec, Model, UNet2DCondition, VQModel};
 use crate::samplers::{Method, ScheduleConfig};
@@ -73,24 +74,9 @@ pub(super) fn model<M: Model>(folder: &ModelFolder, name: &str) -> Result<M> {
 /// Longest side of a picture, in pixels. Far beyond what fits into memory today; below it, sizes can be counted.
 const MAX_SIDE: usize = 1 << 17;
 /// Most pictures that are made together; as [`MAX_SIDE`].
-const MAX_BATCH: usize = 1 << 16;
-
-/// What a picture of some size costs.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct Estimate {
-    /// Bytes of the arena of one evaluation of the UNet, and of the sampler's states.
-    pub unet_arena: usize,
-    /// Bytes of the arena of the decoder, for one picture.
-    pub decoder_arena: usize,
-    /// Floating-point operations of one evaluation.
-    pub unet_flops: f64,
-    /// Floating-point operations of decoding one picture.
-    pub decoder_flops: f64,
-    /// Rows that one evaluation takes: the batch, twice with guidance.
-    pub rows: usize,
-    /// Evaluations of the UNet.
-    pub evaluations: usize,
-}
+pub(super) const MAX_BATCH: usize = 1 << 16;
+/// Shortest side of a tile, in latents: below, there is more border than picture.
+const MIN_TILE: usize = 8;
 
 /// The models and settings of a Stable Diffusion folder.
 #[derive(Clone, Debug)]
@@ -209,6 +195,11 @@ impl Blueprint {
                 "clip skip: want 1 to {most}, by the text encoder's layers; got {got}"
             )));
         }
+        if let Some(side) = r.vae_tile_size.filter(|side| !(MIN_TILE..=MAX_SIDE).contains(side)) {
+            return Err(Error::invalid(format!(
+                "tile size: want {MIN_TILE} to {MAX_SIDE} latents on a side; got {side}"
+            )));
+        }
         self.size(r)?;
         if r.init.is_some() && matches!(self.vae, Vae::Vq(_)) {
             return Err(Error::invalid(
@@ -219,31 +210,6 @@ impl Blueprint {
         method.ladder(&schedule, r.steps, 0).map(|_| ())
     }
 
-    /// Checks that the memory for a request's values is there, weights not counted.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] with the bytes that are needed and those that are there.
-    pub fn check_memory(&self, r: &Request, dtype: DType, device: &Device) -> Result<()> {
-        let e = self.estimate(r, dtype)?;
-        // The encoder of an initial picture is there together with the states.
-        let (width, height) = self.size(r)?;
-        let encoder = match (&self.vae, &r.init) {
-            (Vae::Kl(v), Some(_)) => Program::measure(&v.sample_graph([1, height, width], dtype)?)?.arena,
-            _ => 0,
-        };
-        let (need, part) = (e.unet_arena + encoder, "sampling").max((e.decoder_arena, "decoding"));
-        match device.available() {
-            Some(have) if need > have => Err(Error::invalid(format!(
-                "{part} {width}x{height}, batch size {}, in {dtype} needs {need} bytes ({}) beside the weights; \
-                     {have} ({}) are free: try a smaller size or batch",
-                r.batch,
-                human_bytes(need),
-                human_bytes(have)
-            ))),
-            _ => Ok(()),
-        }
-    }
-
     /// Height and width of a request's latents.
     ///
     /// # Errors
@@ -251,6 +217,25 @@ impl Blueprint {
     pub fn latent_size(&self, r: &Request) -> Result<[usize; 2]> {
         let ((width, height), f) = (self.size(r)?, self.vae.codec().factor());
         Ok([height / f, width / f])
+    }
+
+    /// How the autoencoder takes a request's pictures: the tiles of rows and columns, one of each without tiling.
+    pub(super) fn tiles(&self, r: &Request) -> Result<[Axis; 2]> {
+        let codec = self.vae.codec();
+        let native = (codec.sample_size / codec.factor()).max(MIN_TILE);
+        let side = if r.vae_tiling { r.vae_tile_size.unwrap_or(native) } else { usize::MAX };
+        Ok(self.latent_size(r)?.map(|length| Axis::new(length, side)))
+    }
+
+    /// The encoder's graph for a request's initial picture, or for one tile of it.
+    pub(super) fn encode_graph(&self, r: &Request, dtype: DType) -> Result<Graph> {
+        let Vae::Kl(vae) = &self.vae else {
+            return Err(Error::invalid(
+                "an initial picture needs a model with an AutoencoderKL; this one has a VQModel",
+            ));
+        };
+        let ([rows, columns], f) = (self.tiles(r)?, vae.codec.factor());
+        vae.sample_graph([1, rows.tile * f, columns.tile * f], dtype)
     }
 
     /// The sampler of a request with its schedule.
@@ -289,7 +274,8 @@ impl Blueprint {
         Ok((method, schedule))
     }
 
-    fn evaluation(&self, r: &Request, dtype: DType) -> Result<(Graph, usize, Settings)> {
+    /// The graph of one evaluation, the number of evaluations, and the settings that led to both.
+    pub(super) fn evaluation(&self, r: &Request, dtype: DType) -> Result<(Graph, usize, Settings)> {
         self.check(r)?;
         let size = self.latent_size(r)?;
         let (method, schedule) = self.choose(r)?;
@@ -297,25 +283,6 @@ impl Blueprint {
         let (batch, tokens) = (r.batch, self.text.positions);
         let s = Settings { batch, size, tokens, guidance: r.cfg_scale, dtype };
         Ok((evaluation_graph(&self.unet, &table, &s)?, table.rows.len(), s))
-    }
-
-    /// Memory and work for a request, without running it.
-    ///
-    /// # Errors
-    /// When the model cannot take the size.
-    pub fn estimate(&self, r: &Request, dtype: DType) -> Result<Estimate> {
-        let (unet, evaluations, s) = self.evaluation(r, dtype)?;
-        let [h, w] = s.size;
-        let decoder = self.vae.decode_graph([1, h, w], dtype)?;
-        let plan = Program::measure(&unet)?;
-        Ok(Estimate {
-            unet_arena: plan.arena + plan.states,
-            decoder_arena: Program::measure(&decoder)?.arena,
-            unet_flops: unet.total_cost().flops,
-            decoder_flops: decoder.total_cost().flops,
-            rows: s.copies() * s.batch,
-            evaluations,
-        })
     }
 
     /// The graph of one evaluation as text, fused and planned.

@@ -128,8 +128,8 @@ impl Vae {
 /// When the device has no room for them.
 pub fn random_weights(inventory: &Inventory, device: &Device, seed: u64) -> Result<Weights> {
     let mut weights = Weights::new(device);
-    for (name, spec, _) in inventory.iter() {
-        weights.insert(name, &super::random::tensor(name, spec, seed)?)?;
+    for (name, spec, layout) in inventory.iter() {
+        weights.insert_as(name, &super::random::tensor(name, spec, seed)?, layout)?;
     }
     Ok(weights)
 }

@@ -30,6 +30,11 @@ pub struct Request {
     pub eta: f64,
     /// A picture to start from.
     pub init: Option<Init>,
+    /// Take pictures through the autoencoder in tiles that overlap: less memory for large ones, not quite the same
+    /// picture. Never done unasked.
+    pub vae_tiling: bool,
+    /// Side of a tile in latents; by default that of the pictures that the autoencoder was made for.
+    pub vae_tile_size: Option<usize>,
 }
 
 /// A picture to start from (img2img).
@@ -60,6 +65,8 @@ impl Default for Request {
             clip_skip: 0,
             eta: 0.0,
             init: None,
+            vae_tiling: false,
+            vae_tile_size: None,
         }
     }
 }
@@ -79,14 +86,15 @@ pub struct Picture {
 
 /// What a caller hears while pictures are made. Every method may stop the run with [`crate::Error::Cancelled`].
 pub trait Observer {
-    /// A part of the work begins: `text`, `sampling`, `decoding`.
+    /// A part of the work begins: `text`, `encoding` (of an initial picture), `sampling`, `decoding`; `loading` before
+    /// each of them where its weights are read only now.
     ///
     /// # Errors
     /// Stops the run.
     fn stage(&mut self, _name: &str) -> Result<()> {
         Ok(())
     }
-    /// Evaluation `done` of `of` is finished.
+    /// Evaluation `done` of `of` is finished; or tile, where the autoencoder takes the picture in several.
     ///
     /// # Errors
     /// Stops the run.

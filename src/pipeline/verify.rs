@@ -7,7 +7,7 @@
 //! shown and not judged. Pictures have at least 50 dB in f32.
 
 use super::blueprint::{model, scheduler, vae_name};
-use super::{Blueprint, Pipeline, repeat, weights as load};
+use super::{Blueprint, Inventory, Pipeline, load, repeat, unscaled};
 use crate::diffusion::{Sampling, Settings};
 use crate::error::{Error, Result};
 use crate::exec::{Device, Graph, Program, Weights};
@@ -216,7 +216,8 @@ impl Session<'_> {
 
     fn load<M: crate::models::Model>(&self, name: &str) -> Result<(M, Weights)> {
         let model = model(self.folder, name)?;
-        let weights = load(self.folder, name, &model, self.device, self.dtype)?;
+        let inventory = Inventory::of(&M::inventory(&model, self.dtype)?);
+        let weights = load(self.folder.checkpoint(name)?, &inventory, self.device)?;
         Ok((model, weights))
     }
 
@@ -419,8 +420,8 @@ impl Session<'_> {
 
         let tokens = context.shape()[1];
         let settings = Settings { batch, size: [h, w], tokens, guidance, dtype: self.dtype };
-        let (unet, weights) = (&pipeline.blueprint.unet, &pipeline.unet);
-        let mut run = Sampling::new(unet, weights, self.device, (method, &ladder), settings)?;
+        let (unet, weights) = (&pipeline.blueprint.unet, pipeline.unet.weights(self.device, None)?);
+        let mut run = Sampling::new(unet, &weights, self.device, (method, &ladder), settings)?;
         if run.noises() > 0 {
             return Err(Error::invalid("the run drew fresh noise (eta > 0), which the file does not store"));
         }
@@ -440,9 +441,7 @@ impl Session<'_> {
         }
         let z = run.state()?;
         drop(run);
-        let factor = 1.0 / pipeline.blueprint.vae.codec().scaling_factor;
-        let scaled = z.to_f32().iter().map(|v| (*v as f64 * factor) as f32).collect();
-        let z = HostTensor::f32(z.shape(), scaled)?;
+        let z = unscaled(&z, pipeline.blueprint.vae.codec().scaling_factor)?;
         self.compare_nhwc("decoder_input", &z, None)?;
         let image = pipeline.decode_scaled(&z)?;
         let unit = image.to_f32().iter().map(|v| (v / 2.0 + 0.5).clamp(0.0, 1.0)).collect();
@@ -460,7 +459,7 @@ impl Session<'_> {
             [_, tokens] = self.axes(name, &want, fits)?;
             ids.extend(self.read_ids(name)?.to_f64().into_iter().map(|v| v as i32));
         }
-        repeat(&pipeline.encode_text(&ids, names.len(), 0)?, batch)
+        repeat(&pipeline.encode_text(&ids, names.len(), 0, &mut ())?, batch)
     }
 
     /// Mask and masked image, which follow the latents among the channels of the first input.

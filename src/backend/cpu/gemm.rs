@@ -19,6 +19,7 @@ use super::scratch::scratch;
 use super::simd::{Arith, Block, Grid, Isa, KC, Kernel, LDA, MAX_MR, MAX_NR, Panel, Simd, tile};
 use super::slice::{Element, Slice, SliceMut};
 use crate::each_mut;
+use crate::tensor::DType;
 use bytemuck::cast_slice_mut;
 use half::bf16;
 use rayon::prelude::*;
@@ -189,6 +190,20 @@ fn typed<T: Element>(isa: Isa, a: &impl Rows, w: Weights, n: usize, epilogue: &E
             product.many_rows(|block, panel, f| f(&panels.view(packed, block, panel)), out);
         }),
     }
+}
+
+/// Bytes of working memory that [`gemm`] takes for (M,N,K) and a packed weight, all threads together.
+pub fn working_bytes(dtype: DType, m: usize, n: usize, k: usize) -> usize {
+    let isa = Isa::best();
+    let (panels, threads) = (Panels::new(isa, arith(isa, dtype), n, k, KC), rayon::current_num_threads());
+    let narrow = (dtype != DType::F32) as usize;
+    let words = if m <= FEW_ROWS {
+        panels.blocks() * m * LDA + threads * (KC * MAX_NR + narrow * m * isa.nr())
+    } else {
+        let (rows, cols) = (m.div_ceil(m.div_ceil(ROWS)), n.min(COLS + MAX_NR));
+        threads * (rows * LDA + narrow * (KC * MAX_NR + rows * cols))
+    };
+    words * size_of::<f32>()
 }
 
 fn with_panel(w: &Packed, block: usize, panel: usize, f: &mut dyn FnMut(&Panel)) {

@@ -80,6 +80,7 @@ pub fn exp2_nonpositive<S: Simd>(s: S, x: S::F) -> S::F {
 }
 
 /// 2^r on |r| <= 1/2, highest power first: a minimax fit of the relative error, 9e-8.
+#[expect(clippy::approx_constant, reason = "a fitted coefficient, near ln 2 but not it")]
 const EXP2: [f32; 6] = [1.326_472_7e-3, 9.671_513e-3, 5.550_733_6e-2, 2.402_224_2e-1, 6.931_47e-1, 1.0];
 
 /// 1 + erf(x), without cancellation for x < -1.
@@ -382,6 +383,9 @@ impl Kernel for ChannelMoments<'_> {
     }
 }
 
+/// Elements whose moments one task adds up.
+const CHUNK: usize = 1 << 15;
+
 /// Mean and biased variance of each group of C / G adjacent channels over all pixels of each image: x (B, HW, C), and
 /// \[mean, variance\] per image and group (B, G) for `f`. In parallel over fixed chunks of pixels, whose sums are added
 /// in order.
@@ -413,7 +417,6 @@ pub fn group_stats_with<R>(
         "group_stats: {} elements are no whole pixels of {c} channels in {images} images",
         x.len()
     );
-    const CHUNK: usize = 1 << 15;
     let (pixels, width) = (x.len() / images / c, c / groups);
     let rows = (CHUNK / c).max(1);
     let chunks = pixels.div_ceil(rows);
@@ -440,6 +443,11 @@ pub fn group_stats_with<R>(
         }
         f(stats)
     })
+}
+
+/// Bytes of working memory that [`group_stats`] takes for that many pixels, about.
+pub fn stats_bytes(pixels: usize, c: usize) -> usize {
+    pixels.div_ceil((CHUNK / c.max(1)).max(1)) * 2 * c * size_of::<f64>()
 }
 
 /// y = (x - mean) / √(variance + eps) · w + bias of one row x (C).

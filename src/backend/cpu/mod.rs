@@ -223,6 +223,17 @@ impl<'a, 'b> Call<'a, 'b> {
     }
 }
 
+/// Bytes of working memory that elementwise operations and norms over a last axis of `width` take, all threads together.
+pub fn working_bytes(width: usize) -> usize {
+    3 * CHUNK.max(width) * size_of::<f32>() * rayon::current_num_threads()
+}
+
+/// Bytes of the f32 copies that [`Call::f32`] and [`Call::write`] make of 16-bit inputs and outputs.
+pub fn copies(x: &[Spec], y: &[Spec]) -> usize {
+    let copied = x.iter().chain(y).filter(|s| matches!(s.dtype, DType::F16 | DType::BF16));
+    copied.fold(0, |sum, s| sum.saturating_add(s.shape.numel().saturating_mul(size_of::<f32>())))
+}
+
 fn floats(dtype: DType, bytes: &[u8]) -> Cow<'_, [f32]> {
     match dtype {
         DType::F32 => Cow::Borrowed(bytemuck::cast_slice(bytes)),

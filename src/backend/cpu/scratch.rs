@@ -2,8 +2,6 @@
 
 use std::cell::RefCell;
 
-/// Buffers a thread keeps at most; a nested call takes a second one.
-const KEPT: usize = 6;
 /// Floats of one cache line.
 const LINE: usize = 16;
 
@@ -19,15 +17,16 @@ pub fn scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
         let best = (0..pool.len()).filter(|&i| fits(&pool[i])).min_by_key(|&i| pool[i].len());
         best.map(|i| pool.swap_remove(i))
     });
-    let mut data = kept.unwrap_or_else(|| vec![0.0; len + LINE - 1]);
+    let mut data = kept.unwrap_or_else(|| {
+        // The largest makes room for a larger one, so that a thread keeps no more buffers than calls were nested.
+        POOL.with_borrow_mut(|pool| {
+            let largest = (0..pool.len()).max_by_key(|&i| pool[i].len());
+            largest.map(|i| pool.swap_remove(i))
+        });
+        vec![0.0; len + LINE - 1]
+    });
     let start = data.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE - 1);
     let result = f(&mut data[start..start + len]);
-    POOL.with_borrow_mut(|pool| {
-        pool.push(data);
-        if pool.len() > KEPT {
-            let smallest = (0..pool.len()).min_by_key(|&i| pool[i].len()).unwrap_or(0);
-            pool.swap_remove(smallest);
-        }
-    });
+    POOL.with_borrow_mut(|pool| pool.push(data));
     result
 }

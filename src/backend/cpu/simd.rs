@@ -398,6 +398,13 @@ mod x86 {
         unsafe { tile_body::<Zmm, R, V>(Zmm(()), t) }
     }
 
+    /// The same bits, as pairs.
+    #[inline(always)]
+    fn pairs(v: __m512) -> __m512bh {
+        // SAFETY: both are 64 bytes without invalid values.
+        unsafe { transmute::<__m512, __m512bh>(v) }
+    }
+
     /// [`tile_body`] on pairs of bf16: a word of A times a word of B is two products.
     ///
     /// # Safety
@@ -409,14 +416,14 @@ mod x86 {
         unsafe {
             let (mut a, mut b) = (t.a, t.b);
             for _ in 0..t.kc {
-                let mut row = [_mm512_setzero_ps(); V];
+                let mut row = [pairs(_mm512_setzero_ps()); V];
                 for v in 0..V {
-                    row[v] = _mm512_loadu_ps(b.add(v * 16));
+                    row[v] = pairs(_mm512_loadu_ps(b.add(v * 16)));
                 }
                 for r in 0..R {
-                    let x = _mm512_set1_ps(*a.add(r * LDA));
+                    let x = pairs(_mm512_set1_ps(*a.add(r * LDA)));
                     for v in 0..V {
-                        acc[r][v] = _mm512_dpbf16_ps(acc[r][v], transmute(x), transmute(row[v]));
+                        acc[r][v] = _mm512_dpbf16_ps(acc[r][v], x, row[v]);
                     }
                 }
                 a = a.add(1);

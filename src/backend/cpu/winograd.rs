@@ -73,6 +73,16 @@ pub fn conv3x3_with(isa: Isa, conv: &Conv, w: Weights, n: usize, epilogue: &Epil
     }
 }
 
+/// Bytes of working memory that [`conv3x3`] takes with a packed weight, all threads together.
+pub fn working_bytes(s: &ConvShape, n: usize) -> usize {
+    let (isa, threads) = (Isa::best(), rayon::current_num_threads());
+    let sizes = Sizes::new(isa, s, n);
+    let tiles = sizes.rows.div_ceil(sizes.groups) * sizes.wide;
+    let group = tiles.div_ceil(isa.mr()) * sizes.panels.blocks() * POINTS * isa.mr() * LDA;
+    let task = POINTS * (DEPTH + tiles) * isa.nr() + 9 * CHANNELS * isa.nr() + POINTS * KC;
+    (group * if sizes.apart() { threads } else { 1 } + task * threads) * size_of::<f32>()
+}
+
 fn typed<T: Element>(conv: &Conv, w: &Packed, n: usize, epilogue: &Epilogue, out: &mut [T]) {
     let s = &conv.shape;
     assert_eq!(w.layout().shape(), (n, 9 * s.c), "winograd: shape of w");
@@ -81,22 +91,14 @@ fn typed<T: Element>(conv: &Conv, w: &Packed, n: usize, epilogue: &Epilogue, out
         return;
     }
     let isa = w.panels().isa;
-    // The products' own panels: K is C alone.
-    let panels = Panels::new(isa, Arith::Fma, n, s.c, KC);
-    let (high, wide) = (s.out_h.div_ceil(OUT), s.out_w.div_ceil(OUT));
-    let most = (GROUP / (panels.blocks() * POINTS * LDA)).max(FEWEST);
-    let rows = s.b * high;
-    let groups = rows.div_ceil((most / wide).max(1));
-    let all = Winograd { conv, w, epilogue, n, isa, panels, high, wide, rows, groups };
-    all.run(0..groups, out);
+    let sizes = Sizes::new(isa, s, n);
+    let groups = 0..sizes.groups;
+    Winograd { conv, w, epilogue, n, isa, sizes }.run(groups, out);
 }
 
-struct Winograd<'a> {
-    conv: &'a Conv<'a>,
-    w: &'a Packed<'a>,
-    epilogue: &'a Epilogue<'a>,
-    n: usize,
-    isa: Isa,
+/// How a convolution is dealt out.
+struct Sizes {
+    /// The products' own panels: K is C alone.
     panels: Panels,
     /// Tiles of an image, down and across.
     high: usize,
@@ -106,16 +108,40 @@ struct Winograd<'a> {
     groups: usize,
 }
 
+impl Sizes {
+    fn new(isa: Isa, s: &ConvShape, n: usize) -> Sizes {
+        let panels = Panels::new(isa, Arith::Fma, n, s.c, KC);
+        let (high, wide) = (s.out_h.div_ceil(OUT), s.out_w.div_ceil(OUT));
+        let most = (GROUP / (panels.blocks() * POINTS * LDA)).max(FEWEST);
+        let rows = s.b * high;
+        Sizes { panels, high, wide, rows, groups: rows.div_ceil((most / wide).max(1)) }
+    }
+
+    /// Whether each thread takes groups of its own.
+    fn apart(&self) -> bool {
+        self.groups >= 4 * rayon::current_num_threads()
+    }
+}
+
+struct Winograd<'a> {
+    conv: &'a Conv<'a>,
+    w: &'a Packed<'a>,
+    epilogue: &'a Epilogue<'a>,
+    n: usize,
+    isa: Isa,
+    sizes: Sizes,
+}
+
 impl Winograd<'_> {
     /// First row of tiles of a group.
     fn row(&self, group: usize) -> usize {
-        self.rows * group / self.groups
+        self.sizes.rows * group / self.sizes.groups
     }
 
     /// First pixel of a row of tiles.
     fn pixel(&self, row: usize) -> usize {
         let s = &self.conv.shape;
-        (row / self.high * s.out_h + row % self.high * OUT) * s.out_w
+        (row / self.sizes.high * s.out_h + row % self.sizes.high * OUT) * s.out_w
     }
 
     /// Each thread takes groups of its own where there are enough; else the threads share the panels of one.
@@ -127,7 +153,7 @@ impl Winograd<'_> {
         let at = self.pixel(self.row(middle)) - self.pixel(self.row(groups.start));
         let (first, second) = out.split_at_mut(at * self.n);
         let (left, right) = (groups.start..middle, middle..groups.end);
-        if self.apart() {
+        if self.sizes.apart() {
             rayon::join(|| self.run(left, first), || self.run(right, second));
         } else {
             self.run(left, first);
@@ -135,21 +161,21 @@ impl Winograd<'_> {
         }
     }
 
-    fn apart(&self) -> bool {
-        self.groups >= 4 * rayon::current_num_threads()
-    }
-
     /// Calls `f` with each number, in parallel unless the groups are.
     fn each(&self, count: usize, f: impl Fn(usize) + Send + Sync) {
-        if self.apart() {
+        if self.sizes.apart() {
             return (0..count).for_each(f);
         }
         (0..count).into_par_iter().with_max_len(1).for_each(f);
     }
 
     fn group<T: Element>(&self, rows: Range<usize>, out: &mut [T]) {
-        let (blocks, n) = (self.panels.blocks(), self.n);
-        let tiles = Tiles { first: rows.start * self.wide, count: rows.len() * self.wide, mr: self.isa.mr() };
+        let (blocks, n) = (self.sizes.panels.blocks(), self.n);
+        let tiles = Tiles {
+            first: rows.start * self.sizes.wide,
+            count: rows.len() * self.sizes.wide,
+            mr: self.isa.mr(),
+        };
         let each = blocks * POINTS * tiles.mr * LDA;
         scratch(tiles.chunks() * each, |v| {
             let lines = Grid::new(v, tiles.chunks(), each, 1, each);
@@ -160,7 +186,7 @@ impl Winograd<'_> {
             let first = self.pixel(rows.start);
             self.each(grid.count(), |panel| {
                 let (_, _, block) = grid.take(panel);
-                let width = self.panels.width(panel);
+                let width = self.sizes.panels.width(panel);
                 scratch(POINTS * tiles.count * width, |m| {
                     self.multiply(panel, &tiles, v, m);
                     let tiles = tiles.first..tiles.first + tiles.count;
@@ -172,10 +198,10 @@ impl Winograd<'_> {
 
     /// Sums over C of transformed inputs times transformed weights of a panel: m (point, tile, width).
     fn multiply(&self, panel: usize, tiles: &Tiles, v: &[f32], m: &mut [f32]) {
-        let (blocks, width) = (self.panels.blocks(), self.panels.width(panel));
+        let (blocks, width) = (self.sizes.panels.blocks(), self.sizes.panels.width(panel));
         scratch(POINTS * DEPTH * width, |u| {
             for block in 0..blocks {
-                let (c0, kc) = self.panels.block(block);
+                let (c0, kc) = self.sizes.panels.block(block);
                 for at in (0..kc).step_by(DEPTH) {
                     let len = DEPTH.min(kc - at);
                     self.weights(panel, c0 + at..c0 + at + len, u);
@@ -199,7 +225,7 @@ impl Winograd<'_> {
 
     /// Transformed weights of some input channels of a panel: u (point, C, width).
     fn weights(&self, panel: usize, channels: Range<usize>, u: &mut [f32]) {
-        let (c, width, kc) = (self.conv.shape.c, self.panels.width(panel), channels.len());
+        let (c, width, kc) = (self.conv.shape.c, self.sizes.panels.width(panel), channels.len());
         scratch(9 * CHANNELS * width, |buffer| {
             for c0 in channels.clone().step_by(CHANNELS) {
                 let count = CHANNELS.min(channels.end - c0);
@@ -207,7 +233,7 @@ impl Winograd<'_> {
                 let taps = from_fn(|tap| {
                     let (part, tail) = std::mem::take(&mut rest).split_at_mut(CHANNELS * width);
                     rest = tail;
-                    &*self.w.lines(panel, tap * c + c0..tap * c + c0 + count, part)
+                    self.w.lines(panel, tap * c + c0..tap * c + c0 + count, part)
                 });
                 let u = &mut u[(c0 - channels.start) * width..];
                 self.isa.run(WeightTransform { taps, u, stride: kc * width });
@@ -220,8 +246,8 @@ impl Winograd<'_> {
         let s = &self.conv.shape;
         let zeros = [0.0; KC];
         for tile in tiles.clone() {
-            let (row, col) = (tile / self.wide, tile % self.wide);
-            let (b, top, left) = (row / self.high, row % self.high * OUT, col * OUT);
+            let (row, col) = (tile / self.sizes.wide, tile % self.sizes.wide);
+            let (b, top, left) = (row / self.sizes.high, row % self.sizes.high * OUT, col * OUT);
             let shift = s.upsample as usize;
             // Where a pixel of the tile lies in x, unless it is padding.
             let at = |i: usize, j: usize| {
@@ -229,8 +255,8 @@ impl Winograd<'_> {
                 let iw = (left + j).checked_sub(s.pad_left)? >> shift;
                 (ih < s.h && iw < s.w).then(|| ((b * s.h + ih) * s.w + iw) * s.c)
             };
-            for block in 0..self.panels.blocks() {
-                let (c0, kc) = self.panels.block(block);
+            for block in 0..self.sizes.panels.blocks() {
+                let (c0, kc) = self.sizes.panels.block(block);
                 let v = &mut v[(block * POINTS * self.isa.mr() + (tile - tiles.start)) * LDA..];
                 let stride = self.isa.mr() * LDA;
                 if let Slice::F32(x) = self.conv.x {
@@ -405,8 +431,8 @@ impl<T: Element> Kernel for Output<'_, '_, T> {
         let (n0, cols) = (self.panel * all.isa.nr(), self.block.cols());
         let stride = self.tiles.len() * width;
         for t in self.tiles.clone() {
-            let (row, left) = (t / all.wide, t % all.wide * OUT);
-            let (pixel, top) = (all.pixel(row), row % all.high * OUT);
+            let (row, left) = (t / all.sizes.wide, t % all.sizes.wide * OUT);
+            let (pixel, top) = (all.pixel(row), row % all.sizes.high * OUT);
             // Bias and time, which are the same for the whole tile.
             let mut shift = [0.0; 32];
             let batch = e.batch_row(pixel, n0, all.n);

@@ -6,8 +6,9 @@ use crate::error::{Error, Result};
 use crate::exec::timing::Recorder;
 use crate::exec::{Device, Graph, Program, Weights, check_finite, human_bytes};
 use crate::io::ModelFolder;
-use crate::models::{Inventory, Model, load};
-use crate::pipeline::{Parts, Vae, random_weights};
+use crate::models::load as weights;
+use crate::models::{Inventory, Model};
+use crate::pipeline::{Parts, Vae, random_weights, upload};
 use crate::presets::Preset;
 use crate::rng::Generator;
 use crate::samplers::{Ladder, Method};
@@ -242,12 +243,8 @@ impl Plan {
             _ => self.parts.vae()?.inventory(self.dtype)?,
         };
         let part = if part == "vae" && !folder.has("vae") { "vqvae" } else { part };
-        let mut weights = Weights::new(device);
-        load(&folder.checkpoint(part)?, &whole, |name, tensor| match used.contains(name) {
-            true => weights.insert(name, &tensor),
-            false => Ok(()),
-        })?;
-        Ok(weights)
+        // The file is checked against the whole model.
+        upload(&weights::Source::new(folder.checkpoint(part)?, &whole)?, device, |name| used.contains(name))
     }
 
     /// Loads the weights and takes the memory.

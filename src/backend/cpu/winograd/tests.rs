@@ -31,7 +31,8 @@ fn spec(x: &[f32], w: &[f32], s: &ConvShape, n: usize) -> (Vec<f64>, Vec<f64>) {
 }
 
 /// (b, h, w, c, pad_top, pad_left, out_h, out_w, upsample, n)
-const SHAPES: [(usize, usize, usize, usize, usize, usize, usize, usize, bool, usize); 8] = [
+type Shape = (usize, usize, usize, usize, usize, usize, usize, usize, bool, usize);
+const SHAPES: [Shape; 8] = [
     (1, 4, 4, 32, 1, 1, 4, 4, false, 32),
     (2, 8, 8, 64, 1, 1, 8, 8, false, 40),
     (3, 7, 9, 48, 1, 1, 7, 9, false, 5),
