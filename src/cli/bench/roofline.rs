@@ -1,7 +1,7 @@
 //! The machine's own ceilings: how fast it copies, and how fast it multiplies.
 
 use super::record::{Ceilings, CopyRate, MultiplyRate, Row};
-use crate::backend::cpu::simd::{Isa, Kernel, Simd};
+use crate::backend::cpu::simd::{Arith, Block, Isa, Kernel, LDA, Panel, Simd, tile};
 use crate::error::Result;
 use crate::exec::Device;
 use crate::tensor::DType;
@@ -27,12 +27,20 @@ struct Multiply {
 }
 
 /// Every way in which the CPU engine multiplies. One line each.
-const MULTIPLY: &[Multiply] = &[Multiply {
-    name: "f32 fma",
-    dtypes: &[DType::F32, DType::F16, DType::BF16],
-    sets: || Isa::available().to_vec(),
-    run: |isa, rounds| isa.run(Fma { rounds }),
-}];
+const MULTIPLY: &[Multiply] = &[
+    Multiply {
+        name: "f32 fma",
+        dtypes: &[DType::F32, DType::F16, DType::BF16],
+        sets: || Isa::available().to_vec(),
+        run: |isa, rounds| isa.run(Fma { rounds }),
+    },
+    Multiply {
+        name: "bf16 pairs",
+        dtypes: &[DType::BF16],
+        sets: || Isa::available().iter().copied().filter(|isa| isa.has_dot()).collect(),
+        run: pairs,
+    },
+];
 
 /// Chains of multiply-adds in registers: two units that take four cycles each are kept busy by eight. With more, the
 /// portable code spills: 9 GFLOP/s instead of 39 on one core with SSE2.
@@ -59,6 +67,24 @@ impl Kernel for Fma {
         black_box(s.reduce(sum, |a, b| a + b));
         (2 * S::LANES * CHAINS * self.rounds) as f64
     }
+}
+
+/// Register tiles of pairs of bf16, whose operands stay in the first-level cache.
+fn pairs(isa: Isa, rounds: usize) -> f64 {
+    /// Words of the inner dimension.
+    const DEEP: usize = 128;
+    let (rows, width) = (isa.mr(), isa.nr());
+    // Two bf16 ones.
+    let one = f32::from_bits(0x3f80_3f80);
+    let (a, b) = (vec![one; rows * LDA], vec![one; DEEP * width]);
+    let mut c = vec![0.0; rows * width];
+    for _ in 0..rounds {
+        let panel = Panel { isa, data: black_box(&b), width, kc: DEEP, arith: Arith::Dot };
+        let mut block = Block::new(black_box(&mut c), width, rows, width);
+        tile(rows, black_box(&a), &panel, &mut block, (0, 0), false);
+    }
+    // Two products and two sums in each word.
+    (4 * rows * width * DEEP * rounds) as f64
 }
 
 /// Bytes that a copy touches over and over: in the second-level cache, in the last one, in memory.
@@ -98,7 +124,7 @@ fn multiply() -> Vec<MultiplyRate> {
             };
             // Nothing is shared: all threads at once, each with its own clock, and their best tries added up.
             let best = rayon::broadcast(|_| {
-                let rounds = (rate(1 << 12) / (way.run)(isa, 1) * SLICE) as usize + 1;
+                let rounds = (rate(1 << 10) / (way.run)(isa, 1) * SLICE) as usize + 1;
                 (0..SLICES).map(|_| rate(rounds)).fold(0.0, f64::max)
             });
             let best = best.into_iter().sum();
