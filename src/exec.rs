@@ -18,7 +18,7 @@ pub use crate::graph::Graph;
 pub use weights::{Made, Weights};
 
 /// What happens during a run, for progress, traces and checks.
-pub trait Hook {
+pub trait Hook: Send {
     /// A node is about to run.
     ///
     /// # Errors
@@ -280,6 +280,14 @@ impl Program {
     /// # Errors
     /// From a room or the device, with the node's label; or from the hook.
     pub fn run(&mut self, hook: &mut impl Hook) -> Result<()> {
+        // On a CPU from within the thread pool: work that comes from outside is handed over, node by node.
+        match (&self.device, rayon::current_thread_index()) {
+            (Device::Cpu, None) => rayon::scope(|_| self.run_here(hook)),
+            _ => self.run_here(hook),
+        }
+    }
+
+    fn run_here(&mut self, hook: &mut impl Hook) -> Result<()> {
         let settled = std::mem::replace(&mut self.settled, false);
         for step in 0..self.graph.nodes().len() {
             if settled && self.constant[step] {
