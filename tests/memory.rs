@@ -64,7 +64,7 @@ fn a_run_takes_what_info_says() {
     let f = Folder::new();
     let (model, out) = (golden("sd15-tiny"), f.path("x.png"));
     let (model, out) = (model.to_str().unwrap(), out.to_str().unwrap());
-    let size = ["-W", "768", "-H", "768"];
+    let size = ["-W", "256", "-H", "256"];
     for more in [&[][..], &["--vae-tiling"]] {
         let info = ldm(&[&["info", model], &size[..], more].concat());
         let sample =
