@@ -62,13 +62,6 @@ impl Pipeline {
     ) -> Result<Pipeline> {
         let blueprint = Blueprint::read(folder)?;
         let dtype = Self::compute_type(folder, device, dtype)?;
-        // All headers, before any work.
-        let text = Part::source(folder, "text_encoder", &blueprint.text, dtype)?;
-        let unet = Part::source(folder, "unet", &blueprint.unet, dtype)?;
-        let vae = match &blueprint.vae {
-            Vae::Kl(model) => Part::source(folder, vae_name(folder), model, dtype)?,
-            Vae::Vq(model) => Part::source(folder, vae_name(folder), model, dtype)?,
-        };
         let tokenizer = folder.tokenizer("tokenizer")?;
         if tokenizer.vocab_size() > blueprint.text.vocabulary {
             return Err(Error::Config {
@@ -86,6 +79,13 @@ impl Pipeline {
                 got: tokenizer.max_length().to_string(),
             });
         }
+        // All headers, before any work.
+        let text = Part::source(folder, "text_encoder", &blueprint.text, dtype)?;
+        let unet = Part::source(folder, "unet", &blueprint.unet, dtype)?;
+        let vae = match &blueprint.vae {
+            Vae::Kl(model) => Part::source(folder, vae_name(folder), model, dtype)?,
+            Vae::Vq(model) => Part::source(folder, vae_name(folder), model, dtype)?,
+        };
         if residency == Residency::Staged {
             // What is read last would otherwise spoil the work of all before it.
             vae.check()?;

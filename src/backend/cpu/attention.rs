@@ -8,8 +8,7 @@ use super::gemm::{Panels, arith, multiply};
 use super::math::exp2_nonpositive;
 use super::scratch::scratch;
 use super::simd::{Arith, Block, Grid, Isa, KC, Kernel, LDA, MAX_MR, Panel, Simd, narrow_for_dot};
-use super::slice::{Element, Slice, SliceMut};
-use crate::each_mut;
+use super::slice::{Element, Slice, SliceMut, each_mut};
 use crate::tensor::DType;
 use bytemuck::cast_slice_mut;
 use half::bf16;
@@ -144,14 +143,18 @@ fn typed<T: Element>(isa: Isa, p: &Attention, q: Heads, k: Heads, v: Heads, out:
 
 /// Bytes of working memory that [`attention`] takes, all threads together.
 pub fn working_bytes(dtype: DType, p: &Attention) -> usize {
+    if [p.b, p.t, p.s, p.heads, p.d].contains(&0) {
+        return 0;
+    }
     let isa = Isa::best();
     let arith = arith(isa, dtype);
     let (keys, values) = (Panels::new(isa, arith, p.s, p.d, KC), Panels::new(isa, arith, p.d, p.s, KEYS));
     let each = keys.len() + values.len();
     let rows = p.t.min(QUERIES);
     let task = (keys.blocks() * rows + 2 * MAX_MR) * LDA + rows * (values.padded() + p.d);
-    let packed = each * p.heads * (PACKED / (each * p.heads)).clamp(1, p.b);
-    (packed + task * rayon::current_num_threads()) * size_of::<f32>()
+    let item = each.saturating_mul(p.heads);
+    let packed = item.saturating_mul((PACKED / item).clamp(1, p.b));
+    packed.saturating_add(task * rayon::current_num_threads()).saturating_mul(size_of::<f32>())
 }
 
 /// Keys: one panel holds `nr` keys of D `elements`.

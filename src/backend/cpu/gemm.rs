@@ -17,8 +17,7 @@ pub use rows::{Conv, ConvShape, Dense, Lane, Rows};
 use super::math::{Act, activate_in_place_with};
 use super::scratch::scratch;
 use super::simd::{Arith, Block, Grid, Isa, KC, Kernel, LDA, MAX_MR, MAX_NR, Panel, Simd, tile};
-use super::slice::{Element, Slice, SliceMut};
-use crate::each_mut;
+use super::slice::{Element, Slice, SliceMut, each_mut};
 use crate::tensor::DType;
 use bytemuck::cast_slice_mut;
 use half::bf16;
@@ -194,6 +193,9 @@ fn typed<T: Element>(isa: Isa, a: &impl Rows, w: Weights, n: usize, epilogue: &E
 
 /// Bytes of working memory that [`gemm`] takes for (M,N,K) and a packed weight, all threads together.
 pub fn working_bytes(dtype: DType, m: usize, n: usize, k: usize) -> usize {
+    if [m, n, k].contains(&0) {
+        return 0;
+    }
     let isa = Isa::best();
     let (panels, threads) = (Panels::new(isa, arith(isa, dtype), n, k, KC), rayon::current_num_threads());
     let narrow = (dtype != DType::F32) as usize;

@@ -9,9 +9,9 @@ mod slice;
 pub mod winograd;
 
 pub use scratch::scratch as with_scratch;
+use slice::each_mut;
 pub use slice::{Element, Slice, SliceMut, optional};
 
-use crate::each_mut;
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Spec};
 use gemm::{Packed, Weights};

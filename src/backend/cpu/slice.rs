@@ -116,8 +116,6 @@ pub enum SliceMut<'a> {
 }
 
 /// Calls `$body` with `$y` bound to the typed slice.
-#[macro_export]
-#[doc(hidden)]
 macro_rules! each_mut {
     ($slice:expr, $y:ident => $body:expr) => {
         match $slice {
@@ -127,6 +125,8 @@ macro_rules! each_mut {
         }
     };
 }
+
+pub(super) use each_mut;
 
 /// A float type of activations and weights.
 pub trait Element: bytemuck::Pod + Send + Sync {

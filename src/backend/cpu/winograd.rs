@@ -13,8 +13,7 @@ use super::gemm::{Conv, ConvShape, Epilogue, Packed, PackedLayout, Panels, Weigh
 use super::math::activate_in_place_with;
 use super::scratch::scratch;
 use super::simd::{Arith, Block, Grid, Isa, KC, Kernel, LDA, Panel, Simd, tile};
-use super::slice::{Element, Slice, SliceMut};
-use crate::each_mut;
+use super::slice::{Element, Slice, SliceMut, each_mut};
 use crate::tensor::DType;
 use bytemuck::cast_slice_mut;
 use rayon::prelude::*;
@@ -75,6 +74,9 @@ pub fn conv3x3_with(isa: Isa, conv: &Conv, w: Weights, n: usize, epilogue: &Epil
 
 /// Bytes of working memory that [`conv3x3`] takes with a packed weight, all threads together.
 pub fn working_bytes(s: &ConvShape, n: usize) -> usize {
+    if [s.b, s.out_h, s.out_w, n].contains(&0) {
+        return 0;
+    }
     let (isa, threads) = (Isa::best(), rayon::current_num_threads());
     let sizes = Sizes::new(isa, s, n);
     let tiles = sizes.rows.div_ceil(sizes.groups) * sizes.wide;

@@ -27,7 +27,7 @@ impl Panels {
     pub(in crate::backend::cpu) fn new(isa: Isa, arith: Arith, n: usize, k: usize, limit: usize) -> Panels {
         let k = if arith == Arith::Dot { k.div_ceil(2) } else { k };
         let blocks = k.div_ceil(limit).max(1);
-        Panels { isa, arith, n, k, kc: k.div_ceil(blocks).next_multiple_of(MAX_NR).min(limit) }
+        Panels { isa, arith, n, k, kc: k.div_ceil(blocks).next_multiple_of(MAX_NR).clamp(MAX_NR, limit) }
     }
 
     /// Number of K blocks.
