@@ -64,16 +64,19 @@ fn a_run_takes_what_info_says() {
     let f = Folder::new();
     let (model, out) = (golden("sd15-tiny"), f.path("x.png"));
     let (model, out) = (model.to_str().unwrap(), out.to_str().unwrap());
-    let size = ["-W", "256", "-H", "256"];
+    let size = ["-W", "256", "-H", "256", "--steps", "1"];
     for more in [&[][..], &["--vae-tiling"]] {
         let info = ldm(&[&["info", model], &size[..], more].concat());
-        let sample =
-            ["sample", "-m", model, "-p", "x", "-s", "1", "--steps", "1", "-o", out, "--device", "cpu"];
+        let sample = ["sample", "-m", model, "-p", "x", "-s", "1", "-o", out, "--device", "cpu"];
         let run = ldm(&[&sample, &size[..], more].concat());
         let (said, real) = (number(&info, "peak: "), number(&run, "memory: "));
         assert_eq!(said, number(&run, "at the peak, "));
-        let off = said.abs_diff(real) as f64 / real as f64;
-        assert!(off <= 0.1, "{more:?}: {said} bytes were said and {real} taken\n{info}{run}");
+        // Two per cent, and what this build's own code and its threads' buffers may add to so small a model.
+        let bound = real / 50 + (12 << 20);
+        assert!(
+            said.abs_diff(real) <= bound,
+            "{more:?}: {said} bytes were said and {real} taken\n{info}{run}"
+        );
     }
 }
 
