@@ -15,7 +15,7 @@ use serde_json::json;
 use std::fs::OpenOptions;
 use std::process::Command;
 
-/// Of two hundred megabytes of weights, only what threads convert at a moment is there twice. The other tests of this file
+/// Of two hundred megabytes of weights, only what threads convert at a moment is there twice: less than the smaller of the two. The other tests of this file
 /// look at other processes, so that the peak is that of this one.
 #[test]
 fn weights_are_never_held_twice() {
@@ -42,7 +42,7 @@ fn weights_are_never_held_twice() {
             _ => before + weights.bytes() / 2,
         };
         let extra = peak().unwrap().saturating_sub(most);
-        assert!(extra < 12 << 20, "{dtype}: {extra} bytes beside {} of weights", weights.bytes());
+        assert!(extra < 24 << 20, "{dtype}: {extra} bytes beside {} of weights", weights.bytes());
     }
 }
 
