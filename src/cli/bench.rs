@@ -12,6 +12,7 @@ mod trace;
 use super::{DeviceFlags, check_output, print};
 use crate::error::{Error, Result};
 use crate::exec::Device;
+use crate::graph::{Graph, Node, Var};
 use crate::presets::PRESETS;
 use crate::samplers::Choice;
 use clap::{Args, ValueEnum};
@@ -164,6 +165,16 @@ fn counts(subject: &Subject) -> Counts {
     c
 }
 
+/// What the CPU's threads take beside arena and states, at the neediest node.
+fn working_bytes(subject: &Subject) -> u64 {
+    let of = |graph: &Graph, node: &Node| {
+        let specs = |vars: &[Var]| vars.iter().map(|&v| graph.spec(v)).collect::<Vec<_>>();
+        node.op.cpu_scratch(&specs(&node.x), &specs(&node.y))
+    };
+    let graphs = subject.stages.iter().map(|stage| stage.program().graph());
+    graphs.flat_map(|g| g.nodes().iter().map(move |n| of(g, n))).max().unwrap_or(0) as u64
+}
+
 fn time(plan: &Plan, m: &Measured, warmup: usize, flops: f64) -> Time {
     let mut sorted = m.seconds.clone();
     sorted.sort_by(f64::total_cmp);
@@ -198,12 +209,12 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     let repeats = Repeats { warmup: a.warmup, iterations: a.iterations };
     let m = measure::measure(&mut subject, &device, repeats, a.detail())?;
     record.counts.allocations = m.allocations;
-    let known = record.counts.weight_bytes + record.counts.arena_bytes + record.counts.state_bytes;
     record.time = Some(time(&plan, &m, a.warmup, record.counts.flops));
     record.machine = Some(machine::describe(&device, load));
     record.memory = Some(Memory {
         process_peak_bytes: machine::process_peak(),
-        other_heap_bytes: if matches!(device, Device::Cpu) { m.live.saturating_sub(known) } else { m.live },
+        working_bytes: if matches!(device, Device::Cpu) { working_bytes(&subject) } else { 0 },
+        other_heap_bytes: m.live,
         allocated_bytes: m.allocated,
     });
     record.ceilings = ceilings;

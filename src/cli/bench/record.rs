@@ -96,7 +96,10 @@ pub(super) struct Time {
 pub(super) struct Memory {
     /// Most that the process has had in memory.
     pub(super) process_peak_bytes: Option<u64>,
-    /// On the heap beside weights, arena and states.
+    /// Working memory of the CPU's threads at the neediest node, by the plan; on a GPU it is a part of the arena.
+    #[serde(default)]
+    pub(super) working_bytes: u64,
+    /// On the heap; weights, arena, states and working memory are mapped beside it.
     pub(super) other_heap_bytes: u64,
     /// Bytes that an evaluation asks the heap for, in the steady state.
     pub(super) allocated_bytes: f64,

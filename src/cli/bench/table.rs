@@ -103,7 +103,8 @@ pub(super) fn summary(record: &Record, m: &Measured) -> String {
     );
     if let Some(mem) = &record.memory {
         let peak = mem.process_peak_bytes.map_or("unknown".into(), bytes);
-        line("", format!("other heap {}; process at its peak {peak}", bytes(mem.other_heap_bytes)));
+        let (working, heap) = (bytes(mem.working_bytes), bytes(mem.other_heap_bytes));
+        line("", format!("working memory of threads {working}, heap {heap}; process at its peak {peak}"));
     }
     line("allocations", format!("{:.0} per evaluation, {}", c.allocations, bytes(m.allocated as u64)));
     out
