@@ -15,8 +15,8 @@ use serde_json::json;
 use std::fs::OpenOptions;
 use std::process::Command;
 
-/// Of two hundred megabytes of weights, only what threads convert at a moment is there twice: less than the smaller of the two. The other tests of this file
-/// look at other processes, so that the peak is that of this one.
+/// Of two hundred megabytes of weights, only what threads convert at a moment is there twice: less than the smaller of the
+/// two tensors. The other tests of this file look at other processes, so that the peak is that of this one.
 #[test]
 fn weights_are_never_held_twice() {
     let f = Folder::new();
