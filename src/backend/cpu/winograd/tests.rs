@@ -134,3 +134,38 @@ fn bits_do_not_depend_on_threads() {
         });
     }
 }
+
+/// Where it is chosen: wherever it multiplies less, for the shapes of Stable Diffusion 1.5.
+#[test]
+fn the_real_shapes_take_the_cheaper_way() {
+    let same = |b, side, c| ConvShape {
+        b,
+        h: side,
+        w: side,
+        c,
+        kh: 3,
+        kw: 3,
+        stride: 1,
+        pad_top: 1,
+        pad_left: 1,
+        out_h: side,
+        out_w: side,
+        upsample: false,
+    };
+    for (b, side, c) in [(2, 64, 320), (2, 32, 640), (2, 16, 1280), (2, 8, 1280), (1, 512, 128), (1, 64, 512)]
+    {
+        assert!(applies(&same(b, side, c), DType::F32), "{b} {side} {c}");
+    }
+    assert!(applies(&same(2, 64, 320), DType::BF16) && applies(&same(1, 512, 128), DType::BF16));
+    // One tile, the four channels of the latents, another step, another window.
+    assert!(!applies(&same(1, 4, 1280), DType::F32) && !applies(&same(2, 64, 4), DType::F32));
+    assert!(!applies(&ConvShape { stride: 2, out_h: 32, out_w: 32, ..same(2, 64, 320) }, DType::F32));
+    assert!(!applies(&ConvShape { kh: 1, kw: 1, pad_top: 0, pad_left: 0, ..same(2, 64, 320) }, DType::F32));
+    // Pairs of bf16 are multiplied where the machine can, and then serve few tiles better.
+    for &isa in Isa::available() {
+        let pairs = arith(isa, DType::BF16) == Arith::Dot;
+        assert_eq!(pairs, isa.has_dot(), "{isa:?}");
+        assert_eq!([DType::F32, DType::F16].map(|t| arith(isa, t)), [Arith::Fma; 2]);
+    }
+    assert_eq!(applies(&same(2, 8, 1280), DType::BF16), !Isa::best().has_dot());
+}
