@@ -9,7 +9,7 @@ mod subject;
 mod table;
 mod trace;
 
-use super::{DeviceFlags, check_output, print};
+use super::{DeviceFlags, SizeFlags, check_output, print};
 use crate::error::{Error, Result};
 use crate::exec::Device;
 use crate::graph::{Graph, Node, Var};
@@ -39,12 +39,8 @@ pub(super) struct Arguments {
     /// Part to measure [default: unet; vae-decoder where there is none]
     #[arg(long, value_enum, value_name = "PART")]
     component: Option<Component>,
-    /// Pixels [default: what the model was made for]
-    #[arg(short = 'W', long, value_name = "PIXELS")]
-    width: Option<usize>,
-    /// Pixels [default: what the model was made for]
-    #[arg(short = 'H', long, value_name = "PIXELS")]
-    height: Option<usize>,
+    #[command(flatten)]
+    size: SizeFlags,
     /// Pictures that are made together
     #[arg(long, default_value_t = 1, value_name = "N")]
     batch_size: usize,

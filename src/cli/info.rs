@@ -1,6 +1,6 @@
 //! `ldm info`: what a checkpoint is, and what a picture costs.
 
-use super::print;
+use super::{SizeFlags, print};
 use crate::error::Result;
 use crate::exec::{Device, human_bytes};
 use crate::io::ModelFolder;
@@ -18,12 +18,8 @@ pub(super) struct Arguments {
     /// A checkpoint: a diffusers folder (with model_index.json)
     #[arg(value_name = "FOLDER")]
     model: PathBuf,
-    /// Pixels [default: what the model was made for]
-    #[arg(short = 'W', long, value_name = "PIXELS")]
-    width: Option<usize>,
-    /// Pixels [default: what the model was made for]
-    #[arg(short = 'H', long, value_name = "PIXELS")]
-    height: Option<usize>,
+    #[command(flatten)]
+    size: SizeFlags,
     /// Pictures that are made together
     #[arg(long, default_value_t = 1, value_name = "N")]
     batch_size: usize,
@@ -76,8 +72,8 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     }
     print(&text)?;
     let request = Request {
-        width: a.width,
-        height: a.height,
+        width: a.size.width,
+        height: a.size.height,
         batch: a.batch_size,
         cfg_scale: a.cfg_scale,
         steps: a.steps,

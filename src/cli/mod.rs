@@ -53,6 +53,17 @@ commands! {
 /// Beyond any machine's cores.
 const MAX_THREADS: usize = 4096;
 
+/// Size of the pictures.
+#[derive(Args, Debug, Clone)]
+struct SizeFlags {
+    /// Pixels [default: what the model was made for]
+    #[arg(short = 'W', long, value_name = "PIXELS")]
+    width: Option<usize>,
+    /// Pixels [default: what the model was made for]
+    #[arg(short = 'H', long, value_name = "PIXELS")]
+    height: Option<usize>,
+}
+
 /// What every command that runs a model takes.
 #[derive(Args, Debug, Clone)]
 struct DeviceFlags {

@@ -1,7 +1,7 @@
 //! `ldm sample`: pictures from a prompt.
 
 use super::progress::Progress;
-use super::{DeviceFlags, check_output, print};
+use super::{DeviceFlags, SizeFlags, check_output, print};
 use crate::error::{Error, Result};
 use crate::exec::{Device, peak};
 use crate::io::{ModelFolder, png};
@@ -38,12 +38,8 @@ pub(super) struct Arguments {
     /// The same seed makes the same picture; -1 for a random one [default: random]
     #[arg(short, long, default_value_t = -1, hide_default_value = true, allow_negative_numbers = true, value_name = "N")]
     seed: i64,
-    /// Pixels [default: what the model was made for]
-    #[arg(short = 'W', long, value_name = "PIXELS")]
-    width: Option<usize>,
-    /// Pixels [default: what the model was made for]
-    #[arg(short = 'H', long, value_name = "PIXELS")]
-    height: Option<usize>,
+    #[command(flatten)]
+    size: SizeFlags,
     /// Pictures that are made together; picture i has seed + i
     #[arg(long, default_value_t = 1, value_name = "N")]
     batch_size: usize,
@@ -105,8 +101,8 @@ impl Arguments {
             init,
             prompt: self.prompt.clone(),
             negative: self.negative_prompt.clone(),
-            width: self.width,
-            height: self.height,
+            width: self.size.width,
+            height: self.size.height,
             steps: self.steps,
             method: self.sampling_method,
             cfg_scale: self.cfg_scale,

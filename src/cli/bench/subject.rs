@@ -104,14 +104,14 @@ impl Plan {
         {
             (native, multiple) = (unet.sample_size * factor.unwrap_or(1), unet.multiple());
         }
-        if factor.is_none() && a.width.or(a.height).is_some() {
+        if factor.is_none() && a.size.width.or(a.size.height).is_some() {
             return Err(Error::invalid(format!(
                 "-W, -H: {name} has no autoencoder that the engine runs, so the pixels of a latent are not known; \
                  leave out the size"
             )));
         }
         let f = factor.unwrap_or(1);
-        let (width, height) = (a.width.unwrap_or(native), a.height.unwrap_or(native));
+        let (width, height) = (a.size.width.unwrap_or(native), a.size.height.unwrap_or(native));
         let m = f * multiple;
         for (flag, n) in [("-W", width), ("-H", height)] {
             if n == 0 || n > MAX || n % m != 0 {
