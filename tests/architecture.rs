@@ -255,26 +255,29 @@ fn device_words(path: &str, text: &str) -> Vec<String> {
     complaints
 }
 
-/// Rooms that launch and kernel files, which must be the same. `launches` says whether a room names its kernels.
-fn pairs(rooms: &[&str], kernels: &[&str], launches: impl Fn(&str) -> bool) -> Vec<String> {
-    let lonely = kernels.iter().filter(|k| !rooms.contains(k));
-    let mut complaints: Vec<String> =
-        lonely.map(|k| format!("kernels/{k}.cu: there is no room `{k}` in `rooms!`")).collect();
-    for room in rooms {
-        match (launches(room), kernels.contains(room)) {
-            (true, false) => {
-                complaints.push(format!("src/ops/{room}.rs launches, but kernels/{room}.cu is missing"))
-            }
-            (false, true) => complaints.push(format!("kernels/{room}.cu: src/ops/{room}.rs does not use it")),
-            _ => {}
+/// Rooms that launch and kernel files, which must be the same: `kernels/x.cu`, and `kernels/x_what.cu` beside it, are of
+/// room `x`. `launches` says whether a room names a kernel file.
+fn pairs(rooms: &[&str], kernels: &[&str], launches: impl Fn(&str, &str) -> bool) -> Vec<String> {
+    let mut complaints = Vec::new();
+    for kernel in kernels {
+        let of = |room: &&&str| {
+            kernel.strip_prefix(**room).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
+        };
+        match rooms.iter().filter(of).max_by_key(|room| room.len()) {
+            Some(room) if launches(room, kernel) => {}
+            Some(room) => complaints.push(format!("kernels/{kernel}.cu: src/ops/{room}.rs does not use it")),
+            None => complaints.push(format!("kernels/{kernel}.cu: there is no room for it in `rooms!`")),
         }
     }
+    let missing = rooms.iter().filter(|room| launches(room, room) && !kernels.contains(room));
+    complaints
+        .extend(missing.map(|room| format!("src/ops/{room}.rs launches, but kernels/{room}.cu is missing")));
     complaints
 }
 
-/// Whether a room's code names its module of `crate::kernels`.
-fn names_kernels(room: &str, text: &str) -> bool {
-    shipped(text).0.windows(3).any(|w| (w[0].text, w[1].text, w[2].text) == ("kernels", "::", room))
+/// Whether a room's code names this module of `crate::kernels`.
+fn names_kernels(kernel: &str, text: &str) -> bool {
+    shipped(text).0.windows(3).any(|w| (w[0].text, w[1].text, w[2].text) == ("kernels", "::", kernel))
 }
 
 #[test]
@@ -321,7 +324,7 @@ fn nothing_is_left_over() {
 fn kernels_keep_to_dev_cuh() {
     none(sources(&["kernels"], &["cu"]).iter().flat_map(|f| device_words(&f.path, &f.text)).collect());
     let others: Vec<_> = sources(&["kernels"], &["cuh", "h", "hpp"]).into_iter().map(|f| f.path).collect();
-    assert_eq!(others, ["kernels/dev.cuh"]);
+    assert_eq!(others, ["kernels/dev.cuh", "kernels/dev_emu.cuh", "kernels/dev_gpu.cuh"]);
 }
 
 #[test]
@@ -331,9 +334,9 @@ fn each_kernel_file_has_its_room() {
     let kernels: Vec<&str> =
         files.iter().filter_map(|f| f.path.strip_prefix("kernels/")?.strip_suffix(".cu")).collect();
     let code = sources(&["src/ops"], &["rs"]);
-    let launches = |room: &str| {
+    let launches = |room: &str, kernel: &str| {
         let own = |f: &&Source| module_of(&f.path).get(1) == Some(&room);
-        code.iter().filter(own).any(|f| names_kernels(room, &f.text))
+        code.iter().filter(own).any(|f| names_kernels(kernel, &f.text))
     };
     none(pairs(&rooms.into_iter().collect::<Vec<_>>(), &kernels, launches));
 }
@@ -425,11 +428,14 @@ mod the_rules_themselves {
 
     #[test]
     fn a_kernel_without_a_room_and_a_room_without_a_kernel_are_found() {
-        let launches = |room: &str| room != "reshape";
+        let launches = |room: &str, _: &str| room != "reshape";
         assert_eq!(pairs(&["add", "reshape"], &["add"], launches), [""; 0]);
         assert_eq!(pairs(&["add"], &["add", "stray"], launches).len(), 1);
         assert_eq!(pairs(&["add", "mix"], &["add"], launches).len(), 1);
         assert_eq!(pairs(&["reshape"], &["reshape"], launches).len(), 1);
+        assert_eq!(pairs(&["add"], &["add", "add_fast"], launches), [""; 0]);
+        assert_eq!(pairs(&["add"], &["add", "address"], launches).len(), 1);
+        assert_eq!(pairs(&["add"], &["add", "add_fast"], |_: &str, k: &str| k == "add").len(), 1);
         assert!(names_kernels("add", "use crate::kernels::add as k;"));
         assert!(!names_kernels("add", "// crate::kernels::add\nuse crate::kernels::{mix};"));
     }

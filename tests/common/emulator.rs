@@ -156,7 +156,7 @@ fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
 fn build(folders: &[&str]) -> Result<Built, String> {
     let (cxx, identity) = compiler()?;
     let kernels = root().join("kernels");
-    let dev = read(&kernels.join("dev.cuh"));
+    let dev: String = files(&kernels, "cuh").iter().map(|path| read(path)).collect();
     let include = format!("-I{}", kernels.display());
     let mut common: Vec<String> =
         ["-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC"]

@@ -1,0 +1,303 @@
+// The device half of dev.cuh: for nvcc, sm_80 and later. The only place with inline PTX.
+#pragma once
+
+DEV unsigned thread_x() { return threadIdx.x; }
+DEV unsigned block_x() { return blockIdx.x; }
+DEV unsigned block_y() { return blockIdx.y; }
+DEV unsigned block_z() { return blockIdx.z; }
+DEV unsigned grid_x() { return gridDim.x; }
+DEV unsigned grid_y() { return gridDim.y; }
+DEV unsigned grid_z() { return gridDim.z; }
+DEV unsigned block_dim_x() { return blockDim.x; }
+DEV unsigned lane() { return threadIdx.x & 31u; }
+DEV unsigned warp() { return threadIdx.x >> 5; }
+
+DEV unsigned float_bits(float x) { return __float_as_uint(x); }
+DEV float bits_float(unsigned b) { return __uint_as_float(b); }
+
+DEV float to_float(float x) { return x; }
+DEV float to_float(f16 x) {
+    float r;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x.bits));
+    return r;
+}
+DEV float to_float(bf16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
+
+template <class E>
+struct FromFloat;
+template <>
+struct FromFloat<float> {
+    DEV float of(float x) { return x; }
+};
+template <>
+struct FromFloat<f16> {
+    DEV f16 of(float x) {
+        f16 r;
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r.bits) : "f"(x));
+        return r;
+    }
+};
+template <>
+struct FromFloat<bf16> {
+    DEV bf16 of(float x) {
+        bf16 r;
+        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(x));
+        return r;
+    }
+};
+
+template <int BYTES>
+struct Raw;
+template <>
+struct Raw<2> {
+    typedef unsigned short Type;
+};
+template <>
+struct Raw<4> {
+    typedef unsigned Type;
+};
+template <>
+struct Raw<8> {
+    typedef uint2 Type;
+};
+template <>
+struct Raw<16> {
+    typedef uint4 Type;
+};
+
+template <int N, class E>
+DEV Vec<E, N> load(const E* p) {
+    constexpr int BYTES = N * int(sizeof(E));
+    static_assert(BYTES <= 16 || BYTES % 16 == 0, "an access is 2, 4, 8 or 16 bytes, or a few of 16");
+    constexpr int STEP = BYTES < 16 ? BYTES : 16;
+    typedef typename Raw<STEP>::Type R;
+    Vec<E, N> r;
+    UNROLL
+    for (int i = 0; i < BYTES / STEP; i++) {
+        const R raw = reinterpret_cast<const R*>(p)[i];
+        __builtin_memcpy(reinterpret_cast<char*>(&r) + i * STEP, &raw, STEP);
+    }
+    return r;
+}
+template <class E>
+DEV E load(const E* p) {
+    return *p;
+}
+template <class E, int N>
+DEV void store(E* p, const Vec<E, N>& v) {
+    constexpr int BYTES = N * int(sizeof(E));
+    static_assert(BYTES <= 16 || BYTES % 16 == 0, "an access is 2, 4, 8 or 16 bytes, or a few of 16");
+    constexpr int STEP = BYTES < 16 ? BYTES : 16;
+    typedef typename Raw<STEP>::Type R;
+    UNROLL
+    for (int i = 0; i < BYTES / STEP; i++) {
+        R raw;
+        __builtin_memcpy(&raw, reinterpret_cast<const char*>(&v) + i * STEP, STEP);
+        reinterpret_cast<R*>(p)[i] = raw;
+    }
+}
+template <class E>
+DEV void store(E* p, E v) {
+    *p = v;
+}
+
+template <class S>
+DEV S& smem() {
+    static_assert(sizeof(S) <= 48 * 1024, "static shared memory ends at 48 KB");
+    __shared__ S storage;
+    return storage;
+}
+
+DEV void sync_block() { __syncthreads(); }
+DEV void sync_warp() { __syncwarp(); }
+
+template <class V>
+DEV V shfl_xor(V v, int mask) {
+    return __shfl_xor_sync(0xffffffffu, v, mask);
+}
+template <class V>
+DEV V shfl_down(V v, int delta) {
+    return __shfl_down_sync(0xffffffffu, v, delta);
+}
+template <class V>
+DEV V shfl(V v, int from) {
+    return __shfl_sync(0xffffffffu, v, from);
+}
+// The toolkit still holds the name `ballot`, for something that Volta removed.
+#define ballot(pred) __ballot_sync(0xffffffffu, pred)
+
+DEV float exp_f(float x) { return expf(x); }
+DEV float exp2_f(float x) { return exp2f(x); }
+DEV float log_f(float x) { return logf(x); }
+DEV float sqrt_f(float x) { return sqrtf(x); }
+DEV float erf_f(float x) { return erff(x); }
+DEV float tanh_f(float x) { return tanhf(x); }
+DEV float fma_f(float a, float b, float c) { return fmaf(a, b, c); }
+DEV float min_f(float a, float b) { return fminf(a, b); }
+DEV float max_f(float a, float b) { return fmaxf(a, b); }
+DEV float abs_f(float x) { return fabsf(x); }
+DEV float round_even_f(float x) { return rintf(x); }
+// A product that is rounded by itself, never contracted into a fused multiply-add.
+DEV float mul_rn_f(float a, float b) { return __fmul_rn(a, b); }
+DEV double exp_d(double x) { return exp(x); }
+
+// Each returns what was there before.
+DEV unsigned long long atomic_min_u64(unsigned long long* p, unsigned long long v) { return atomicMin(p, v); }
+DEV unsigned atomic_or_u32(unsigned* p, unsigned v) { return atomicOr(p, v); }
+DEV unsigned atomic_add_u32(unsigned* p, unsigned v) { return atomicAdd(p, v); }
+
+DEV float warp_sum(float v) {
+    UNROLL
+    for (int m = 16; m > 0; m >>= 1) v += shfl_xor(v, m);
+    return v;
+}
+DEV float warp_max(float v) {
+    UNROLL
+    for (int m = 16; m > 0; m >>= 1) v = max_f(v, shfl_xor(v, m));
+    return v;
+}
+template <int BLOCK>
+DEV float block_sum(float v, float* scratch) {
+    static_assert(BLOCK % WARP == 0, "whole warps");
+    v = warp_sum(v);
+    if (lane() == 0) scratch[warp()] = v;
+    __syncthreads();
+    float s = scratch[0];
+    UNROLL
+    for (int w = 1; w < BLOCK / WARP; w++) s += scratch[w];
+    __syncthreads();
+    return s;
+}
+template <int BLOCK>
+DEV float block_max(float v, float* scratch) {
+    static_assert(BLOCK % WARP == 0, "whole warps");
+    v = warp_max(v);
+    if (lane() == 0) scratch[warp()] = v;
+    __syncthreads();
+    float s = scratch[0];
+    UNROLL
+    for (int w = 1; w < BLOCK / WARP; w++) s = max_f(s, scratch[w]);
+    __syncthreads();
+    return s;
+}
+
+// ------------------------------------------------------------------------------ shared memory that is asked for at launch
+
+// Shared memory beyond 48 KB. A file that uses it has a `constexpr int SMEM_BYTES`, which build.rs reads and the launch
+// passes on; `static_assert(sizeof(S) == SMEM_BYTES)` beside it.
+template <class S>
+DEV S& smem_dynamic() {
+    extern __shared__ __align__(1024) unsigned char storage[];
+    return *reinterpret_cast<S*>(storage);
+}
+
+// Wide accesses to shared memory, N elements of up to 16 bytes in all.
+template <int N, class E>
+DEV Vec<E, N> load_shared(const E* p) {
+    typedef typename Raw<N * int(sizeof(E))>::Type R;
+    const R raw = *reinterpret_cast<const R*>(p);
+    Vec<E, N> r;
+    __builtin_memcpy(&r, &raw, sizeof raw);
+    return r;
+}
+template <class E, int N>
+DEV void store_shared(E* p, const Vec<E, N>& v) {
+    typedef typename Raw<N * int(sizeof(E))>::Type R;
+    R raw;
+    __builtin_memcpy(&raw, &v, sizeof raw);
+    *reinterpret_cast<R*>(p) = raw;
+}
+
+// ------------------------------------------------------------------------------------------------- asynchronous copies
+
+DEV unsigned shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
+
+// Starts to copy 16 bytes from global to shared memory; where `in` is false nothing is read and zeros are written. Lands at
+// any time until a `cp_async_wait` of this thread has waited for its group; other threads see it behind a barrier after that.
+template <class E>
+DEV void cp_async(E* to, const E* from, bool in) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(in ? 16 : 0)
+                 : "memory");
+}
+// Closes the group of this thread's copies since the last commit; the group may be empty.
+DEV void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most PENDING of this thread's groups, the newest ones, have not landed.
+template <int PENDING>
+DEV void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// --------------------------------------------------------------------------------------- matrices of 16-bit elements
+
+// N matrices of 8×8 elements from shared memory: lane l names row l % 8 of matrix l / 8 (16 bytes, aligned); word i of lane
+// l becomes elements 2(l % 4) and + 1 of row l / 4 of matrix i. With N = 2, lanes 16 to 31 name nothing that is read.
+DEV void ldmatrix(unsigned (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+DEV void ldmatrix(unsigned (&r)[2], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+// The same of the transposed matrices: word i of lane l becomes rows 2(l % 4) and + 1 of column l / 4 of matrix i.
+DEV void ldmatrix_trans(unsigned (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+DEV void ldmatrix_trans(unsigned (&r)[2], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+template <class E>
+struct Mma;
+#define LDM_MMA(E, NAME)                                                                                              \
+    template <>                                                                                                       \
+    struct Mma<E> {                                                                                                   \
+        DEV void run(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {                                 \
+            asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                                       \
+                         ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                       \
+                         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                             \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                         \
+        }                                                                                                             \
+        DEV unsigned pack(float low, float high) {                                                                    \
+            unsigned r;                                                                                               \
+            asm("cvt.rn." NAME "x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));                                 \
+            return r;                                                                                                 \
+        }                                                                                                             \
+    }
+LDM_MMA(f16, "f16");
+LDM_MMA(bf16, "bf16");
+#undef LDM_MMA
+
+// d (16,8) += a (16,16) · b (16,8), in float. Lane l holds: of a, word r: row l/4 + 8(r%2), columns 2(l%4) + 8(r/2) and + 1;
+// of b, word r: column l/4, rows 2(l%4) + 8r and + 1; of d, element i: row l/4 + 8(i/2), column 2(l%4) + i%2.
+template <class E>
+DEV void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    Mma<E>::run(d, a, b);
+}
+// Two floats as two E in a word, each rounded to nearest even.
+template <class E>
+DEV unsigned pack2(float low, float high) {
+    return Mma<E>::pack(low, high);
+}
+
+// 2^x to 2 ulp, zero where the result is subnormal.
+DEV float exp2_fast_f(float x) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
+// old = *p; *p = old >= limit ? 0 : old + 1. Relaxed: put `fence_gpu` around it where it orders other accesses.
+DEV unsigned atomic_inc_u32(unsigned* p, unsigned limit) { return atomicInc(p, limit); }
+// What this thread wrote before is seen by all blocks before what it writes after; and it reads anew.
+DEV void fence_gpu() { __threadfence(); }
