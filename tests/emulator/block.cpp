@@ -3,7 +3,6 @@
 
 #include "block.h"
 
-#include <csetjmp>
 #include <csignal>
 #include <cstdlib>
 #include <cstring>
@@ -11,15 +10,22 @@
 #include "dev.cuh"
 
 namespace {
-constexpr unsigned SMEM = 48 * 1024, BAND_BYTES = 64;
-constexpr unsigned char POISON = 0xff, BAND = 0xfd;
+constexpr unsigned BAND_BYTES = 64, SMEM_ALIGN = 1024;
+constexpr unsigned char BAND = 0xfd;
 
 const char* const op_names[] = {"shfl_xor", "shfl_down", "shfl", "ballot", "warp_sum", "warp_max"};
 const char* const block_names[] = {"", "", "", "", "block_sum", "block_max"};
 constexpr int SYNC_WARP = 100, SYNC_BLOCK = 101;
 
 const char* name_of(int op) {
-    return op == SYNC_WARP ? "sync_warp" : op == SYNC_BLOCK ? "sync_block" : op >= 200 ? block_names[op - 200] : op_names[op];
+    switch (op) {
+        case SYNC_WARP: return "sync_warp";
+        case SYNC_BLOCK: return "sync_block";
+        case OP_LDMATRIX: return "ldmatrix";
+        case OP_LDMATRIX_TRANS: return "ldmatrix_trans";
+        case OP_MMA: return "mma";
+        default: return op >= 200 ? block_names[op - 200] : op_names[op];
+    }
 }
 
 struct Waiting {
@@ -50,7 +56,7 @@ struct Runner {
     const Launch* launch = nullptr;
     Random random{1};
     bool running = false, failed = false;
-    alignas(1024) unsigned char smem[BAND_BYTES + SMEM + BAND_BYTES];
+    alignas(SMEM_ALIGN) unsigned char smem[SMEM_ALIGN + SMEM_MOST + BAND_BYTES];  // the block's part starts at SMEM_ALIGN
     unsigned smem_bytes = 0;
 };
 
@@ -144,14 +150,15 @@ void finish(unsigned t) {
     if (R.arrived)
         kernel_violation(LAUNCH_FAILED, R.barrier_line, format("thread %u exits while others wait in %s: every thread must reach it",
                                                                t, name_of(R.barrier_op)));
+    copies_exit();
     warp.done |= 1u << (t & 31);
     R.finished++;
 }
 
 void check_smem() {
     if (!R.smem_bytes) return;
-    const unsigned char* low = R.smem;
-    const unsigned char* high = R.smem + BAND_BYTES + R.smem_bytes;
+    const unsigned char* low = R.smem + SMEM_ALIGN - BAND_BYTES;
+    const unsigned char* high = R.smem + SMEM_ALIGN + R.smem_bytes;
     for (unsigned i = 0; i < BAND_BYTES; i++)
         if (low[i] != BAND || high[i] != BAND)
             kernel_violation(ILLEGAL_ADDRESS, 0, format("something wrote %s the block's %u bytes of shared memory",
@@ -314,6 +321,18 @@ void catch_faults() {
 
 bool in_kernel() { return runner && runner->running; }
 
+bool warp_arrives(int op, int line) { return arrive_warp(ldm_thread.thread, op, line); }
+void warp_waits(int op, int line) { wait_in(ldm_thread.thread, op, line); }
+
+unsigned shared_offset(const void* p, unsigned bytes, const char* what, int line) {
+    const uintptr_t at = uintptr_t(p) - uintptr_t(R.smem + SMEM_ALIGN);
+    if (at + bytes > R.smem_bytes || at > R.smem_bytes)
+        kernel_violation(ILLEGAL_ADDRESS, line, format("%s of %u bytes outside the block's %u bytes of shared memory: %lld bytes from their start",
+                                                       what, bytes, R.smem_bytes, (long long)at));
+    if (at % bytes) kernel_violation(MISALIGNED_ADDRESS, line, format("misaligned %s of %u bytes at byte %u of shared memory", what, bytes, unsigned(at)));
+    return unsigned(at);
+}
+
 void kernel_violation(Result code, int line, const std::string& text) {
     const Launch& launch = *R.launch;
     const std::string where = line ? format("%s:%d: ", launch.kernel->file.c_str(), line) : std::string();
@@ -345,6 +364,7 @@ bool block_run(const Launch& launch, uint64_t index) {
     R.arrived = R.finished = 0;
     R.ready_warps = 0;
     R.failed = false;
+    copies_start(index);
     for (unsigned w = 0; w < R.warp_count; w++) {
         Warp& warp = R.warps[w];
         const unsigned lanes = launch.block - w * 32 < 32 ? launch.block - w * 32 : 32;
@@ -365,10 +385,10 @@ bool block_run(const Launch& launch, uint64_t index) {
     return !R.failed;
 }
 
-API void* ldm_emu_smem(const void* key, unsigned long long bytes, unsigned align, int line) {
+static void* smem_start(const void* key, unsigned long long bytes, unsigned align, int line) {
     if (ldm_thread.smem_key) kernel_violation(LAUNCH_FAILED, line, "a second struct of shared memory: a kernel has one");
-    unsigned char* at = R.smem + BAND_BYTES;
-    if (align > BAND_BYTES) kernel_violation(LAUNCH_FAILED, line, format("shared memory aligned to %u bytes", align));
+    if (align > SMEM_ALIGN) kernel_violation(LAUNCH_FAILED, line, format("shared memory aligned to %u bytes", align));
+    unsigned char* at = R.smem + SMEM_ALIGN;
     memset(at - BAND_BYTES, BAND, BAND_BYTES);
     memset(at, POISON, bytes);
     memset(at + bytes, BAND, BAND_BYTES);
@@ -378,8 +398,26 @@ API void* ldm_emu_smem(const void* key, unsigned long long bytes, unsigned align
     return at;
 }
 
+API void* ldm_emu_smem(const void* key, unsigned long long bytes, unsigned align, int line) {
+    return smem_start(key, bytes, align, line);
+}
+
+API void* ldm_emu_smem_dynamic(const void* key, unsigned long long bytes, unsigned align, int line) {
+    if (bytes != R.launch->shared)
+        kernel_violation(LAUNCH_FAILED, line, format("smem_dynamic of %llu bytes, and the launch passed %u bytes of dynamic shared memory", bytes,
+                                                     R.launch->shared));
+    return smem_start(key, bytes, align, line);
+}
+
+API void ldm_emu_shared(const void* p, unsigned bytes, int write, int line) {
+    shared_offset(p, bytes, write ? "store_shared" : "load_shared", line);
+}
+
+API void ldm_emu_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+
 API void ldm_emu_sync_block(int line) {
     const unsigned t = ldm_thread.thread;
+    copies_play();
     if (arrive_block(t, SYNC_BLOCK, line)) check_smem();
     else wait_in(t, SYNC_BLOCK, line);
 }

@@ -40,6 +40,9 @@ enum Result : int {
     UNKNOWN = 999,
 };
 
+constexpr unsigned SMEM_STATIC = 48 * 1024, SMEM_MOST = 227 * 1024;  // shared memory of a block: without and with asking
+constexpr unsigned char POISON = 0xff;
+
 // ------------------------------------------------------------------------------------------------------ settings
 
 enum class Order { Forward, Reverse, Random };
@@ -124,7 +127,7 @@ bool host_is_pinned(const void* at, size_t bytes);
 struct Kernel {
     std::string name, unit, file;
     void (*entry)(const void* params) = nullptr;
-    unsigned params = 0, bounds = 1024;
+    unsigned params = 0, bounds = 1024, dynamic = SMEM_STATIC;  // `dynamic`: bytes of shared memory that a launch may pass
 };
 
 struct Module {
@@ -138,7 +141,7 @@ Result module_kernel(Module* module, const char* name, Kernel** out);
 
 struct Launch {
     Kernel* kernel;
-    unsigned grid[3], block;
+    unsigned grid[3], block, shared;
     std::vector<char> params;
 };
 // Runs all blocks; the answer is the violation, if one happened.

@@ -17,7 +17,7 @@ __thread LdmThread ldm_thread;
 
 namespace {
 constexpr uint64_t GUARD = 256, ALIGN = 256, QUARANTINE = 64ull << 20, KEEP = 1ull << 20;
-constexpr unsigned char POISON = 0xff, BAND = 0xfd;
+constexpr unsigned char BAND = 0xfd;
 
 struct Block {
     uint64_t bytes, whole;  // asked for; with bands and padding
