@@ -4,7 +4,7 @@
 mod call;
 mod driver;
 
-pub use call::{Call, Operand, Types};
+pub use call::{COUNTERS, Call, Operand, Types};
 pub use driver::Event;
 
 use crate::error::{Error, Result};
@@ -29,6 +29,7 @@ struct Inner {
     patient: bool,
     functions: Mutex<HashMap<(usize, &'static str), Function>>,
     modules: Mutex<HashMap<usize, Arc<Module>>>,
+    counters: Mutex<Option<Memory>>,
     context: Arc<Context>,
 }
 
@@ -112,8 +113,9 @@ impl Cuda {
         let context = Arc::new(Context::open(ordinal)?);
         let (name, capability) = context.describe()?;
         let patient = std::env::var("LDM_CUDA_SYNC").is_ok_and(|v| !matches!(v.as_str(), "" | "0"));
-        let (functions, modules) = Default::default();
-        let inner = Inner { ordinal, name, capability, driver, patient, functions, modules, context };
+        let (functions, modules, counters) = Default::default();
+        let inner =
+            Inner { ordinal, name, capability, driver, patient, functions, modules, counters, context };
         let cuda = Cuda { inner: Arc::new(inner) };
         // Whether one unit loads says whether the others will.
         if let Some(first) = UNITS.iter().position(|u| u.image(capability).is_some()) {
@@ -346,6 +348,18 @@ impl Cuda {
             let call = format!("{name} of {}, grid ({x},{y},{z}), block {block}", UNITS[index]);
             Error::Cuda { call, node: String::new(), what: failure.words() }
         })
+    }
+
+    /// Memory for [`Call::counters`], made and set to 0 on first use.
+    fn counters(&self) -> Result<DevicePtr> {
+        let mut counters = lock(&self.inner.counters);
+        if let Some(memory) = &*counters {
+            return Ok(memory.ptr());
+        }
+        let bytes = COUNTERS * size_of::<u32>();
+        let memory = Memory::new(&self.inner.context, bytes).map_err(|f| self.explain_alloc(f, bytes))?;
+        self.inner.context.fill(memory.ptr(), bytes, 0)?;
+        Ok(counters.insert(memory).ptr())
     }
 
     /// Sets memory that a call was given.
