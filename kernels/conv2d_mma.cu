@@ -56,6 +56,7 @@ struct Conv2dMma {
     const T* bias;       // (O) or null
     const T* bias1;      // (O) or null: of a shortcut
     const T* time;       // (time_rows,O) or null
+    const int* counter;  // null, or the row of time that serves every image
     const T* residual;   // (M,O) or null
     float* stats;        // (M / SLAB,O,2) or null: mean, sum of squared deviations
     float* partial;      // (splits,tiles,BM·BN) with splits > 1
@@ -71,7 +72,7 @@ struct Conv2dMma {
     int c2, w_row2;
     int segments;
     int blocks;          // k-blocks in all
-    int time_rows;       // 1, or one per image
+    int time_rows;       // 1, or one per image; any number with a counter
     int act;
     int glu;             // w and bias have 2·O rows: values, then gates
 };
@@ -224,7 +225,7 @@ DEV void finish(const Conv2dMma& p, float* tile, int m0, int n0) {
         const int r = i / columns, c = i - r * columns, m = m0 + r;
         const int n = (p.glu ? n0 / 2 : n0) + c;
         if (m >= p.m || n >= p.o) continue;
-        const long long image = p.time_rows > 1 ? m / (p.out_h * p.out_w) : 0;
+        const long long image = p.counter ? load(p.counter) : p.time_rows > 1 ? m / (p.out_h * p.out_w) : 0;
         float* at = tile + r * PITCH + (p.glu ? c / 8 * 16 + c % 8 : c);
         Vec<float, 4> v = load_shared<4>(at), gate;
         if (p.glu) gate = load_shared<4>(at + 8);

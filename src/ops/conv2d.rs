@@ -10,11 +10,12 @@ mod fold;
 mod tensor_cores;
 
 pub use epi::{Epi, SLAB};
-pub(super) use fold::absorb_residual;
+pub(super) use fold::{absorb_residual, gates};
 
 use super::Op;
 use super::activation::code;
 use super::prelude::*;
+use super::sampler::checked_row;
 use crate::backend::cpu::SliceMut;
 use crate::backend::cpu::gemm::{BatchAdd, Conv, ConvShape, Dense, Epilogue, Weights, gemm, working_bytes};
 use crate::backend::cpu::winograd;
@@ -44,7 +45,7 @@ pub struct Linear {
     pub epi: Epi,
 }
 
-const WANT: &str = "x (B,H,W,C), w (O,KH,KW,C)[, bias (O)][, time (B or 1,O)][, residual (B,H',W',O)]\
+const WANT: &str = "x (B,H,W,C), w (O,KH,KW,C)[, bias (O)][, time (B or 1,O)[, counter (4) i32]][, residual (B,H',W',O)]\
     [, u (B,H',W',U)[, v (B,H',W',V)], w (O,U+V), bias (O)], one float type (with shortcut or statistics a 16-bit one, with \
     C, U, V multiples of 8 and H'·W' of 64)";
 const WANT_LINEAR: &str = "x (…,C), w (O,C)[, bias (O)][, residual (…,O)], one float type (with gates or statistics a \
@@ -52,20 +53,23 @@ const WANT_LINEAR: &str = "x (…,C), w (O,C)[, bias (O)][, residual (…,O)], o
 
 impl Epi {
     /// Reads what both rooms have in common; `f` multiplies. `pixels` are the rows of y that one row of `time` serves.
-    fn cpu(&self, io: &mut cpu::Call, pixels: usize, f: impl FnOnce(Weights, &Epilogue, SliceMut)) {
+    fn cpu(&self, io: &mut cpu::Call, pixels: usize, f: impl FnOnce(Weights, &Epilogue, SliceMut)) -> Result<()> {
         let at = self.inputs();
         let w = io.weights(1);
+        let o = io.y[0].shape.last();
         // A single row of `time` serves every image.
-        let all = self.time && io.x[at.time].shape.rows() == 1;
-        let rows = if all { io.y[0].shape.rows() } else { pixels }.max(1);
+        let table = if self.time { io.x[at.time].shape.rows() } else { 1 };
+        let step = if self.step { checked_row(io.i32_at(at.step, 0), table)? } else { 0 };
+        let rows = if table == 1 || self.step { io.y[0].shape.rows() } else { pixels }.max(1);
         let (bias, time) = (self.bias.then(|| io.slice(at.bias)), self.time.then(|| io.slice(at.time)));
         let residual = self.residual.then(|| io.slice(at.residual));
         cpu::optional(bias, |bias| {
             cpu::optional(time, |time| {
-                let batch = time.map(|data| BatchAdd { data, rows });
+                let batch = time.map(|data| BatchAdd { data: &data[step * o..], rows });
                 f(w, &Epilogue { bias, batch, act: self.act, residual }, io.out(0));
             });
         });
+        Ok(())
     }
 
     /// Fills in what both rooms give the plain kernel alike, and launches.
@@ -78,6 +82,7 @@ impl Epi {
         p.bias = input(at.bias);
         p.time = input(at.time);
         p.residual = input(at.residual);
+        p.counter = input(at.step);
         p.time_rows = if self.time { io.int(io.x_spec(at.time).shape.rows())? } else { 1 };
         p.act = code(self.act);
         p.o = io.int(n)?;
@@ -207,8 +212,7 @@ impl Operation for Conv2d {
         self.epi.cpu(io, shape.out_h * shape.out_w, |w, epilogue, y| match winograd::applies(&shape, dtype) {
             true => winograd::conv3x3(&conv, w, n, epilogue, y),
             false => gemm(&conv, w, n, epilogue, y),
-        });
-        Ok(())
+        })
     }
 
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
@@ -233,8 +237,12 @@ impl Operation for Conv2d {
         self.epi.plain(io, p, s.b * s.out_h * s.out_w)
     }
 
-    fn scratch(&self, x: &[Spec]) -> usize {
+    fn scratch(&self, x: &[Spec], _y: &[Spec]) -> usize {
         Product::conv(self, x).map_or(0, |product| product.partial_bytes())
+    }
+
+    fn fuse(&self, g: &Graph, at: Var, target: Target) -> Option<Rewrite> {
+        fold::shortcut(g, at, target)
     }
 
     fn variant(&self, x: &[Spec]) -> &'static str {
@@ -308,8 +316,7 @@ impl Operation for Linear {
         }
         let (m, c) = (io.x[0].shape.rows(), io.x[0].shape.last());
         let (x, n) = (Dense::new(io.slice(0), m, c), io.y[0].shape.last());
-        self.epi.cpu(io, m, |w, epilogue, y| gemm(&x, w, n, epilogue, y));
-        Ok(())
+        self.epi.cpu(io, m, |w, epilogue, y| gemm(&x, w, n, epilogue, y))
     }
 
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
@@ -332,7 +339,7 @@ impl Operation for Linear {
         self.epi.plain(io, p, s.rows())
     }
 
-    fn scratch(&self, x: &[Spec]) -> usize {
+    fn scratch(&self, x: &[Spec], _y: &[Spec]) -> usize {
         Product::linear(self, x).map_or(0, |product| product.partial_bytes())
     }
 

@@ -264,5 +264,5 @@ rooms!(define);
 
 pub use activation::Act;
 pub use cast::cast;
-pub use conv2d::Epi;
+pub use conv2d::{Epi, SLAB};
 pub use sampler::TABLE;

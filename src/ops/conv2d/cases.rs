@@ -4,6 +4,8 @@ use super::super::activation::Act;
 use super::super::prelude::*;
 use super::{Conv2d, Epi, Linear};
 
+const SIXTEEN: &[DType] = &[DType::F16, DType::BF16];
+
 pub(super) fn conv() -> Vec<Case> {
     let same = |kernel| Conv2d::same(kernel);
     let with = |f: &dyn Fn(&mut Conv2d)| {
@@ -11,7 +13,7 @@ pub(super) fn conv() -> Vec<Case> {
         f(&mut op);
         op
     };
-    let full = |act| with(&|o| o.epi = Epi { bias: true, time: true, act, residual: true });
+    let full = |act| with(&|o| o.epi = Epi { bias: true, time: true, act, residual: true, ..Epi::default() });
     let down = |pad| with(&|o| (o.stride, o.pad) = (2, pad));
     let up = with(&|o| o.upsample = true);
     let bare = with(&|o| o.epi = Epi::default());
@@ -23,10 +25,20 @@ pub(super) fn conv() -> Vec<Case> {
             s.map_or((1, 1), |s| (s.out_h, s.out_w))
         };
         args.extend(op.epi.bias.then(|| t([o])));
-        args.extend(op.epi.time.then(|| t([x[0], o])));
+        args.extend(op.epi.time.then(|| if op.epi.step { t([5, o]) } else { t([x[0], o]) }));
+        args.extend(op.epi.step.then(|| ids([4], 5)));
         args.extend(op.epi.residual.then(|| t([x[0], dh, dw, o])));
         Case::new(op, args)
     };
+    // With inputs of a shortcut, `u` channels each.
+    let shortcut = |op: Conv2d, x: [usize; 4], o: usize, u: &[usize]| {
+        let mut case = conv(Conv2d { shortcut: u.len(), ..op }, x, o, 3).only(SIXTEEN);
+        let width: usize = u.iter().sum();
+        case.args.extend(u.iter().map(|&u| t([x[0], x[1], x[2], u])));
+        case.args.extend([t([o, width]).normal(0.0, 1.0 / (width as f64).sqrt()), t([o])]);
+        case
+    };
+    let stats = |op: &Conv2d| Conv2d { epi: Epi { stats: true, ..op.epi.clone() }, ..op.clone() };
     let mut small = vec![
         conv(same(3), [1, 1, 1, 1], 1, 3),
         conv(same(3), [2, 8, 8, 32], 32, 3),
@@ -35,6 +47,8 @@ pub(super) fn conv() -> Vec<Case> {
         conv(same(3), [1, 6, 6, 64], 3, 3),
         conv(full(Act::None), [2, 7, 5, 20], 70, 3),
         conv(full(Act::Silu), [3, 4, 4, 8], 12, 3),
+        conv(with(&|o| (o.epi.time, o.epi.step) = (true, true)), [2, 5, 4, 16], 24, 3),
+        conv(with(&|o| (o.epi.time, o.epi.step) = (true, true)), [1, 3, 4, 5], 7, 3),
         conv(down([1; 4]), [2, 8, 8, 16], 16, 3),
         conv(down([1; 4]), [1, 7, 9, 5], 6, 3),
         conv(down([0, 0, 1, 1]), [1, 8, 6, 16], 24, 3),
@@ -45,6 +59,20 @@ pub(super) fn conv() -> Vec<Case> {
         conv(up.clone(), [1, 7, 9, 32], 33, 3),
         conv(with(&|o| o.pad = [0, 2, 1, 1]), [3, 16, 10, 64], 24, 3),
         conv(bare.clone(), [1, 9, 9, 544], 20, 3),
+        // For tensor cores: sums in several parts, and every tile with rows and columns to spare.
+        conv(full(Act::None), [2, 4, 4, 256], 72, 3),
+        conv(same(3), [3, 8, 8, 40], 160, 3),
+        conv(down([1; 4]), [2, 9, 7, 48], 80, 3),
+        conv(down([0, 0, 1, 1]), [1, 8, 8, 64], 64, 3),
+        conv(up.clone(), [2, 5, 6, 40], 96, 3),
+        conv(full(Act::Silu), [1, 64, 96, 8], 312, 3).only(SIXTEEN),
+        conv(same(3), [1, 128, 127, 8], 250, 3).only(SIXTEEN),
+        shortcut(same(3), [2, 8, 8, 64], 64, &[96]),
+        shortcut(same(3), [1, 7, 5, 40], 72, &[24, 48]),
+        shortcut(stats(&same(3)), [2, 8, 8, 64], 96, &[128, 40]),
+        conv(stats(&full(Act::None)), [2, 8, 16, 32], 64, 3).only(SIXTEEN),
+        conv(stats(&same(3)), [1, 64, 64, 8], 320, 3).only(SIXTEEN),
+        conv(stats(&down([1; 4])), [1, 16, 16, 256], 40, 3).only(SIXTEEN),
     ];
     let real = |op, [b, side, c, o]: [usize; 4], k| conv(op, [b, side, side, c], o, k).weights(1..3).bench();
     for &(b, side, c, outs) in REAL {
@@ -61,14 +89,16 @@ pub(super) fn conv() -> Vec<Case> {
 
 pub(super) fn random_conv(r: &mut Small) -> Case {
     let k: usize = [1, 3, 3, 4][r.below(4)];
-    let x = [r.below(3) + 1, r.below(9) + 1, r.below(9) + 1, r.below(40) + 1];
+    // Half of them for tensor cores.
+    let c = if r.below(2) == 0 { 8 * (r.below(10) + 1) } else { r.below(40) + 1 };
+    let x = [r.below(3) + 1, r.below(9) + 1, r.below(9) + 1, c];
     let o = r.below(72) + 1;
     let mut pad = [0; 4];
     pad.iter_mut().for_each(|p| *p = r.below(k.div_ceil(2) + 1));
     pad[2] += k.saturating_sub(x[1] + pad[0] + pad[2]);
     pad[3] += k.saturating_sub(x[2] + pad[1] + pad[3]);
     let epi = Epi { bias: r.below(2) == 0, time: r.below(3) == 0, ..Epi::default() };
-    let op = Conv2d { stride: r.below(2) + 1, pad, upsample: r.below(4) == 0, epi };
+    let op = Conv2d { stride: r.below(2) + 1, pad, upsample: r.below(4) == 0, epi, shortcut: 0 };
     let w = t([o, k, k, x[3]]).normal(0.0, 1.0 / (k as f64 * (x[3] as f64).sqrt()));
     let mut args = vec![t(x), w];
     args.extend(op.epi.bias.then(|| t([o])));
@@ -87,6 +117,8 @@ pub(super) fn linear() -> Vec<Case> {
     let bias = Epi { bias: true, ..Epi::default() };
     let res = Epi { residual: true, ..bias.clone() };
     let act = |act| Epi { act, ..bias.clone() };
+    let gates = Epi { glu: true, ..bias.clone() };
+    let stats = Epi { stats: true, ..res.clone() };
     let mut small = vec![
         linear(&[1, 1], 1, Epi::default()),
         linear(&[1, 320], 1280, bias.clone()),
@@ -97,6 +129,13 @@ pub(super) fn linear() -> Vec<Case> {
         linear(&[130, 129], 67, res),
         linear(&[2, 3, 100], 1, act(Act::Silu)),
         linear(&[5, 768], 3, bias.clone()),
+        // For tensor cores: gates, sums in several parts, every tile with rows and columns to spare.
+        linear(&[2, 50, 40], 2 * 24, gates.clone()).only(SIXTEEN),
+        linear(&[70, 512], 2 * 136, gates.clone()).only(SIXTEEN),
+        linear(&[8190, 8], 2 * 328, gates).only(SIXTEEN),
+        linear(&[20, 2048], 72, bias.clone()),
+        linear(&[8190, 16], 312, bias.clone()).only(SIXTEEN),
+        linear(&[2, 64, 40], 136, stats).only(SIXTEEN),
     ];
     for (rows, c) in REAL_TOKENS {
         // Output and queries; queries, keys and values at once; the two of the feed-forward.
@@ -110,7 +149,9 @@ pub(super) fn linear() -> Vec<Case> {
 }
 
 pub(super) fn random_linear(r: &mut Small) -> Case {
-    let (rows, c, o) = (r.below(90) + 1, r.below(150) + 1, r.below(150) + 1);
+    // Half of them for tensor cores.
+    let c = if r.below(2) == 0 { 8 * (r.below(30) + 1) } else { r.below(150) + 1 };
+    let (rows, o) = (r.below(90) + 1, r.below(150) + 1);
     let epi = Epi { bias: r.below(2) == 0, residual: r.below(2) == 0, ..Epi::default() };
     let mut args = vec![t([rows, c]), t([o, c]).normal(0.0, 1.0 / (c as f64).sqrt())];
     args.extend(epi.bias.then(|| t([o])));

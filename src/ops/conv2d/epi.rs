@@ -13,6 +13,8 @@ pub struct Epi {
     pub bias: bool,
     /// Input time (B,O) or (1,O): added to every pixel of an image.
     pub time: bool,
+    /// Input counter (4) i32: time has a row for each evaluation, (R,O), and row counter\[0\] serves every image.
+    pub step: bool,
     /// Applied to the sum.
     pub act: Act,
     /// Input residual of y's shape, added last.
@@ -28,6 +30,7 @@ pub struct Epi {
 pub(super) struct Inputs {
     pub bias: usize,
     pub time: usize,
+    pub step: usize,
     pub residual: usize,
     /// The first one after those.
     pub end: usize,
@@ -40,8 +43,8 @@ impl Epi {
             next += there as usize;
             if there { next - 1 } else { 0 }
         };
-        let (bias, time, residual) = (take(self.bias), take(self.time), take(self.residual));
-        Inputs { bias, time, residual, end: next }
+        let (bias, time, step) = (take(self.bias), take(self.time), take(self.time && self.step));
+        Inputs { bias, time, step, residual: take(self.residual), end: next }
     }
 
     /// Channels of y, from rows of w.
@@ -57,10 +60,13 @@ impl Epi {
     /// Whether inputs and the first output fit each other. `rows` are those of w.
     pub(super) fn fits(&self, x: &[Spec], rows: usize, y: Spec) -> bool {
         let (at, o) = (self.inputs(), y.shape.last());
-        let time = |s: Spec| s.shape.last() == o && [1, y.shape[0]].contains(&s.shape.rows());
+        let time = |s: Spec| s.shape.last() == o && (self.step || [1, y.shape[0]].contains(&s.shape.rows()));
+        let counter = Spec::new(DType::I32, [4]);
         // Slabs of rows belong to one image each.
         let image = y.shape.rows() / if y.shape.len() == 4 { y.shape[0].max(1) } else { 1 };
-        x.iter().all(|s| s.dtype == x[0].dtype)
+        x.iter().enumerate().all(|(i, s)| s.dtype == x[0].dtype || i == at.step)
+            && (at.step == 0 || x[at.step] == counter)
+            && (self.time || !self.step)
             && (!self.bias || *x[at.bias].shape == [rows])
             && (!self.time || (time(x[at.time]) && y.shape.len() == 4))
             && (!self.residual || x[at.residual] == y)
@@ -75,6 +81,15 @@ impl Epi {
         [y].into_iter().chain(self.stats.then_some(stats)).collect()
     }
 
+    /// The row of `time` for an image.
+    fn time_row(&self, x: &[Array], at: Inputs, image: usize) -> usize {
+        match x[at.time].shape.rows() {
+            _ if self.step => x[at.step].data[0] as usize,
+            1 => 0,
+            _ => image,
+        }
+    }
+
     /// The rest of the specification, from the sums.
     pub(super) fn finish(&self, x: &[Array], mut y: Array) -> Vec<Array> {
         let (at, o) = (self.inputs(), y.shape.last());
@@ -84,8 +99,7 @@ impl Epi {
                 *v += x[at.bias].data[i % o];
             }
             if self.time {
-                let row = if x[at.time].shape.rows() == 1 { 0 } else { i / per_image };
-                *v += x[at.time].data[row * o + i % o];
+                *v += x[at.time].data[self.time_row(x, at, i / per_image) * o + i % o];
             }
             *v = self.act.apply_f64(*v);
             if self.residual {

@@ -185,6 +185,7 @@ impl Product {
         let input = |i: usize| if i == 0 { DevicePtr::NULL } else { io.x(i) };
         (p.y, p.x, p.w) = (io.y(0), io.x(0), io.x(1));
         (p.bias, p.time, p.residual) = (input(at.bias), input(at.time), input(at.residual));
+        p.counter = input(at.step);
         p.time_rows = if epi.time { io.int(io.x_spec(at.time).shape.rows())? } else { 1 };
         p.stats = if epi.stats { io.y(1) } else { DevicePtr::NULL };
         (p.m, p.o, p.blocks) = (io.int(self.m)?, io.int(epi.columns(self.n))?, io.int(self.blocks)?);
