@@ -41,7 +41,9 @@ constexpr int WARP_ROWS = BM / WARPS_M, WARP_COLUMNS = BN / WARPS_N;
 constexpr int MT = WARP_ROWS / 16, NT = WARP_COLUMNS / 8;
 constexpr int PITCH = BN + 8;
 constexpr int LOAD_ROWS = BLOCK / 4;  // rows that one round of copies covers: four threads, four chunks to a row
-constexpr int A_LOADS = BM / LOAD_ROWS, B_LOADS = ceil_div(BN, LOAD_ROWS);
+constexpr int A_LOADS = BM / LOAD_ROWS, B_LOADS = (BN + LOAD_ROWS - 1) / LOAD_ROWS;
+// Instructions of the main loop's body, which a test counts in the machine code.
+constexpr int LOOP_HMMA = MT * NT * (BK / 16), LOOP_LDSM = (MT + NT / 2) * (BK / 16), LOOP_LDGSTS = A_LOADS + B_LOADS;
 static_assert(WARP_ROWS % 16 == 0 && WARP_COLUMNS % 16 == 0 && BM % SLAB == 0, "whole fragments and slabs");
 static_assert(SLAB * PITCH * 4 <= SMEM_BYTES, "the staging tile fits into the ring");
 
@@ -72,6 +74,7 @@ struct Conv2dMma {
     int c2, w_row2;
     int segments;
     int blocks;          // k-blocks in all
+    int part;            // 0, or rows of each of w, w1, w2, which then stand one below the other; a multiple of BN
     int time_rows;       // 1, or one per image; any number with a counter
     int act;
     int glu;             // w and bias have 2·O rows: values, then gates
@@ -113,6 +116,8 @@ DEV void tap(Walk& k, const Conv2dMma& p, int m) {
 }
 
 DEV void enter(Walk& k, const Conv2dMma& p, int segment, int n) {
+    // With parts, which of the weights this tile's columns belong to.
+    const int part = p.part ? block_y() * BN / p.part : segment;
     k.segment = segment;
     k.kh = k.kw = k.c = 0;
     k.x = segment == 0 ? p.x : segment == 1 ? p.x1 : p.x2;
@@ -120,7 +125,7 @@ DEV void enter(Walk& k, const Conv2dMma& p, int segment, int n) {
     k.w_row = segment == 0 ? p.w_row : segment == 1 ? p.w_row1 : p.w_row2;
     k.w_tap = segment == 0 ? p.w_tap : p.w_tap1;
     k.flat = segment == 0 ? p.flat : segment == 1 ? p.flat1 : 1;
-    k.w = (segment == 0 ? p.w : segment == 1 ? p.w1 : p.w2) + n * k.w_row;
+    k.w = (part == 0 ? p.w : part == 1 ? p.w1 : p.w2) + n * k.w_row;
 }
 
 DEV void next(Walk& k, const Conv2dMma& p, int m, int n) {
@@ -193,16 +198,13 @@ DEV bool combine(float (&acc)[MT][NT][4], const Conv2dMma& p, unsigned* shared) 
     sync_block();
     if (*shared != unsigned(splits - 1)) return false;
     fence_gpu();
-    UNROLL
-    for (int i = 0; i < PART / 4; i++) {
-        Vec<float, 4> sum = load<4>(part + i * BLOCK * 4);
-        for (int z = 1; z < splits; z++) {
+    for (int z = 0; z < splits; z++) {
+        UNROLL
+        for (int i = 0; i < PART / 4; i++) {
             const Vec<float, 4> v = load<4>(part + z * step + i * BLOCK * 4);
             UNROLL
-            for (int e = 0; e < 4; e++) sum[e] += v[e];
+            for (int e = 0; e < 4; e++) acc[i / NT][i % NT][e] = z == 0 ? v[e] : acc[i / NT][i % NT][e] + v[e];
         }
-        UNROLL
-        for (int e = 0; e < 4; e++) acc[i / NT][i % NT][e] = sum[e];
     }
     sync_block();  // *shared is read; the staging tile may be written
     return true;
@@ -275,8 +277,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) conv2d_mma(const __grid_c
     ConvRing& s = smem_dynamic<ConvRing>();
     const int m0 = block_x() * BM, n0 = block_y() * BN, warp_m = warp() / WARPS_N, warp_n = warp() % WARPS_N;
     const int m = m0 + thread_x() / 4, n = n0 + thread_x() / 4;  // first rows that this thread copies
-    const int row = weight_row(p, n), step = p.glu ? LOAD_ROWS / 2 : LOAD_ROWS;
-    const int rows_left = p.glu ? p.o - row % p.o : p.o - row;  // of values or of gates
+    const int row = weight_row(p, p.part ? n - block_y() * BN / p.part * p.part : n), step = p.glu ? LOAD_ROWS / 2 : LOAD_ROWS;
+    const int rows_left = p.glu ? p.o - row % p.o : (p.part ? p.part : p.o) - row;  // of values or of gates
 
     Walk k;
     UNROLL

@@ -43,13 +43,17 @@ pub struct Conv2d {
 pub struct Linear {
     /// The rest of the sum.
     pub epi: Epi,
+    /// Two: further weights (O,C) follow w, and y (…,3·O) holds the three products side by side, such as queries, keys and
+    /// values. Takes nothing of [`Epi`].
+    pub more: usize,
 }
 
 const WANT: &str = "x (B,H,W,C), w (O,KH,KW,C)[, bias (O)][, time (B or 1,O)[, counter (4) i32]][, residual (B,H',W',O)]\
     [, u (B,H',W',U)[, v (B,H',W',V)], w (O,U+V), bias (O)], one float type (with shortcut or statistics a 16-bit one, with \
     C, U, V multiples of 8 and H'·W' of 64)";
-const WANT_LINEAR: &str = "x (…,C), w (O,C)[, bias (O)][, residual (…,O)], one float type (with gates or statistics a \
-    16-bit one, with C a multiple of 8; with gates w (2·O,C), bias (2·O), O a multiple of 8)";
+const WANT_LINEAR: &str = "x (…,C), w (O,C)[, bias (O)][, residual (…,O)], or x and three weights (O,C), one float type \
+    (with gates, statistics or three weights a 16-bit one, C a multiple of 8; with gates w (2·O,C), bias (2·O), O a multiple of 8; \
+    with three weights O a multiple of 16)";
 
 impl Epi {
     /// Reads what both rooms have in common; `f` multiplies. `pixels` are the rows of y that one row of `time` serves.
@@ -281,13 +285,19 @@ impl Operation for Linear {
     const NAME: &'static str = "linear";
 
     fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>> {
-        let fits = x.len() == self.epi.inputs().end
+        let fits = x.len() == self.epi.inputs().end + self.more
             && !self.epi.time
             && !x[0].shape.is_empty()
             && x[1].shape.len() == 2
             && x[0].shape.last() == x[1].shape[1]
             && DType::FLOATS.contains(&x[0].dtype);
         ensure!(fits, Self::NAME, WANT_LINEAR, x);
+        if self.more > 0 {
+            let same = self.more == 2 && self.epi == Epi::default() && x[1..].iter().all(|w| *w == x[1]);
+            ensure!(same && x[0].dtype == x[1].dtype, Self::NAME, WANT_LINEAR, x);
+            ensure!(Product::linear(self, x).is_some(), Self::NAME, WANT_LINEAR, x);
+            return Ok(vec![Spec::new(x[0].dtype, x[0].shape.with_last(3 * x[1].shape[0]))]);
+        }
         let rows = x[1].shape[0];
         let y = Spec::new(x[0].dtype, x[0].shape.with_last(self.epi.columns(rows)));
         ensure!(self.epi.fits(x, rows, y), Self::NAME, WANT_LINEAR, x);
@@ -296,10 +306,12 @@ impl Operation for Linear {
     }
 
     fn spec(&self, x: &[Array]) -> Vec<Array> {
-        let (c, o) = (x[0].shape.last(), x[1].shape[0]);
+        let (c, each) = (x[0].shape.last(), x[1].shape[0]);
+        let o = each * (1 + self.more);
         let mut y = Array::zeros(x[0].shape.with_last(o));
         for (i, v) in y.data.iter_mut().enumerate() {
-            let (row, w) = (&x[0].data[i / o * c..][..c], &x[1].data[i % o * c..][..c]);
+            let w = &x[1 + i % o / each].data;
+            let (row, w) = (&x[0].data[i / o * c..][..c], &w[i % o % each * c..][..c]);
             *v = row.iter().zip(w).map(|(a, b)| a * b).sum();
         }
         self.epi.finish(x, y)
@@ -310,7 +322,7 @@ impl Operation for Linear {
     }
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
-        if self.epi.fused() {
+        if self.epi.fused() || self.more > 0 {
             by_specification(io, |x| self.spec(x));
             return Ok(());
         }
@@ -356,7 +368,8 @@ impl Operation for Linear {
     }
 
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
-        Cost::streaming(x[0].shape.rows().saturating_mul(2 * x[1].shape.numel()), x, y)
+        let products = 2 * x[1].shape.numel() * (1 + self.more);
+        Cost::streaming(x[0].shape.rows().saturating_mul(products), x, y)
     }
 
     fn cases() -> Vec<Case> {

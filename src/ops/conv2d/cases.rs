@@ -112,11 +112,15 @@ pub(super) fn linear() -> Vec<Case> {
         let mut args = vec![t(x), t([o, c]).normal(0.0, 1.0 / (c as f64).sqrt())];
         args.extend(epi.bias.then(|| t([o])));
         args.extend(epi.residual.then(|| t(Shape::new(x).with_last(o))));
-        Case::new(Linear { epi }, args)
+        Case::new(Linear { epi, more: 0 }, args)
     };
     let bias = Epi { bias: true, ..Epi::default() };
     let res = Epi { residual: true, ..bias.clone() };
     let act = |act| Epi { act, ..bias.clone() };
+    let three = |x: &[usize], o: usize| {
+        let w = t([o, x[x.len() - 1]]).normal(0.0, 1.0 / (x[x.len() - 1] as f64).sqrt());
+        Case::new(Linear { more: 2, ..Linear::default() }, [t(x), w.clone(), w.clone(), w]).only(SIXTEEN)
+    };
     let gates = Epi { glu: true, ..bias.clone() };
     let stats = Epi { stats: true, ..res.clone() };
     let mut small = vec![
@@ -136,6 +140,8 @@ pub(super) fn linear() -> Vec<Case> {
         linear(&[20, 2048], 72, bias.clone()),
         linear(&[8190, 16], 312, bias.clone()).only(SIXTEEN),
         linear(&[2, 64, 40], 136, stats).only(SIXTEEN),
+        three(&[2, 35, 48], 48),
+        three(&[3, 70, 64], 320),
     ];
     for (rows, c) in REAL_TOKENS {
         // Output and queries; queries, keys and values at once; the two of the feed-forward.
@@ -156,7 +162,7 @@ pub(super) fn random_linear(r: &mut Small) -> Case {
     let mut args = vec![t([rows, c]), t([o, c]).normal(0.0, 1.0 / (c as f64).sqrt())];
     args.extend(epi.bias.then(|| t([o])));
     args.extend(epi.residual.then(|| t([rows, o])));
-    Case::new(Linear { epi }, args)
+    Case::new(Linear { epi, more: 0 }, args)
 }
 
 /// Convolutions 3×3 that keep the size, for the benches: images, side, C, each O. UNets of SD 1.5 (64×64 latents), SDXL

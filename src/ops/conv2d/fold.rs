@@ -12,7 +12,7 @@ pub(in crate::ops) fn absorb_residual(g: &Graph, at: Var) -> Option<Rewrite> {
         let node = g.maker(product).filter(|_| uses[product.index()] == 1 && product != other)?;
         let mut op = node.op.clone();
         match &mut op {
-            Op::Conv2d(Conv2d { epi, .. }) | Op::Linear(Linear { epi }) if !epi.residual => epi.residual = true,
+            Op::Conv2d(Conv2d { epi, .. }) | Op::Linear(Linear { epi, more: 0 }) if !epi.residual => epi.residual = true,
             _ => return None,
         }
         Some(Rewrite { op, x: [&node.x[..], &[other]].concat(), made: vec![] })
@@ -43,7 +43,7 @@ pub(super) fn shortcut(g: &Graph, at: Var, target: Target) -> Option<Rewrite> {
     }
     let linear = sole(g, node.x[residual])?;
     let plain = Epi { bias: true, ..Epi::default() };
-    if linear.op != Op::Linear(Linear { epi: plain }) {
+    if linear.op != Op::Linear(Linear { epi: plain, more: 0 }) {
         return None;
     }
     let from = linear.x[0];
@@ -62,8 +62,24 @@ pub(super) fn shortcut(g: &Graph, at: Var, target: Target) -> Option<Rewrite> {
 pub(in crate::ops) fn gates(g: &Graph, at: Var, target: Target) -> Option<Rewrite> {
     let node = g.maker(at).filter(|_| target == Target::Cuda)?;
     let product = sole(g, node.x[0])?;
-    let Op::Linear(Linear { epi }) = &product.op else { return None };
+    let Op::Linear(Linear { epi, more: 0 }) = &product.op else { return None };
     let plain = Epi { bias: epi.bias, ..Epi::default() };
-    let glu = Linear { epi: Epi { glu: true, ..epi.clone() } };
+    let glu = Linear { epi: Epi { glu: true, ..epi.clone() }, more: 0 };
     if *epi == plain { offer(g, glu, product.x.clone()) } else { None }
+}
+
+/// Queries, keys and values as one product, where the three are plain products of one input that nothing else reads; how to
+/// make the queries' value from now on.
+pub(in crate::ops) fn together(g: &Graph, qkv: [Var; 3]) -> Option<(Var, Op, Vec<Var>)> {
+    let mut x = vec![];
+    for v in qkv {
+        let node = sole(g, v).filter(|n| n.op == Op::Linear(Linear::default()))?;
+        x.extend(if x.is_empty() { &node.x[..] } else { &node.x[1..] });
+        if node.x[0] != x[0] {
+            return None;
+        }
+    }
+    let op = Op::from(Linear { more: 2, ..Linear::default() });
+    let specs: Vec<Spec> = x.iter().map(|&v| g.spec(v)).collect();
+    op.infer(&specs).is_ok().then_some((qkv[0], op, x))
 }

@@ -75,10 +75,11 @@ impl Tile {
 
 impl Product {
     /// The tile and the number of splits with the least predicted time.
-    fn new(m: usize, n: usize, blocks: usize) -> Product {
+    /// Tiles are of `part` columns or of a divisor of it.
+    fn new(m: usize, n: usize, blocks: usize, part: usize) -> Product {
         let mut best = Product { m, n, blocks, tile: TILES[0], splits: 1 };
         let mut least = f64::INFINITY;
-        for tile in TILES {
+        for tile in TILES.into_iter().filter(|t| part == n || part % t.columns == 0) {
             for splits in 1..=MOST_SPLITS.min(blocks / 4).max(1) {
                 let time = tile.microseconds(m, n, blocks, splits);
                 let counted = splits == 1 || tile.count(m, n) <= cuda::COUNTERS;
@@ -104,14 +105,15 @@ impl Product {
             && s.pad_top.max(s.pad_left) < 0x4000;
         let blocks = |c: usize| c.div_ceil(k::BK);
         let sum = s.kh * s.kw * blocks(s.c) + others.into_iter().map(blocks).sum::<usize>();
-        fits.then(|| Product::new(s.b * s.out_h * s.out_w, x[1].shape[0], sum)).filter(|p| p.m > 0 && p.n > 0)
+        fits.then(|| Product::new(s.b * s.out_h * s.out_w, x[1].shape[0], sum, x[1].shape[0])).filter(|p| p.m > 0 && p.n > 0)
     }
 
     /// As the kernel takes a matrix product; `None` for what it does not take.
     pub(super) fn linear(op: &Linear, x: &[Spec]) -> Option<Product> {
-        let (m, c, n) = (x[0].shape.rows(), x[0].shape.last(), x[1].shape[0]);
-        let fits = takes(x) && c % 8 == 0 && m * n * c > 0 && (!op.epi.glu || n % 16 == 0);
-        fits.then(|| Product::new(m, n, c.div_ceil(k::BK)))
+        let (m, c, part) = (x[0].shape.rows(), x[0].shape.last(), x[1].shape[0]);
+        let n = part * (1 + op.more);
+        let fits = takes(x) && c % 8 == 0 && m * n * c > 0 && (!op.epi.glu || n % 16 == 0) && (op.more == 0 || part % 16 == 0);
+        fits.then(|| Product::new(m, n, c.div_ceil(k::BK), part))
     }
 
     /// Bytes of the partial sums.
@@ -165,7 +167,11 @@ impl Product {
 
     pub(super) fn launch_linear(&self, op: &Linear, io: &cuda::Call) -> Result<()> {
         let c = io.int(io.x_spec(0).shape.last())?;
+        let (w1, w2) = if op.more > 0 { (io.x(2), io.x(3)) } else { Default::default() };
         let p = k::Conv2dMma {
+            w1,
+            w2,
+            part: if op.more > 0 { io.int(io.x_spec(1).shape[0])? } else { 0 },
             c,
             kh: 1,
             kw: 1,
@@ -218,7 +224,7 @@ mod tests {
     }
 
     fn chosen(m: usize, n: usize, k: usize) -> (&'static str, usize) {
-        let p = Product::new(m, n, k / 32);
+        let p = Product::new(m, n, k / 32, n);
         (p.tile.name, p.splits)
     }
 
@@ -237,7 +243,7 @@ mod tests {
             (262144, 128, 1152),
             (8192, 4, 2880),
         ] {
-            let p = Product::new(m, n, k / 32);
+            let p = Product::new(m, n, k / 32, n);
             let us = p.tile.microseconds(m, n, k / 32, p.splits);
             let rate = 2.0 * (m * n * k) as f64 / us / 1e6;
             println!("{m} {n} {k}: {:?} {us:.1} us, {rate:.0} TFLOP/s", chosen(m, n, k));
