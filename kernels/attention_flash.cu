@@ -20,12 +20,15 @@
 //
 // Softmax, in base 2: p = 2^(s·c - m), c = scale · log2 e. m is the row's maximum at some time, and moves only when a
 // score passes it by more than 8: till then p stays below 2^8, which 16 bits hold, and the last division undoes any common
-// factor. So most turns have neither shuffles nor a rescaling. m starts at a large finite value, so that -inf scores give
-// p = 0; a row whose scores are all -inf ends as 0 / 0, and a NaN in a row passes into its sum: both become NaN in y.
+// factor. So most turns have neither shuffles nor a rescaling. What m does depends on its own row alone, so a row's result
+// has the same bits whatever its neighbours are, and in blocks of either size. m starts at a large finite value, so that
+// -inf scores give p = 0; a row whose scores are all -inf ends as 0 / 0, and a NaN in a row passes into its sum: both become
+// NaN in y.
 //
 // Edges: rows from S on (T for q) and columns from d on are zeros in shared memory; scores of keys that a query does not
 // see are -inf, set in those turns alone that have such keys. Columns from d on of y are not stored.
-// Occupancy: registers; the blocks that are asked for fit the shared memory of every card since sm_80.
+// Occupancy: the BLOCKS that are asked for are what registers allow; shared memory (16 to 48 KB) allows as many on sm_80 and
+// sm_90, and on sm_86 and sm_89 two where D is 80 or 96.
 //
 // types: f16 bf16
 // variants: BM=64,D=32 BM=64,D=40 BM=64,D=64 BM=64,D=80 BM=64,D=96 BM=64,D=128 BM=64,D=160 BM=128,D=40 BM=128,D=64
@@ -182,7 +185,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) attention_flash_fwd(
                 for (int h = 0; h < 2; h++) {
                     float a = top[i][h];
                     a = max_f(a, shfl_xor(a, 1));
-                    a = max_f(m[i][h], max_f(a, shfl_xor(a, 2)));
+                    a = max_f(a, shfl_xor(a, 2));
+                    if (!(a > m[i][h] + 8.0f)) a = m[i][h];
                     const float factor = exp2_fast_f(m[i][h] - a);
                     m[i][h] = a;
                     sum[i][h] *= factor;

@@ -22,8 +22,8 @@
 //
 // Softmax, in base 2: p = 2^(s·c - m), c = scale · log2 e. m is the row's maximum at some time, and moves only when a
 // score passes it by more than 8: till then p stays below 2^8, which 16 bits hold, and the last division undoes any common
-// factor. m starts at a large finite value, so that -inf scores give p = 0; a row whose scores are all -inf ends as
-// 0 / 0, and a NaN in a row passes into its sum: both become NaN in y.
+// factor. What m does depends on its own row alone. m starts at a large finite value, so that -inf scores give p = 0; a row
+// whose scores are all -inf ends as 0 / 0, and a NaN in a row passes into its sum: both become NaN in y.
 //
 // Edges: rows from S on (T for q) and columns from d on are zeros in shared memory; scores of keys that a query does not
 // see are -inf. Columns from d on of y are not stored.
@@ -170,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_wide_fwd(const 
         if (ballot(grows)) {
             UNROLL
             for (int h = 0; h < 2; h++) {
-                const float a = max_f(m[h], top[h]), factor = exp2_fast_f(m[h] - a);
+                const float a = top[h] > m[h] + 8.0f ? top[h] : m[h], factor = exp2_fast_f(m[h] - a);
                 m[h] = a;
                 sum[h] *= factor;
                 UNROLL
