@@ -14,7 +14,7 @@ use std::sync::Arc;
 use weights::Store;
 
 pub use crate::backend::{Device, DeviceName, peak};
-pub use crate::graph::Graph;
+pub use crate::graph::{Graph, Target};
 pub use weights::{Made, Weights};
 
 /// What happens during a run, for progress, traces and checks.
@@ -107,8 +107,9 @@ impl Program {
     /// # Errors
     /// When a weight is missing or has another shape or type, or memory runs out.
     pub fn new(graph: Graph, weights: &Weights, device: &Device) -> Result<Program> {
-        let graph = fuse(&graph)?;
-        let plan = Plan::new(&graph)?;
+        let target = Target::from(device);
+        let graph = fuse(&graph, target)?;
+        let plan = Plan::new(&graph, target)?;
         let arena = Store::new(device, plan.arena)?;
         let mut bound = Vec::with_capacity(graph.values().len());
         let mut states = Vec::with_capacity(graph.values().len());
@@ -152,15 +153,15 @@ impl Program {
         Ok(Program { graph, plan, device, arena, weights: bound, states, steps, constant, settled: false })
     }
 
-    /// The memory that [`Program::new`] and [`Program::run`] would take, without taking it.
+    /// The memory that [`Program::new`] and [`Program::run`] would take on a target, without taking it.
     ///
     /// # Errors
     /// As [`Plan::new`].
-    pub fn measure(graph: &Graph) -> Result<Measure> {
-        let graph = fuse(graph)?;
-        let plan = Plan::new(&graph)?;
+    pub fn measure(graph: &Graph, target: Target) -> Result<Measure> {
+        let graph = fuse(graph, target)?;
+        let plan = Plan::new(&graph, target)?;
         let specs = |vars: &[Var]| vars.iter().map(|&v| graph.spec(v)).collect::<Vec<_>>();
-        let weight = |(_, v, layout): (_, &Value, _)| Weights::measure(&Device::Cpu, v.spec, layout);
+        let weight = |(_, v, layout): (_, &Value, _)| Weights::measure(target, v.spec, layout);
         let scratch = |n: &Node| n.op.cpu_scratch(&specs(&n.x), &specs(&n.y));
         Ok(Measure {
             weights: graph.weights().map(weight).fold(0, usize::saturating_add),
@@ -170,13 +171,13 @@ impl Program {
         })
     }
 
-    /// The graph as it would run, as text.
+    /// The graph as it would run on a target, as text.
     ///
     /// # Errors
     /// As [`Plan::new`].
-    pub fn show(graph: &Graph) -> Result<String> {
-        let graph = fuse(graph)?;
-        Ok(graph.show(Some(&Plan::new(&graph)?)))
+    pub fn show(graph: &Graph, target: Target) -> Result<String> {
+        let graph = fuse(graph, target)?;
+        Ok(graph.show(Some(&Plan::new(&graph, target)?)))
     }
 
     /// The graph.
@@ -332,9 +333,8 @@ impl Program {
             Store::Cuda(b) => b.ptr(),
             _ => return Err(Error::Device("an arena on the host in a CUDA program".into())),
         };
-        let specs: Vec<Spec> = x.iter().map(|o| o.spec).collect();
-        let scratch_bytes = node.op.scratch(&specs);
-        let scratch = arena.offset(self.plan.scratch[step]);
+        let part = &self.plan.scratch[step];
+        let (scratch, scratch_bytes) = (arena.offset(part.start), part.len());
         node.op.cuda(&cuda::Call { device, node: &node.label, x: &x, y: &y, scratch, scratch_bytes })
     }
 

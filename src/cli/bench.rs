@@ -153,10 +153,8 @@ fn counts(subject: &Subject) -> Counts {
         c.bytes += cost.bytes * stage.runs as f64;
         c.arena_bytes += plan.arena as u64;
         c.state_bytes += plan.states as u64;
-        for node in graph.nodes() {
-            let specs: Vec<_> = node.x.iter().map(|&v| graph.spec(v)).collect();
-            c.scratch_bytes = c.scratch_bytes.max(node.op.scratch(&specs) as u64);
-        }
+        let scratch = plan.scratch.iter().map(|part| part.len()).max().unwrap_or(0);
+        c.scratch_bytes = c.scratch_bytes.max(scratch as u64);
     }
     c
 }

@@ -1,6 +1,6 @@
 //! Fusion: each room may offer a cheaper way to compute what it made; offers are taken until none is left.
 
-use super::{Graph, Node, Origin, Value, Var};
+use super::{Graph, Node, Origin, Target, Value, Var};
 use crate::error::Result;
 use crate::ops::Op;
 
@@ -13,14 +13,15 @@ pub struct Rewrite {
     pub x: Vec<Var>,
 }
 
-/// The same graph with every offer taken and what nothing uses any more left out.
+/// The same graph with every offer for a target taken and what nothing uses any more left out.
 ///
 /// # Errors
 /// When an offer has inputs that its op refuses: a fault of the room.
-pub fn fuse(g: &Graph) -> Result<Graph> {
+pub fn fuse(g: &Graph, target: Target) -> Result<Graph> {
     let mut g = g.clone();
     for at in 0..g.nodes.len() {
-        while let Some(rewrite) = g.nodes[at].y.first().and_then(|&y| g.nodes[at].op.fuse(&g, y)) {
+        let offer = |g: &Graph| g.nodes[at].op.fuse(g, *g.nodes[at].y.first()?, target);
+        while let Some(rewrite) = offer(&g) {
             let specs: Vec<_> = rewrite.x.iter().map(|&v| g.spec(v)).collect();
             rewrite.op.infer(&specs).map_err(|e| e.at_node(&g.nodes[at].label))?;
             g.nodes[at].op = rewrite.op;

@@ -11,7 +11,7 @@ pub use case::{Arg, Case, Fill, Ty, f32s, ids, t};
 
 use crate::backend::{cpu, cuda};
 use crate::error::{Error, Result};
-use crate::graph::{Graph, Rewrite, Var};
+use crate::graph::{Graph, Rewrite, Target, Var};
 use crate::rng::Small;
 use crate::tensor::Spec;
 use std::fmt::Debug;
@@ -21,7 +21,7 @@ pub(crate) mod prelude {
     pub(crate) use super::{Array, Case, Cost, Operation, args, f32s, ids, t};
     pub(crate) use crate::backend::{cpu, cuda};
     pub(crate) use crate::error::{Error, Result};
-    pub(crate) use crate::graph::{Graph, Rewrite, Var};
+    pub(crate) use crate::graph::{Graph, Rewrite, Target, Var};
     pub(crate) use crate::rng::Small;
     pub(crate) use crate::tensor::{DType, Shape, Spec};
 }
@@ -116,8 +116,8 @@ pub trait Operation: Clone + PartialEq + Debug + Into<Op> {
     /// Floating-point operations and bytes.
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost;
 
-    /// Bytes of scratch memory that a device needs during the call.
-    fn scratch(&self, _x: &[Spec]) -> usize {
+    /// Bytes of scratch memory that [`Operation::cuda`] needs during the call; the planner finds a place for it.
+    fn scratch(&self, _x: &[Spec], _y: &[Spec]) -> usize {
         0
     }
 
@@ -142,8 +142,9 @@ pub trait Operation: Clone + PartialEq + Debug + Into<Op> {
         &[]
     }
 
-    /// A cheaper way to compute `at`, which this room made; `None` where there is none.
-    fn fuse(&self, _g: &Graph, _at: Var) -> Option<Rewrite> {
+    /// A cheaper way to compute `at`, which this room made, on a target; `None` where there is none. The new inputs must
+    /// exist before the node that makes `at`. It is asked again of what it offered, until it offers nothing.
+    fn fuse(&self, _g: &Graph, _at: Var, _target: Target) -> Option<Rewrite> {
         None
     }
 
@@ -236,7 +237,7 @@ macro_rules! define {
             /// [`Operation::cost`].
             pub fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost { each!(self, op => op.cost(x, y)) }
             /// [`Operation::scratch`].
-            pub fn scratch(&self, x: &[Spec]) -> usize { each!(self, op => op.scratch(x)) }
+            pub fn scratch(&self, x: &[Spec], y: &[Spec]) -> usize { each!(self, op => op.scratch(x, y)) }
             /// [`Operation::cpu_scratch`].
             pub fn cpu_scratch(&self, x: &[Spec], y: &[Spec]) -> usize { each!(self, op => op.cpu_scratch(x, y)) }
             /// [`Operation::packed`].
@@ -246,7 +247,9 @@ macro_rules! define {
             /// [`Operation::updates`].
             pub fn updates(&self) -> &'static [(usize, usize)] { each!(self, op => op.updates()) }
             /// [`Operation::fuse`].
-            pub fn fuse(&self, g: &Graph, at: Var) -> Option<Rewrite> { each!(self, op => op.fuse(g, at)) }
+            pub fn fuse(&self, g: &Graph, at: Var, target: Target) -> Option<Rewrite> {
+                each!(self, op => op.fuse(g, at, target))
+            }
             /// [`Operation::variant`].
             pub fn variant(&self, x: &[Spec]) -> &'static str { each!(self, op => op.variant(x)) }
         }

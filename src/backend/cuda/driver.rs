@@ -14,6 +14,9 @@ use std::sync::{Arc, OnceLock};
 /// The oldest driver interface whose functions are all called here: CUDA 12.8, driver 570.
 const OLDEST: i32 = 12080;
 
+/// Bytes of dynamic shared memory that a block may have without the function being allowed more.
+const UNASKED: usize = 48 * 1024;
+
 /// A code of the driver, and the function that returned it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Failure {
@@ -178,15 +181,20 @@ impl Context {
         check("cuDeviceGetName", unsafe { sys::cuDeviceGetName(name.as_mut_ptr(), 127, self.device) })?;
         // SAFETY: the last character was zero and is not written, so the text ends inside `name`.
         let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
-        let attribute = |which| {
-            let mut value = 0;
-            // SAFETY: takes a place for one integer.
-            check("cuDeviceGetAttribute", unsafe {
-                sys::cuDeviceGetAttribute(&mut value, which, self.device)
-            })?;
-            Ok::<u32, Failure>(value.max(0) as u32)
-        };
-        Ok((name, (attribute(MAJOR)?, attribute(MINOR)?)))
+        Ok((name, (self.attribute(MAJOR)?, self.attribute(MINOR)?)))
+    }
+
+    fn attribute(&self, which: sys::CUdevice_attribute) -> std::result::Result<u32, Failure> {
+        let mut value = 0;
+        // SAFETY: takes a place for one integer.
+        let code = unsafe { sys::cuDeviceGetAttribute(&mut value, which, self.device) };
+        check("cuDeviceGetAttribute", code).map(|()| value.max(0) as u32)
+    }
+
+    /// The most shared memory that a block may ask for, in bytes.
+    pub(super) fn shared_memory(&self) -> std::result::Result<usize, Failure> {
+        use sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as MOST;
+        Ok(self.attribute(MOST)? as usize)
     }
 
     /// Free and total bytes of device memory.
@@ -250,7 +258,8 @@ impl Context {
         Ok(check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(at.0, byte, n, self.stream) })?)
     }
 
-    /// Starts a kernel: grid of blocks of `block` threads. The sizes must be within the device's limits.
+    /// Starts a kernel: grid of blocks of `block` threads, each block with the dynamic shared memory that the function was
+    /// looked up for. The sizes must be within the device's limits.
     pub(super) fn launch<P: Params>(
         &self,
         function: &Function,
@@ -265,8 +274,8 @@ impl Context {
         // checked the layout. The driver copies the struct before it returns. The kernel itself reaches
         // device memory only.
         let code = unsafe {
-            let (arguments, none) = (arguments.as_mut_ptr(), ptr::null_mut());
-            sys::cuLaunchKernel(function.raw, x, y, z, block, 1, 1, 0, self.stream, arguments, none)
+            let (arguments, smem, none) = (arguments.as_mut_ptr(), function.smem, ptr::null_mut());
+            sys::cuLaunchKernel(function.raw, x, y, z, block, 1, 1, smem, self.stream, arguments, none)
         };
         check("cuLaunchKernel", code)
     }
@@ -338,14 +347,20 @@ impl Module {
         Ok(Module { raw, context: context.clone() })
     }
 
-    /// The kernel of this name.
-    pub(super) fn function(self: &Arc<Self>, name: &str) -> Result<Function> {
+    /// The kernel of this name, to be launched with `smem` bytes of dynamic shared memory: at most what
+    /// [`Context::shared_memory`] says.
+    pub(super) fn function(self: &Arc<Self>, name: &str, smem: usize) -> Result<Function> {
         self.context.bind()?;
         let text = CString::new(name).map_err(|_| Error::invalid(format!("kernel `{name}`")))?;
         let mut raw = ptr::null_mut();
         // SAFETY: the module is loaded; `text` ends in NUL.
         check("cuModuleGetFunction", unsafe { sys::cuModuleGetFunction(&mut raw, self.raw, text.as_ptr()) })?;
-        Ok(Function { raw, _module: self.clone() })
+        if smem > UNASKED {
+            use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MOST;
+            // SAFETY: the function was found above, in a module that is loaded.
+            check("cuFuncSetAttribute", unsafe { sys::cuFuncSetAttribute(raw, MOST, smem as c_int) })?;
+        }
+        Ok(Function { raw, smem: smem as u32, _module: self.clone() })
     }
 }
 
@@ -361,6 +376,8 @@ impl Drop for Module {
 #[derive(Clone)]
 pub(super) struct Function {
     raw: sys::CUfunction,
+    /// Dynamic shared memory per block, bytes.
+    smem: u32,
     _module: Arc<Module>,
 }
 

@@ -305,17 +305,29 @@ impl Cuda {
         Error::Cuda { call: format!("loading {unit} ({})", image.arch), node: String::new(), what }
     }
 
-    /// The kernel of a unit, looked up once.
+    /// The kernel of a unit, looked up once, and allowed the shared memory that its unit asks for.
     fn function(&self, index: usize, name: &'static str) -> Result<Function> {
         if let Some(function) = lock(&self.inner.functions).get(&(index, name)) {
             return Ok(function.clone());
         }
-        let function = self.module(index)?.function(name).map_err(|e| match e {
+        let unit = &UNITS[index];
+        let named = |e: Error| match e {
             Error::Cuda { call, node, what } => {
-                Error::Cuda { call: format!("{call}({name} of {})", UNITS[index]), node, what }
+                Error::Cuda { call: format!("{call}({name} of {unit})"), node, what }
             }
             other => other,
-        })?;
+        };
+        let module = self.module(index)?;
+        let limit = self.inner.context.shared_memory().map_err(|failure| named(failure.into()))?;
+        if unit.smem > limit {
+            return Err(Error::Device(format!(
+                "{unit}: its kernels want {} bytes of shared memory per block; {} has {limit}. Run with \
+                 `--device cpu`, or on a GPU with more (sm_80 and sm_90 have enough)",
+                unit.smem,
+                self.name()
+            )));
+        }
+        let function = module.function(name, unit.smem).map_err(named)?;
         lock(&self.inner.functions).insert((index, name), function.clone());
         Ok(function)
     }
