@@ -1,31 +1,15 @@
 //! y = act((x − mean) · rstd · w + bias), mean and variance over the pixels and channels of a group.
 //!
 //! PyTorch: `F.silu(F.group_norm(x, groups, w, b, eps))`. Kernels: `kernels/group_norm.cu`, which computes the statistics
-//! itself and takes any shape; and `kernels/group_norm_apply.cu`, which is given them by channel and by slab of pixels
-//! ([`channel_stats`]), from whoever made x or from [`GroupStats`] (`kernels/group_norm_stats.cu`). Where there are many
-//! slabs, `kernels/group_norm_merge.cu` makes them fewer first.
-use super::activation::{Act, code};
-use super::prelude::*;
+//! itself and takes any shape; and `kernels/group_norm_apply.cu`, which is given them by channel and slab of pixels
+//! ([`channel_stats`]); where there are many slabs, `kernels/group_norm_merge.cu` makes them fewer first.
 use super::Op;
+use super::activation::{Act, code};
+use super::group_stats::{SLAB, VECTOR, channel_stats};
+use super::prelude::*;
 use crate::graph::GivenStats;
 use crate::kernels::group_norm as k;
-use crate::kernels::{group_norm_apply as apply, group_norm_merge as merge, group_norm_stats as stats};
-
-/// Pixels of a slab of channel statistics.
-pub const SLAB: usize = stats::ROWS as usize;
-
-/// Channels that the kernels move as one.
-const VECTOR: usize = 8;
-
-/// Type and axes of the channel statistics of x (B,…,C): f32 (B·HW/64, C, 2), for each slab of 64 consecutive pixels and
-/// each channel the mean of its values as stored and the sum of their squared differences from it. `None` where there are
-/// none: HW is no multiple of 64 (a slab would hold pixels of two images), or C none of 8.
-pub fn channel_stats(x: Spec) -> Option<Spec> {
-    let (rows, c) = (x.shape.rows(), x.shape.last());
-    let fits = x.shape.len() >= 2 && x.shape[0] > 0 && rows > 0 && c > 0 && DType::FLOATS.contains(&x.dtype);
-    let whole = fits && (rows / x.shape[0]).is_multiple_of(SLAB) && c.is_multiple_of(VECTOR);
-    whole.then(|| Spec::new(DType::F32, [rows / SLAB, c, 2]))
-}
+use crate::kernels::{group_norm_apply as apply, group_norm_merge as merge};
 
 /// What a group norm has as inputs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -255,7 +239,7 @@ impl GroupNorm {
             let grid = [c.div_ceil(32), count, b];
             io.launch(merge::GROUP_NORM_MERGE, DType::F32, "", grid, merge::BLOCK, p)?;
         }
-        let strips = c.div_ceil(apply::STRIP as usize);
+        let strips = c.div_ceil(apply::STRIP);
         let rows = rows_per_block(hw, b * strips);
         let p = apply::GroupNormApply {
             y: io.y(0),
@@ -365,15 +349,13 @@ impl Operation for GroupNorm {
         }
     }
 
-    fn scratch(&self, x: &[Spec]) -> usize {
-        let n = self.given.sources();
-        let (b, rows) = (x[0].shape[0].max(1), x[0].shape.rows());
-        let (slabs, count) = (rows / b / SLAB, slabs_kept(rows / b / SLAB));
-        if self.given == Given::Input || count == slabs {
+    fn scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
+        let b = y[0].shape[0].max(1);
+        let slabs = y[0].shape.rows() / b / SLAB;
+        if self.given == Given::Input || slabs_kept(slabs) == slabs {
             return 0;
         }
-        let c: usize = x[..n].iter().map(|s| s.shape.last()).sum();
-        b * count * c * 2 * size_of::<f32>()
+        b * slabs_kept(slabs) * y[0].shape.last() * 2 * size_of::<f32>()
     }
 
     fn cpu_scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
@@ -408,12 +390,16 @@ impl Operation for GroupNorm {
             let weight = t([c]).normal(1.0, 0.2);
             Case::new(GroupNorm::new(groups, eps, act), [t(x), weight, t([c])])
         };
-        let mut far = norm(4, 1e-5, Act::None, &[2, 9, 7, 32]);
-        far.args[0] = t([2, 9, 7, 32]).normal(100.0, 0.01);
-        let far = far.only(&[DType::F32]).loose(
-            8.0,
-            "the norm bound assumes |y| near |x|; here the input's own rounding is 1e-3 of its deviation",
-        );
+        let far = |case: Case| {
+            case.only(&[DType::F32]).loose(
+                8.0,
+                "the norm bound assumes |y| near |x|; here the input's own rounding is 1e-3 of its deviation",
+            )
+        };
+        let mut plain_far = norm(4, 1e-5, Act::None, &[2, 9, 7, 32]);
+        plain_far.args[0] = t([2, 9, 7, 32]).normal(100.0, 0.01);
+        let one = |groups, act, x: &[usize]| given(groups, act, &x[..x.len() - 1], &x[x.len() - 1..], 0.0, 1.0);
+        let two = |groups, act, x: &[usize], c: [usize; 2]| given(groups, act, x, &c, 0.5, 1.0);
         let mut small = vec![
             norm(1, 1e-5, Act::None, &[1, 1, 1, 4]),
             norm(2, 1e-5, Act::None, &[2, 3, 3, 4]),
@@ -423,7 +409,22 @@ impl Operation for GroupNorm {
             norm(16, 1e-5, Act::Silu, &[2, 6, 5, 80]),
             norm(3, 1e-5, Act::None, &[1, 40, 9]),
             norm(32, 1e-5, Act::Silu, &[1, 33, 31, 160]),
-            far,
+            far(plain_far),
+            one(1, Act::None, &[1, 8, 8, 8]),
+            one(8, Act::Silu, &[3, 64, 8]),
+            one(4, Act::Silu, &[2, 8, 16, 40]),
+            one(1, Act::None, &[1, 8, 8, 320]),
+            one(32, Act::Silu, &[2, 16, 16, 96]),
+            one(3, Act::Silu, &[1, 8, 40, 72]),
+            // 65 slabs, merged in fives; 67, which nothing divides.
+            one(2, Act::Silu, &[2, 65, 64, 16]),
+            two(2, Act::None, &[1, 67, 64], [8, 8]),
+            // Seams inside a group, inside a strip, and between strips.
+            two(4, Act::Silu, &[2, 8, 16], [24, 16]),
+            two(3, Act::None, &[1, 8, 8], [64, 32]),
+            two(2, Act::Silu, &[1, 16, 16], [8, 152]),
+            far(given(4, Act::None, &[2, 8, 16], &[40], 100.0, 0.01)),
+            far(given(2, Act::Silu, &[1, 65, 64], &[16, 8], 100.0, 0.01)),
         ];
         // UNets of SD 1.5, SDXL and LDM 1.45B; KL-f8 at 512×512 and VQ-f4 at 256×256, without a batch. Before attention
         // there is no activation: one of those in each size stands for them.
@@ -446,7 +447,12 @@ impl Operation for GroupNorm {
         }
         for (b, side, c) in [(2, 64, 320), (2, 32, 640), (2, 16, 1280), (2, 8, 1280), (1, 64, 512)] {
             small.push(norm(32, 1e-6, Act::None, &[b, side, side, c]).weights(1..3).bench());
+            small.push(one(32, Act::Silu, &[b, side, side, c]).weights(1..3).bench());
         }
+        for (side, c) in [(64, [640, 320]), (32, [1280, 640]), (16, [1280, 1280]), (8, [1280, 1280])] {
+            small.push(two(32, Act::Silu, &[2, side, side], c).weights(2..4).bench());
+        }
+        small.push(one(32, Act::Silu, &[1, 512, 512, 128]).weights(1..3).bench());
         small
     }
 
@@ -455,6 +461,70 @@ impl Operation for GroupNorm {
         let c = groups * (r.below(6) + 1);
         let x = [r.below(3) + 1, r.below(12) + 2, r.below(12) + 2, c];
         let act = [Act::None, Act::Silu][r.below(2)];
-        Case::new(GroupNorm { groups, eps: 1e-5, act }, [t(x).normal(0.3, 2.0), t([c]).normal(1.0, 0.2), t([c])])
+        if r.below(2) == 0 {
+            let c: Vec<usize> = (0..r.below(2) + 1).map(|_| 8 * (r.below(8) + 1)).collect();
+            let all: usize = c.iter().sum();
+            let groups = [1, 2, 4, 8, all / 8, all][r.below(6)];
+            return given(groups, act, &[r.below(3) + 1, 8, 8 * (r.below(3) + 1)], &c, 0.3, 2.0);
+        }
+        Case::new(GroupNorm::new(groups, 1e-5, act), [t(x).normal(0.3, 2.0), t([c]).normal(1.0, 0.2), t([c])])
+    }
+}
+
+/// A norm that is given statistics: x with these leading axes and, as one or two tensors, `c` channels, of this mean and
+/// deviation. The statistics are drawn, like x, so that they are what the result is computed from.
+fn given(groups: usize, act: Act, lead: &[usize], c: &[usize], mean: f64, deviation: f64) -> Case {
+    let form = if c.len() == 2 { Given::Halves } else { Given::Stats };
+    let (mut r, all) = (Small::new(c[0] as u64), c.iter().sum::<usize>());
+    let x = |&c: &usize| t([lead, &[c]].concat().as_slice()).normal(mean, deviation);
+    let mut args: Vec<_> = c.iter().map(x).collect();
+    args.push(t([all]).normal(1.0, 0.2));
+    args.push(t([all]));
+    for c in c {
+        let mut entry = || {
+            let squares = SLAB as f64 * (deviation * (0.6 + 0.1 * r.below(9) as f64)).powi(2);
+            [mean + 0.3 * deviation * r.normal(), squares]
+        };
+        // Prime, so that slabs and channels differ when it is repeated.
+        let values = (0..1009).flat_map(|_| entry()).collect();
+        args.push(f32s([lead.iter().product::<usize>() / SLAB, *c, 2]).values(values));
+    }
+    Case::new(GroupNorm { groups, eps: 1e-5, act, given: form }, args)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Concat, GroupStats};
+    use super::*;
+
+    #[test]
+    fn from_true_statistics_the_specification_is_the_same() {
+        let halves = Case::new(Concat, [t([2, 8, 16, 24]).normal(3.0, 0.5), t([2, 8, 16, 16]).normal(-1.0, 2.0)]);
+        let mut x = halves.inputs(DType::F32, 3);
+        let wb = Case::new(Concat, [t([40]), t([40])]).inputs(DType::F32, 4);
+        let whole = Concat.spec(&x).remove(0);
+        let norm = GroupNorm::new(4, 1e-5, Act::Silu);
+        let want = norm.spec(&[whole.clone(), wb[0].clone(), wb[1].clone()]).remove(0);
+        let given = |given, x: Vec<Array>| {
+            let stats: Vec<_> = x.iter().flat_map(|x| GroupStats.spec(std::slice::from_ref(x))).collect();
+            let inputs = [x, wb.clone(), stats].concat();
+            GroupNorm { given, ..norm.clone() }.spec(&inputs).remove(0)
+        };
+        for got in [given(Given::Stats, vec![whole]), given(Given::Halves, std::mem::take(&mut x))] {
+            let off = got.zip(&want, |a, b| (a - b).abs()).data.into_iter().fold(0.0, f64::max);
+            assert!(got.shape == want.shape && off < 1e-12, "{off}");
+        }
+    }
+
+    #[test]
+    fn blocks_and_slabs_for_the_real_shapes() {
+        // (batch, HW, C): pixels of a block, slabs that it merges.
+        let of = |[b, hw, c]: [usize; 3]| (rows_per_block(hw, b * c.div_ceil(apply::STRIP)), slabs_kept(hw / SLAB));
+        let sd15 = [[2, 4096, 320], [2, 1024, 640], [2, 256, 1280], [2, 64, 1280], [2, 64, 2560]];
+        assert_eq!(sd15.map(of), [(512, 64), (256, 16), (128, 4), (64, 1), (64, 1)]);
+        let decoder = [[1, 4096, 512], [1, 16384, 512], [1, 65536, 256], [1, 262144, 128]];
+        assert_eq!(decoder.map(of), [(256, 64), (512, 16), (512, 16), (1024, 16)]);
+        // 768×768, a prime number of slabs, and one image of one slab.
+        assert_eq!([144, 67, 1].map(slabs_kept), [16, 1, 1]);
     }
 }

@@ -13,7 +13,7 @@ constexpr int BLOCK = 256;
 constexpr int STRIP = 64;
 constexpr int ROWS = 64;
 
-struct GroupNormStats {
+struct GroupStatsFwd {
     float* y;    // (slabs,C,2) mean, sum of squares about it
     const T* x;  // (slabs·ROWS,C)
     int c;
@@ -21,12 +21,12 @@ struct GroupNormStats {
 
 constexpr int V = vec_width<T>, ACROSS = STRIP / V, DOWN = BLOCK / ACROSS, OWN = ROWS / DOWN;
 
-struct GroupNormStatsSmem {
+struct GroupStatsSmem {
     float mean[BLOCK / WARP][STRIP], m2[BLOCK / WARP][STRIP];
 };
 
-extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_stats(const __grid_constant__ GroupNormStats p) {
-    GroupNormStatsSmem& s = smem<GroupNormStatsSmem>();
+extern "C" __global__ void __launch_bounds__(BLOCK) group_stats_fwd(const __grid_constant__ GroupStatsFwd p) {
+    GroupStatsSmem& s = smem<GroupStatsSmem>();
     const int strips = ceil_div(p.c, STRIP), slab = int(block_x()) / strips, first = (int(block_x()) - slab * strips) * STRIP;
     const int column = int(thread_x()) % ACROSS * V, row = thread_x() / ACROSS, c = first + column;
     const T* x = p.x + (long long)slab * ROWS * p.c + c;
