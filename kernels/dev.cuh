@@ -7,6 +7,7 @@
 #define DEV static __device__ __forceinline__
 #define DEV_CONST constexpr __host__ __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")
 // Source lines travel to the emulator's reports only.
 #define LDM_LINE
 #define LDM_LINE_ONLY
@@ -15,6 +16,7 @@
 #define DEV static inline __attribute__((always_inline))
 #define DEV_CONST constexpr inline
 #define UNROLL
+#define ROLLED
 #define LDM_LINE , int line = __builtin_LINE()
 #define LDM_LINE_ONLY int line = __builtin_LINE()
 #define LDM_HERE , line
@@ -152,7 +154,8 @@ DEV Moments warp_merged(Moments m) {
     UNROLL
     for (int step = 1; step < WARP; step <<= 1) {
         const Moments other = {shfl_xor(m.n, step), shfl_xor(m.mean, step), shfl_xor(m.m2, step)};
-        m = lane() & step ? merged(other, m) : merged(m, other);
+        const bool second = lane() & step;
+        m = merged(second ? other : m, second ? m : other);
     }
     return m;
 }
@@ -160,17 +163,18 @@ DEV Moments warp_merged(Moments m) {
 // their number times the variance, so dozens are sound in f32; more are merged.
 struct EqualSets {
     float sets = 0.0f, first = 0.0f, sum = 0.0f, square = 0.0f, m2 = 0.0f;
-    __device__ __forceinline__ void add(float mean, float m2_of_set) {
-        if (sets == 0.0f) first = mean;
-        const float d = mean - first;
-        sets += 1.0f;
+    // Where `in` is false nothing is taken in: a select in place of a branch.
+    __device__ __forceinline__ void add(float mean, float m2_of_set, bool in = true) {
+        first = sets == 0.0f ? mean : first;
+        const float d = in ? mean - first : 0.0f;
+        sets += in ? 1.0f : 0.0f;
         sum += d;
         square = fma_f(d, d, square);
-        m2 += m2_of_set;
+        m2 += in ? m2_of_set : 0.0f;
     }
     // With `each` numbers in a set.
     __device__ __forceinline__ Moments moments(float each) const {
-        const float mean = sets > 0.0f ? sum / sets : 0.0f;
+        const float mean = sets > 0.0f ? sum * rcp_fast_f(sets) : 0.0f;
         return {sets * each, first + mean, fma_f(each, max_f(fma_f(-sum, mean, square), 0.0f), m2)};
     }
 };

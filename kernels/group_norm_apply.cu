@@ -68,17 +68,16 @@ DEV void merge_groups(const GroupNormApply& p, GroupNormApplySmem& s, int image,
             int got = 0;
             UNROLL
             for (int i = 0; i < ENTRIES; i++) {
-                if (slab < end) {
-                    e[i] = load<2>(entry(p, slab, from + c));
-                    got = i + 1;
-                }
+                e[i] = {};
+                if (slab < end) e[i] = load<2>(entry(p, slab, from + c));
+                got += slab < end;
                 c += step;
                 slab += step_slab + (c >= cpg);
                 c -= c >= cpg ? cpg : 0;
             }
             UNROLL
             for (int i = 0; i < ENTRIES; i++) {
-                if (i < got) sets.add(e[i][0] - pivot, e[i][1]);
+                sets.add(e[i][0] - pivot, e[i][1], i < got);
             }
         }
     }
@@ -86,6 +85,7 @@ DEV void merge_groups(const GroupNormApply& p, GroupNormApplySmem& s, int image,
     sync_block();
     for (int i = warp(); i < here; i += BLOCK / WARP) {
         Moments sum = {0.0f, 0.0f, 0.0f};
+        ROLLED
         for (int k = lane(); k < team; k += WARP) sum = merged(sum, s.share[i * team + k]);
         sum = warp_merged(sum);
         if (lane() == 0) {

@@ -37,11 +37,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_merge(const __gri
         UNROLL
         for (int k = 0; k < FLIGHT; k++) {
             const int at = i + k * (BLOCK / WARP);
+            e[k] = {};
             if (at < p.fan) e[k] = load<2>(x + (long long)at * width * 2);
         }
         UNROLL
         for (int k = 0; k < FLIGHT; k++) {
-            if (i + k * (BLOCK / WARP) < p.fan) sets.add(e[k][0] - pivot, e[k][1]);
+            sets.add(e[k][0] - pivot, e[k][1], i + k * (BLOCK / WARP) < p.fan);
         }
     }
     s.share[warp()][lane()] = sets.moments(float(p.each));

@@ -92,7 +92,7 @@ mod tests {
             g.output(&format!("y{groups}"), y);
         }
         let both = g.push("both", Concat, &[a, x])?;
-        let y = norm(&mut g, both, 5 - 1)?;
+        let y = norm(&mut g, both, 4)?;
         g.output("both", y);
         Ok(g)
     }
