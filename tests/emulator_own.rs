@@ -191,3 +191,42 @@ fn a_dropped_site_is_noticed_where_it_is_needed() {
     let extra = source.lines().position(|line| line == "#if EXTRA").unwrap() + 2;
     assert_eq!(missed, [format!("sync_block:pipeline:{extra}")]);
 }
+
+#[test]
+fn what_another_block_wrote_needs_a_fence_and_an_atomic_operation() {
+    let Some(bench) = Bench::new("what_another_block_wrote_needs_a_fence_and_an_atomic_operation") else {
+        return;
+    };
+    #[repr(C)]
+    struct LastBlock {
+        y: u64,
+        parts: u64,
+        x: u64,
+        counter: u64,
+    }
+    let stream = stream();
+    let values: Vec<f32> = (0..256).map(|i| (i * 37 % 101) as f32).collect();
+    let want: Vec<f32> = (0..64).map(|t| (0..4).map(|b| values[64 * b + t]).sum()).collect();
+    for (way, schedule) in (0..5).flat_map(|way| SCHEDULES.map(|schedule| (way, schedule))) {
+        for threads in [1, 2] {
+            bench.emulator.configure(&format!("{schedule};threads={threads}"));
+            let (x, counter) =
+                (Memory::with(&values, stream).unwrap(), Memory::with(&[0.0], stream).unwrap());
+            let (y, parts) = (Memory::new(256).unwrap(), Memory::new(1024).unwrap());
+            let p = LastBlock { y: y.0, parts: parts.0, x: x.0, counter: counter.0 };
+            let function = kernel("last_block", &format!("WAY={way}")).unwrap();
+            launch(function, 4, 64, stream, p).unwrap();
+            let got = y.read(64, stream);
+            let report = bench.emulator.report();
+            if way < 2 {
+                assert_eq!(got.as_ref(), Ok(&want), "way {way}, {schedule}: {report}");
+                // The next launch may read all of it.
+                assert_eq!(parts.read(256, stream).unwrap(), values);
+            } else {
+                assert_eq!(got, Err(CUresult::CUDA_ERROR_ASSERT), "way {way}, {schedule}");
+                assert!(report.contains("without a fence"), "way {way}, {schedule}: {report}");
+            }
+            bench.emulator.reset();
+        }
+    }
+}
