@@ -52,7 +52,8 @@ fn main() {
             time(b, &bench.device, program);
         });
     }
-    let estimate = ok(bench.blueprint.estimate(&Request::default(), dtype, Residency::Always));
+    let estimate =
+        ok(bench.blueprint.estimate(&Request::default(), dtype, Residency::Always, (&bench.device).into()));
     group.throughput(Throughput::Elements(estimate.unet_flops as u64));
     let mut run = None;
     group.bench_function("unet", |b| {

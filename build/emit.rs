@@ -114,10 +114,8 @@ fn module(text: &mut String, file: &File) {
     let stem = &file.scan.stem;
     let _ = writeln!(text, "/// Kernels of `kernels/{stem}.cu`.\npub mod {} {{", ident(stem));
     let _ = writeln!(text, "    use super::*;\n");
-    for (name, value) in &file.scan.constants {
-        let kind = if *value < 0 { "i64" } else { "usize" };
-        let _ =
-            writeln!(text, "    /// `{name}` of the kernel file.\n    pub const {name}: {kind} = {value};");
+    for (name, values) in &file.scan.constants {
+        constant(text, name, values, &file.variants());
     }
     let _ = writeln!(text, "    /// Element types that the file is compiled for.");
     let _ = writeln!(text, "    pub const TYPES: &[&str] = &{:?};", file.types());
@@ -152,6 +150,20 @@ fn module(text: &mut String, file: &File) {
     text.push_str("}\n\n");
 }
 
+/// A number where the variants agree, and a table of them where they do not.
+fn constant(text: &mut String, name: &str, values: &[i64], variants: &[String]) {
+    let negative = values.iter().any(|v| *v < 0);
+    let of = "of the kernel file";
+    if values.iter().all(|v| *v == values[0]) {
+        let (kind, value) = (if negative { "i64" } else { "usize" }, values[0]);
+        let _ = writeln!(text, "    /// `{name}` {of}.\n    pub const {name}: {kind} = {value};");
+    } else if !negative {
+        let rows: Vec<(&String, &i64)> = variants.iter().zip(values).collect();
+        let _ = writeln!(text, "    /// `{name}` {of}, which each variant has its own of.");
+        let _ = writeln!(text, "    pub const {name}: ByVariant = ByVariant(&{rows:?});");
+    }
+}
+
 /// A name as Rust takes it.
 fn ident(name: &str) -> String {
     const KEYWORDS: &str = " as async await box break const continue do dyn else enum extern false final \
@@ -183,7 +195,8 @@ fn units(files: &[File], built: &[Built], bytes: &mut Vec<u8>) -> Result<Vec<Uni
     let mut lines = vec![];
     for (i, file) in files.iter().enumerate() {
         let stem = &file.scan.stem;
-        for (types, variant) in file.scan.images() {
+        for (n, (types, variant)) in file.scan.images().into_iter().enumerate() {
+            let smem = file.scan.smem(n % file.scan.variants.len());
             let mut images: Vec<(String, &[u8])> = built
                 .iter()
                 .filter(|b| b.file == i && b.types == types && b.variant == variant)
@@ -204,7 +217,7 @@ fn units(files: &[File], built: &[Built], bytes: &mut Vec<u8>) -> Result<Vec<Uni
                 list.push(format!("Image {{ arch: {arch}, bytes: part({start}, {size}) }}"));
             }
             let line = format!(
-                "    Unit {{ stem: {stem:?}, types: {types:?}, variant: {variant:?}, images: &[{}] }},\n",
+                "    Unit {{ stem: {stem:?}, types: {types:?}, variant: {variant:?}, smem: {smem}, images: &[{}] }},\n",
                 list.join(", ")
             );
             lines.push((stem.clone(), types.clone(), variant, line));

@@ -41,6 +41,8 @@ pub struct Built {
     pub variant: String,
     /// What it is for.
     pub arch: Arch,
+    /// Dynamic shared memory per block, bytes.
+    pub smem: u32,
     /// Cubin, or PTX text.
     pub image: Vec<u8>,
     /// What the compiler printed, with the output of `-Xptxas -v`.
@@ -153,6 +155,8 @@ struct Job {
     file: usize,
     types: String,
     variant: String,
+    /// Index of the variant in the file's list.
+    number: usize,
     defines: Vec<String>,
     arch: Arch,
 }
@@ -168,11 +172,13 @@ pub fn compile(
     fs::create_dir_all(cache).map_err(|e| format!("{}: {e}", cache.display()))?;
     let mut jobs = vec![];
     for (i, file) in files.iter().enumerate() {
-        let pairs = file.scan.types.iter().flat_map(|t| file.scan.variants.iter().map(move |v| (t, v)));
-        for ((types, variant), (t, macros)) in file.scan.images().into_iter().zip(pairs) {
+        let variants = file.scan.variants.iter().enumerate();
+        let pairs = file.scan.types.iter().flat_map(|t| variants.clone().map(move |v| (t, v)));
+        for ((types, variant), (t, (number, macros))) in file.scan.images().into_iter().zip(pairs) {
             for arch in file.archs(archs) {
                 let (types, variant) = (types.clone(), variant.clone());
-                jobs.push(Job { file: i, types, variant, defines: Unit::defines(t, macros), arch });
+                let defines = Unit::defines(t, macros);
+                jobs.push(Job { file: i, types, variant, number, defines, arch });
             }
         }
     }
@@ -203,7 +209,7 @@ pub fn compile(
 
 fn one(nvcc: &Nvcc, folder: &Path, file: &File, job: &Job, cache: &Path) -> Result<Built, String> {
     let (types, variant) = (&job.types, &job.variant);
-    let wrapper = wrapper(file);
+    let wrapper = wrapper(file, job.number);
     let mut args = nvcc.flags.clone();
     args.push(format!("-I{}", folder.display()));
     args.extend(job.defines.iter().cloned());
@@ -218,7 +224,8 @@ fn one(nvcc: &Nvcc, folder: &Path, file: &File, job: &Job, cache: &Path) -> Resu
     name = name.replace('>', "-").replace("..", ".");
     let (image, log) = (cache.join(format!("{name}.image")), cache.join(format!("{name}.log")));
     let (t, v) = (types.clone(), variant.clone());
-    let built = |image, log| Built { file: job.file, types: t, variant: v, arch: job.arch, image, log };
+    let (arch, smem) = (job.arch, file.scan.smem(job.number));
+    let built = |image, log| Built { file: job.file, types: t, variant: v, arch, smem, image, log };
     if let (Ok(bytes), Ok(text)) = (fs::read(&image), fs::read_to_string(&log)) {
         touch(&image);
         touch(&log);
@@ -254,9 +261,10 @@ fn one(nvcc: &Nvcc, folder: &Path, file: &File, job: &Job, cache: &Path) -> Resu
     Ok(built(bytes, text))
 }
 
-/// Includes the kernel file, and makes the compiler check that it lays each struct out as its Rust twin.
-fn wrapper(file: &File) -> String {
-    let mut text = String::from("#include \"KERNEL_FILE\"\n");
+/// Includes the kernel file, and makes the compiler check that it lays each struct out as its Rust twin, and gives each
+/// constant the same value.
+fn wrapper(file: &File, variant: usize) -> String {
+    let mut text = String::from("#include \"KERNEL_FILE\"\n") + &file.scan.asserts(variant);
     for kernel in &file.scan.kernels {
         let (layout, name) = (crate::emit::layout(kernel), &kernel.params_struct);
         text += &format!("static_assert(sizeof({name}) == {}, \"size of {name}\");\n", layout.size);

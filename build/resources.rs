@@ -11,7 +11,7 @@ pub struct Resource {
     pub kernel: String,
     /// Registers per thread.
     pub registers: u32,
-    /// Static shared memory per block, bytes.
+    /// Shared memory per block, bytes.
     pub smem: u32,
     /// Stack per thread, bytes.
     pub stack: u32,
@@ -31,7 +31,8 @@ pub fn table(built: &[Built]) -> Result<Vec<(usize, Resource)>, String> {
         if rows.is_empty() {
             return Err(format!("no kernel is named in what ptxas printed:\n{}", unit.log));
         }
-        table.extend(rows.into_iter().map(|row| (i, row)));
+        // ptxas does not see what the launch adds.
+        table.extend(rows.into_iter().map(|row| (i, Resource { smem: row.smem + unit.smem, ..row })));
     }
     Ok(table)
 }

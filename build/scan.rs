@@ -12,8 +12,9 @@ pub struct Unit {
     pub types: Vec<(String, Option<String>)>,
     /// Macros of each variant, as `(name, value)`; one empty list where the file lists none.
     pub variants: Vec<Vec<(String, String)>>,
-    /// File-scope `constexpr int` whose value follows from literals and earlier constants alone.
-    pub constants: Vec<(String, i64)>,
+    /// The variants' macros, then the file-scope `constexpr int` whose values follow from literals, macros and earlier
+    /// constants alone: name, and the value in each variant.
+    pub constants: Vec<(String, Vec<i64>)>,
     /// In the order of the file.
     pub kernels: Vec<Kernel>,
 }
@@ -85,6 +86,21 @@ impl Unit {
         all
     }
 
+    /// Dynamic shared memory that the file asks for in one variant, in bytes: its `SMEM_BYTES`, or 0. Every kernel of the
+    /// file is launched with it, so a kernel that needs none has a file of its own.
+    pub fn smem(&self, variant: usize) -> u32 {
+        let own = self.constants.iter().find(|(name, _)| name == SMEM_BYTES);
+        own.map_or(0, |(_, values)| values[variant] as u32)
+    }
+
+    /// C++ that does not compile unless the compiler gives each constant the value that it was read to have.
+    pub fn asserts(&self, variant: usize) -> String {
+        let line = |(name, values): &(String, Vec<i64>)| {
+            format!("static_assert({name} == {}, \"{name} as build/scan.rs reads it\");\n", values[variant])
+        };
+        self.constants.iter().map(line).collect()
+    }
+
     /// The compiler's `-D` arguments for one (type, variant).
     pub fn defines(types: &(String, Option<String>), variant: &[(String, String)]) -> Vec<String> {
         let mut all = vec![format!("-DT_{}", types.0.to_uppercase())];
@@ -93,6 +109,10 @@ impl Unit {
         all
     }
 }
+
+/// The constant by which a file asks for dynamic shared memory, and the most that any device gives a block.
+const SMEM_BYTES: &str = "SMEM_BYTES";
+const SMEM_MOST: i64 = 227 * 1024;
 
 /// `group_norm_fwd` → `GroupNormFwd`.
 pub fn camel_case(name: &str) -> String {
@@ -122,20 +142,15 @@ struct Source {
 pub fn scan(stem: &str, source: &str) -> Result<Unit, String> {
     let source = tokenize(stem, source)?;
     source.refuse_forbidden()?;
-    let constants = source.constants();
+    let variants = source.variants()?;
+    let constants = source.constants(&variants)?;
     let kernels = source.kernels()?;
     if kernels.is_empty() {
         return Err(format!(
             "kernels/{stem}.cu: no kernel (`extern \"C\" __global__ void name(const __grid_constant__ Name p)`)"
         ));
     }
-    Ok(Unit {
-        stem: stem.to_string(),
-        types: source.types()?,
-        variants: source.variants()?,
-        constants,
-        kernels,
-    })
+    Ok(Unit { stem: stem.to_string(), types: source.types()?, variants, constants, kernels })
 }
 
 fn tokenize(stem: &str, text: &str) -> Result<Source, String> {
@@ -297,8 +312,29 @@ impl Source {
         if variants.is_empty() { self.error(line, "`variants:` lists none") } else { Ok(variants) }
     }
 
-    fn constants(&self) -> Vec<(String, i64)> {
-        let mut found: Vec<(String, i64)> = Vec::new();
+    /// What is known in every variant.
+    fn constants(&self, variants: &[Vec<(String, String)>]) -> Result<Vec<(String, Vec<i64>)>, String> {
+        let each: Vec<_> = variants.iter().map(|macros| self.constants_of(macros)).collect();
+        let values = |name: &String| -> Option<Vec<i64>> {
+            each.iter().map(|found| Some(found.iter().find(|(other, _)| other == name)?.1)).collect()
+        };
+        let first = each.first().map_or(&[][..], |found| found.as_slice());
+        let all: Vec<_> = first.iter().filter_map(|(name, _)| Some((name.clone(), values(name)?))).collect();
+        if let Some(token) = self.tokens.iter().find(|t| t.text == SMEM_BYTES) {
+            let own = all.iter().find(|(name, _)| name == SMEM_BYTES);
+            if !own.is_some_and(|(_, bytes)| bytes.iter().all(|n| (1..=SMEM_MOST).contains(n))) {
+                let want = format!("1 to {SMEM_MOST}, from literals, constants and the variants' macros");
+                let got = own.map_or("no such value".into(), |(_, bytes)| format!("{bytes:?}"));
+                return self
+                    .error(token.line, format!("`constexpr int {SMEM_BYTES}`: want {want}; got {got}"));
+            }
+        }
+        Ok(all)
+    }
+
+    fn constants_of(&self, macros: &[(String, String)]) -> Vec<(String, i64)> {
+        let number = |(name, value): &(String, String)| Some((name.clone(), value.parse().ok()?));
+        let mut found: Vec<(String, i64)> = macros.iter().filter_map(number).collect();
         let (mut braces, mut i) = (0usize, 0);
         while i < self.tokens.len() {
             match self.text(i) {
@@ -319,7 +355,7 @@ impl Source {
                         }
                         let words: Vec<&str> = (start..end).map(|k| self.text(k)).collect();
                         let mut at = 0;
-                        if let Some(value) = sum(&words, &mut at, &found, 0).filter(|_| at == words.len()) {
+                        if let Some(value) = choice(&words, &mut at, &found).filter(|_| at == words.len()) {
                             found.push((name, value));
                         }
                         i = if self.text(end) == "," { end + 1 } else { end };
@@ -461,23 +497,52 @@ impl Source {
     }
 }
 
-/// Integer expressions by precedence: shifts, sums, products, atoms. `None` where an identifier is unknown.
-fn sum(words: &[&str], at: &mut usize, known: &[(String, i64)], level: usize) -> Option<i64> {
-    const LEVELS: [&[&str]; 3] = [&["<", ">"], &["+", "-"], &["*", "/", "%"]];
+/// `a ? b : c`, or what binds tighter. `None` where an identifier is unknown.
+fn choice(words: &[&str], at: &mut usize, known: &[(String, i64)]) -> Option<i64> {
+    let value = binary(words, at, known, 0)?;
+    if words.get(*at) != Some(&"?") {
+        return Some(value);
+    }
+    *at += 1;
+    let yes = choice(words, at, known)?;
+    (words.get(*at) == Some(&":")).then(|| *at += 1)?;
+    let no = choice(words, at, known)?;
+    Some(if value != 0 { yes } else { no })
+}
+
+/// Integer expressions by precedence, as C++ has it.
+fn binary(words: &[&str], at: &mut usize, known: &[(String, i64)], level: usize) -> Option<i64> {
+    const LEVELS: [&[&str]; 7] = [
+        &["||"],
+        &["&&"],
+        &["==", "!="],
+        &["<=", ">=", "<", ">"],
+        &["<<", ">>"],
+        &["+", "-"],
+        &["*", "/", "%"],
+    ];
     if level == LEVELS.len() {
         return atom(words, at, known);
     }
-    let mut value = sum(words, at, known, level + 1)?;
-    while let Some(operator) = words.get(*at).filter(|w| LEVELS[level].contains(w)) {
-        *at += 1;
-        if level == 0 {
-            (words.get(*at) == Some(operator)).then_some(())?;
-            *at += 1;
+    let mut value = binary(words, at, known, level + 1)?;
+    loop {
+        let (operator, size) = operator(&words[*at..]);
+        if !LEVELS[level].contains(&operator.as_str()) {
+            return Some(value);
         }
-        let right = sum(words, at, known, level + 1)?;
-        value = match *operator {
-            "<" => value.checked_shl(u32::try_from(right).ok()?)?,
-            ">" => value.checked_shr(u32::try_from(right).ok()?)?,
+        *at += size;
+        let right = binary(words, at, known, level + 1)?;
+        value = match operator.as_str() {
+            "||" => i64::from(value != 0 || right != 0),
+            "&&" => i64::from(value != 0 && right != 0),
+            "==" => i64::from(value == right),
+            "!=" => i64::from(value != right),
+            "<=" => i64::from(value <= right),
+            ">=" => i64::from(value >= right),
+            "<" => i64::from(value < right),
+            ">" => i64::from(value > right),
+            "<<" => value.checked_shl(u32::try_from(right).ok()?)?,
+            ">>" => value.checked_shr(u32::try_from(right).ok()?)?,
             "+" => value.checked_add(right)?,
             "-" => value.checked_sub(right)?,
             "*" => value.checked_mul(right)?,
@@ -485,7 +550,13 @@ fn sum(words: &[&str], at: &mut usize, known: &[(String, i64)], level: usize) ->
             _ => value.checked_rem(right)?,
         };
     }
-    Some(value)
+}
+
+/// The operator that the next tokens, of one character each, form; and how many they are.
+fn operator(words: &[&str]) -> (String, usize) {
+    const TWO: [&str; 8] = ["||", "&&", "==", "!=", "<=", ">=", "<<", ">>"];
+    let pair = words.iter().take(2).copied().collect::<String>();
+    if TWO.contains(&pair.as_str()) { (pair, 2) } else { (words.first().unwrap_or(&"").to_string(), 1) }
 }
 
 fn atom(words: &[&str], at: &mut usize, known: &[(String, i64)]) -> Option<i64> {
@@ -494,7 +565,7 @@ fn atom(words: &[&str], at: &mut usize, known: &[(String, i64)]) -> Option<i64> 
     match word {
         "-" => Some(-atom(words, at, known)?),
         "(" => {
-            let value = sum(words, at, known, 0)?;
+            let value = choice(words, at, known)?;
             (words.get(*at) == Some(&")")).then(|| *at += 1)?;
             Some(value)
         }

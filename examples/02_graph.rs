@@ -3,7 +3,7 @@
 //!     cargo run --release --example 02_graph
 
 use ldm::exec::{Device, Program, Weights};
-use ldm::graph::{Graph, Layout};
+use ldm::graph::{Graph, Layout, Target};
 use ldm::nn;
 use ldm::ops::Act;
 use ldm::tensor::{DType, HostTensor, Spec};
@@ -18,7 +18,7 @@ fn main() -> ldm::Result<()> {
     print!(
         "as built:\n{}\nas run (the addition is the convolution's epilogue now):\n{}",
         g.show(None),
-        Program::show(&g)?
+        Program::show(&g, Target::Cpu)?
     );
 
     let mut weights = Weights::new(&Device::Cpu);

@@ -10,7 +10,6 @@ enum { TIMESTEP, SCALE_IN, DX, DM, CLIP, CM, CD, CZ, C0, X_SLOT = 16, NEXT, KEEP
 
 struct PrepareFwd {
     T* x;                // (copies·B,H,W,C)
-    float* t;            // (1)
     const float* slots;  // (S,n)
     const float* table;  // (R,COLUMNS)
     int* counter;        // row in use, next row, flag, unused
@@ -28,7 +27,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK) prepare_fwd(const __grid_con
         for (int copy = 0; copy < p.copies; copy++) store(p.x + copy * p.n + i, from_float<T>(x));
     }
     if (i == 0) {
-        store(p.t, load(row + TIMESTEP));
         store(p.counter, k);
     }
 }

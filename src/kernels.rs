@@ -2,8 +2,9 @@
 //! images.
 //!
 //! A module holds, for each kernel, the `#[repr(C)]` twin of its struct of arguments and a handle that takes
-//! no other struct; and every `constexpr int` of the file. Both compilers check size and offsets, so they
-//! cannot disagree.
+//! no other struct; and every `constexpr int` of the file, as a number, or as a [`ByVariant`] where its value (or a
+//! macro of the variants) is not the same in all variants. Both compilers check sizes, offsets and values, so they cannot
+//! disagree.
 
 use crate::error::{Error, Result};
 use std::fmt::{self, Write};
@@ -71,6 +72,22 @@ impl<P> Copy for Kernel<P> {}
 impl<P> fmt::Debug for Kernel<P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}::{}", self.stem, self.name)
+    }
+}
+
+/// A number of a kernel file that is not the same in all its variants: a macro of the variants, or a constant that
+/// follows from one. `k::BM.of("BM=128,BN=64")` is 128.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ByVariant(&'static [(&'static str, usize)]);
+
+impl ByVariant {
+    /// The number in this variant.
+    ///
+    /// # Panics
+    /// When the file is not compiled in that variant: rooms ask for one that they have chosen from the file's list.
+    pub fn of(self, variant: &str) -> usize {
+        let found = self.0.iter().find(|(name, _)| *name == variant);
+        found.unwrap_or_else(|| panic!("no variant `{variant}` among {:?}", self.0)).1
     }
 }
 
@@ -146,6 +163,8 @@ pub struct Unit {
     pub types: &'static str,
     /// `D=40`, `BM=128,BN=64`, or empty.
     pub variant: &'static str,
+    /// Dynamic shared memory that each launch of its kernels gives a block, in bytes: the file's `SMEM_BYTES`, or 0.
+    pub smem: usize,
     /// One per architecture, at least one.
     pub images: &'static [Image],
 }
@@ -217,7 +236,7 @@ pub struct Resource {
     pub kernel: &'static str,
     /// Registers per thread.
     pub registers: u32,
-    /// Static shared memory per block, bytes.
+    /// Shared memory per block, bytes: what the kernel declares, and what its launch adds ([`Unit::smem`]).
     pub smem: u32,
     /// Stack per thread, bytes.
     pub stack: u32,

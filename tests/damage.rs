@@ -6,6 +6,7 @@ mod folder;
 
 use folder::{Folder, golden};
 use ldm::backend::Device;
+use ldm::graph::Target;
 use ldm::io::ModelFolder;
 use ldm::pipeline::{Blueprint, Pipeline, Request, Residency};
 use ldm::rng::Small;
@@ -18,8 +19,8 @@ use std::path::Path;
 /// Opens a model and plans a picture; an error is as good as success.
 fn open(model: &Path) -> bool {
     let Ok(folder) = ModelFolder::open(model) else { return false };
-    let planned =
-        Blueprint::read(&folder).and_then(|b| b.estimate(&Request::default(), DType::F32, Residency::Always));
+    let planned = Blueprint::read(&folder)
+        .and_then(|b| b.estimate(&Request::default(), DType::F32, Residency::Always, Target::Cpu));
     planned.is_ok() & Pipeline::open(&folder, &Device::Cpu, None).is_ok()
 }
 

@@ -42,8 +42,14 @@ fn reads_a_unit() {
         Unit::defines(&unit.types[1], &unit.variants[0]),
         ["-DT_F32", "-DU_BF16", "-DBM=128", "-DBN=64"]
     );
-    let constants: Vec<(&str, i64)> = unit.constants.iter().map(|(k, v)| (k.as_str(), *v)).collect();
-    assert_eq!(constants, [("BLOCK", 256), ("WARPS", 8), ("TILE", 20), ("BIG", 1024)]);
+    let constants: Vec<(&str, &[i64])> =
+        unit.constants.iter().map(|(k, v)| (k.as_str(), v.as_slice())).collect();
+    assert_eq!(constants[..2], [("BM", &[128, 64][..]), ("BN", &[64, 64])]);
+    assert_eq!(
+        constants[2..],
+        [("BLOCK", &[256, 256][..]), ("WARPS", &[8, 8]), ("TILE", &[20, 20]), ("BIG", &[1024, 1024])]
+    );
+    assert_eq!((unit.smem(0), unit.smem(1)), (0, 0));
     let kernel = &unit.kernels[0];
     assert_eq!((kernel.name.as_str(), kernel.params_struct.as_str()), ("copy_fwd", "CopyFwd"));
     assert_eq!(kernel.bounds.as_deref(), Some("BLOCK * ( 1 + 1 )"));
@@ -68,6 +74,46 @@ fn defaults_to_three_types_and_one_variant() {
         GOOD.replace("// types: f32 f32>bf16\n", "").replace("// variants: BM=128,BN=64 BM=64,BN=64\n", "");
     let unit = scan("copy", &plain).unwrap();
     assert_eq!(unit.images(), ["f32", "f16", "bf16"].map(|t| (t.to_string(), String::new())));
+}
+
+#[test]
+fn evaluates_constants_in_each_variant() {
+    let value = |expression: &str| {
+        let text = GOOD.replace("int BLOCK = 256", &format!("int LAST = 1, BLOCK = {expression}"));
+        let unit = scan("copy", &text).unwrap();
+        unit.constants.iter().find(|(name, _)| name == "BLOCK").map(|(_, values)| values.clone())
+    };
+    for (expression, want) in [
+        ("BM * 2", [256, 128]),
+        ("BM > 64 ? 3 : 4", [3, 4]),
+        ("BM <= BN ? BM == 64 ? 1 : 2 : BM >= 128 ? 5 : 6", [5, 1]),
+        ("(BM < 128) + (BM != 128) * 2 + (BM == 128 && BN == 64) * 4", [4, 3]),
+        ("BM == 128 || BN == 128 ? 1 << 3 : 64 >> 2", [8, 16]),
+        ("1 + 2 < 3 + 1 ? 2 * (BM > BN ? BM : BN) : 0", [256, 128]),
+        ("-BM < 0 ? -(BM) : LAST", [-128, -64]),
+    ] {
+        assert_eq!(value(expression).as_deref(), Some(&want[..]), "{expression}");
+    }
+    for unknown in ["BK", "BM ? 1", "BM / 0", "int(sizeof(T))", "BM < < 1 2", "1 <", "(1"] {
+        assert_eq!(value(unknown), None, "{unknown}");
+    }
+}
+
+#[test]
+fn a_file_asks_for_dynamic_shared_memory_by_variant() {
+    let with = |line: &str| GOOD.replace("struct CopyFwd {", &format!("{line}\nstruct CopyFwd {{"));
+    let unit = scan("copy", &with("constexpr int SMEM_BYTES = (BM + BN) * 512;")).unwrap();
+    assert_eq!((unit.smem(0), unit.smem(1)), (98304, 65536));
+    assert!(unit.asserts(1).contains("static_assert(SMEM_BYTES == 65536"), "{}", unit.asserts(1));
+    for (line, says) in [
+        ("constexpr int SMEM_BYTES = 64 * int(sizeof(T));", "got no such value"),
+        ("constexpr int SMEM_BYTES = BM * 2048;", "want 1 to 232448"),
+        ("constexpr int SMEM_BYTES = BM - 128;", "got [0, -64]"),
+        ("#ifdef T_F32\nconstexpr int SMEM_BYTES = 64;\n#endif", "got no such value"),
+    ] {
+        let error = scan("copy", &with(line)).expect_err(says);
+        assert!(error.contains("kernels/copy.cu:1") && error.contains(says), "want `{says}`; got `{error}`");
+    }
 }
 
 #[test]

@@ -57,7 +57,7 @@ fn run_apart(cuda: &Cuda, op: &Op, x: &[HostTensor], in_place: bool) -> Result<V
     let operand = |spec: &Spec, at: usize| Operand { spec: *spec, ptr: buffers[at].ptr() };
     let xs: Vec<_> = specs.iter().enumerate().map(|(i, s)| operand(s, i)).collect();
     let ys: Vec<_> = outputs.iter().zip(&place).map(|(s, &at)| operand(s, at)).collect();
-    let scratch_bytes = op.scratch(&specs);
+    let scratch_bytes = op.scratch(&specs, &outputs);
     let scratch = cuda.alloc(scratch_bytes.max(1))?;
     let (node, device) = (op.name(), cuda);
     op.cuda(&Call { device, node, x: &xs, y: &ys, scratch: scratch.ptr(), scratch_bytes })?;

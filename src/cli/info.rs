@@ -3,6 +3,7 @@
 use super::{SizeFlags, print};
 use crate::error::Result;
 use crate::exec::{Device, human_bytes};
+use crate::graph::Target;
 use crate::io::ModelFolder;
 use crate::models::{AnyModel, CLASSES, Inventory};
 use crate::pipeline::{Blueprint, Request, Residency};
@@ -87,7 +88,7 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let blueprint = Blueprint::read(&folder)?;
-    let e = blueprint.estimate(&request, dtype, Residency::Staged)?;
+    let e = blueprint.estimate(&request, dtype, Residency::Staged, Target::Cpu)?;
     let (w, h) = blueprint.size(&request)?;
     let s = |n: usize| if n == 1 { "" } else { "s" };
     let (n, rows) = (a.batch_size, e.rows);
@@ -122,7 +123,7 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     );
     print(&text)?;
     if a.graph {
-        print(&format!("\n{}", blueprint.show(&request, dtype)?))?;
+        print(&format!("\n{}", blueprint.show(&request, dtype, Target::Cpu)?))?;
     }
     Ok(ExitCode::SUCCESS)
 }

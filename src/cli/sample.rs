@@ -139,7 +139,7 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     let pictures = pipeline.generate(&request, &mut progress)?;
     progress.finish();
     if let (false, Device::Cpu, Some(peak)) = (a.quiet, &device, peak()) {
-        let planned = blueprint.estimate(&request, compute, staged)?.peak(&device);
+        let planned = blueprint.estimate(&request, compute, staged, (&device).into())?.peak(&device);
         eprintln!("memory: {peak} bytes at the peak, {planned} planned");
     }
     for (picture, file) in pictures.iter().zip(&files) {

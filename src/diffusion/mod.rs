@@ -59,7 +59,9 @@ pub fn evaluation_graph(unet: &UNet2DCondition, table: &Table, s: &Settings) -> 
     let context = cast(&mut g, "context", context, s.dtype, 1.0)?;
 
     let y = g.push_all("prepare", Prepare { copies, dtype: s.dtype }, &[slots, rows, counter])?;
-    let (mut x, t, counter_now) = (y[0], y[1], y[2]);
+    let (mut x, counter_now) = (y[0], y[1]);
+    // The embeddings of all timesteps depend on nothing that changes: they are computed once, and the counter picks a row.
+    let t = g.input("timesteps", DType::F32, [table.rows.len()]);
     let extra = unet.in_channels.checked_sub(unet.out_channels).ok_or_else(|| {
         Error::invalid(format!("unet: {} channels in, {} out", unet.in_channels, unet.out_channels))
     })?;
@@ -68,7 +70,7 @@ pub fn evaluation_graph(unet: &UNet2DCondition, table: &Table, s: &Settings) -> 
         let condition = cast(&mut g, "condition", condition, s.dtype, 1.0)?;
         x = g.push("condition.concat", Concat, &[x, condition])?;
     }
-    let m = unet.build(&mut g, x, t, context)?;
+    let m = unet.build(&mut g, x, (t, Some(counter_now)), context)?;
     let y = g.push_all("advance", Advance { copies }, &[slots, m, rows, counter_now, noise])?;
     g.update(slots, y[0]);
     g.update(counter, y[1]);
@@ -104,6 +106,8 @@ impl Sampling {
         let mut program = Program::new(graph, weights, device)?;
         let rows: Vec<f32> = table.rows.iter().flat_map(|r| packed(r, settings.guidance)).collect();
         program.write("table", &HostTensor::f32([table.rows.len(), TABLE], rows)?)?;
+        let timesteps = table.rows.iter().map(|r| r.timestep).collect();
+        program.write("timesteps", &HostTensor::f32([table.rows.len()], timesteps)?)?;
         program.write("noise", &HostTensor::zeros(program.spec("noise")?))?;
         let channels = unet.out_channels;
         Ok(Sampling { program, table, settings, channels, done: 0, broken: false })

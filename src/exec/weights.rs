@@ -5,7 +5,7 @@ use crate::backend::cpu::gemm::{Packed, PackedLayout};
 use crate::backend::cpu::{Slice, with_scratch};
 use crate::backend::{Memory, cuda};
 use crate::error::{Error, Result};
-use crate::graph::Layout;
+use crate::graph::{Layout, Target};
 use crate::tensor::{DType, HostTensor, Spec};
 use rayon::prelude::*;
 use std::collections::HashMap;
@@ -159,10 +159,10 @@ impl Weights {
     }
 
     /// Bytes that a weight takes on a device.
-    pub fn measure(device: &Device, spec: Spec, layout: Layout) -> usize {
-        match device {
-            Device::Cpu => Memory::measure(packed(spec, layout).map_or(spec.bytes(), |p| p.bytes())),
-            Device::Cuda(_) => spec.bytes(),
+    pub fn measure(target: Target, spec: Spec, layout: Layout) -> usize {
+        match target {
+            Target::Cpu => Memory::measure(packed(spec, layout).map_or(spec.bytes(), |p| p.bytes())),
+            Target::Cuda => spec.bytes(),
         }
     }
 

@@ -1,6 +1,7 @@
 //! Fusion: each room may offer a cheaper way to compute what it made; offers are taken until none is left.
 
-use super::{Graph, Node, Origin, Value, Var};
+use super::stats::give_stats;
+use super::{Graph, Node, Origin, Target, Value, Var};
 use crate::error::Result;
 use crate::ops::Op;
 
@@ -11,23 +12,35 @@ pub struct Rewrite {
     pub op: Op,
     /// Its inputs. All must exist before the node that is replaced.
     pub x: Vec<Var>,
+    /// Values among the inputs that are made in another way from now on, and how. Nothing else may read them.
+    pub made: Vec<(Var, Op, Vec<Var>)>,
 }
 
-/// The same graph with every offer taken and what nothing uses any more left out.
+/// The same graph with every offer for a target taken, norms given their statistics on a GPU, and what nothing uses any more left out.
 ///
 /// # Errors
 /// When an offer has inputs that its op refuses: a fault of the room.
-pub fn fuse(g: &Graph) -> Result<Graph> {
+pub fn fuse(g: &Graph, target: Target) -> Result<Graph> {
     let mut g = g.clone();
     for at in 0..g.nodes.len() {
-        while let Some(rewrite) = g.nodes[at].y.first().and_then(|&y| g.nodes[at].op.fuse(&g, y)) {
+        let offer = |g: &Graph| g.nodes[at].op.fuse(g, *g.nodes[at].y.first()?, target);
+        while let Some(rewrite) = offer(&g) {
+            for (v, op, x) in rewrite.made {
+                let Origin::Node(maker, _) = g.values[v.index()].origin else { continue };
+                let specs: Vec<_> = x.iter().map(|&v| g.spec(v)).collect();
+                g.values[v.index()].spec = op.infer(&specs).map_err(|e| e.at_node(&g.nodes[maker].label))?[0];
+                (g.nodes[maker].op, g.nodes[maker].x) = (op, x);
+            }
             let specs: Vec<_> = rewrite.x.iter().map(|&v| g.spec(v)).collect();
             rewrite.op.infer(&specs).map_err(|e| e.at_node(&g.nodes[at].label))?;
             g.nodes[at].op = rewrite.op;
             g.nodes[at].x = rewrite.x;
         }
     }
-    Ok(prune(&g))
+    match target {
+        Target::Cpu => Ok(prune(&g)),
+        Target::Cuda => Ok(prune(&give_stats(&g)?)),
+    }
 }
 
 /// Leaves out nodes whose outputs nothing uses.

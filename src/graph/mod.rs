@@ -3,10 +3,13 @@
 mod fuse;
 mod plan;
 mod show;
+mod stats;
 
 pub use fuse::{Rewrite, fuse};
 pub use plan::{Life, Place, Plan, offsets};
+pub use stats::GivenStats;
 
+use crate::backend::Device;
 use crate::error::{Error, Result};
 use crate::ops::{Cost, Op};
 use crate::tensor::{DType, Shape, Spec};
@@ -19,6 +22,24 @@ impl Var {
     /// Position among the graph's values.
     pub fn index(self) -> usize {
         self.0 as usize
+    }
+}
+
+/// What a graph is to run on: rooms may offer a rewrite, and need memory, for one of them alone.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Target {
+    /// The host's cores.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+}
+
+impl From<&Device> for Target {
+    fn from(device: &Device) -> Target {
+        match device {
+            Device::Cpu => Target::Cpu,
+            Device::Cuda(_) => Target::Cuda,
+        }
     }
 }
 

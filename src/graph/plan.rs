@@ -1,7 +1,8 @@
 //! Where each value lives: lifetimes to offsets in one arena. A pure function, known before anything runs.
 
-use super::{Graph, Origin, Var};
+use super::{Graph, Origin, Target, Var};
 use crate::error::{Error, Result};
+use std::ops::Range;
 
 /// Alignment of every value in the arena, in bytes: a cache line on the CPU, and enough for any vector access.
 pub const ALIGN: usize = 256;
@@ -71,8 +72,8 @@ pub struct Plan {
     pub places: Vec<Place>,
     /// Bytes of the arena: inputs, outputs, intermediate values and scratch.
     pub arena: usize,
-    /// Offset of each node's scratch in the arena.
-    pub scratch: Vec<usize>,
+    /// By node: the bytes of the arena that are its scratch; none on a CPU, whose code takes its own.
+    pub scratch: Vec<Range<usize>>,
     /// Bytes of weights.
     pub weights: usize,
     /// Bytes of states.
@@ -80,11 +81,11 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Plans a graph.
+    /// Plans a graph for a target.
     ///
     /// # Errors
     /// When a value is larger than any memory, or a state is updated by a value that is not made in place of it.
-    pub fn new(g: &Graph) -> Result<Plan> {
+    pub fn new(g: &Graph, target: Target) -> Result<Plan> {
         let values = g.values();
         if let Some(v) = values.iter().find(|v| v.spec.bytes() > MAX_BYTES) {
             let spec = v.spec;
@@ -192,8 +193,11 @@ impl Plan {
         }
         let mut scratch_life = Vec::new();
         for (step, node) in g.nodes().iter().enumerate() {
-            let specs: Vec<_> = node.x.iter().map(|&v| g.spec(v)).collect();
-            let bytes = node.op.scratch(&specs);
+            let specs = |vars: &[Var]| vars.iter().map(|&v| g.spec(v)).collect::<Vec<_>>();
+            let bytes = match target {
+                Target::Cpu => 0,
+                Target::Cuda => node.op.scratch(&specs(&node.x), &specs(&node.y)),
+            };
             scratch_life.push(lives.len());
             lives.push(Life { bytes, first: step, last: step });
         }
@@ -203,7 +207,8 @@ impl Plan {
                 *place = Place::Arena(at[life_of[i]]);
             }
         }
-        Ok(Plan { places, arena, scratch: scratch_life.iter().map(|&l| at[l]).collect(), weights, states })
+        let scratch = scratch_life.iter().map(|&l| at[l]..at[l] + lives[l].bytes).collect();
+        Ok(Plan { places, arena, scratch, weights, states })
     }
 }
 
@@ -245,7 +250,7 @@ mod tests {
             v = g.push(&format!("silu.{i}"), Activation(Act::Silu), &[v]).unwrap();
         }
         g.output("y", v);
-        let plan = Plan::new(&g).unwrap();
+        let plan = Plan::new(&g, Target::Cpu).unwrap();
         assert_eq!(plan.arena, 2 * 4096, "x, and one block that every result takes over");
     }
 
@@ -255,7 +260,7 @@ mod tests {
         let x = g.input("x", DType::F32, [64]);
         let y = g.push("silu", Activation(Act::Silu), &[x]).unwrap();
         g.output("y", y);
-        let plan = Plan::new(&g).unwrap();
+        let plan = Plan::new(&g, Target::Cpu).unwrap();
         assert_ne!(plan.places[x.index()], plan.places[y.index()]);
     }
 }

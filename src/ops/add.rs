@@ -60,7 +60,7 @@ impl Operation for Add {
     }
 
     /// a + conv(x) becomes an epilogue of the convolution, if nothing else reads it.
-    fn fuse(&self, g: &Graph, at: Var) -> Option<Rewrite> {
+    fn fuse(&self, g: &Graph, at: Var, _target: Target) -> Option<Rewrite> {
         super::conv2d::absorb_residual(g, at)
     }
 

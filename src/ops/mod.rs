@@ -11,7 +11,7 @@ pub use case::{Arg, Case, Fill, Ty, f32s, ids, t};
 
 use crate::backend::{cpu, cuda};
 use crate::error::{Error, Result};
-use crate::graph::{Graph, Rewrite, Var};
+use crate::graph::{GivenStats, Graph, Rewrite, Target, Var};
 use crate::rng::Small;
 use crate::tensor::Spec;
 use std::fmt::Debug;
@@ -21,7 +21,7 @@ pub(crate) mod prelude {
     pub(crate) use super::{Array, Case, Cost, Operation, args, f32s, ids, t};
     pub(crate) use crate::backend::{cpu, cuda};
     pub(crate) use crate::error::{Error, Result};
-    pub(crate) use crate::graph::{Graph, Rewrite, Var};
+    pub(crate) use crate::graph::{Graph, Rewrite, Target, Var};
     pub(crate) use crate::rng::Small;
     pub(crate) use crate::tensor::{DType, Shape, Spec};
 }
@@ -41,6 +41,7 @@ macro_rules! rooms {
             gaussian: Gaussian;
             geglu: Geglu;
             group_norm: GroupNorm;
+            group_stats: GroupStats;
             layer_norm: LayerNorm;
             quantize: Quantize;
             sampler: Prepare, Advance;
@@ -116,8 +117,8 @@ pub trait Operation: Clone + PartialEq + Debug + Into<Op> {
     /// Floating-point operations and bytes.
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost;
 
-    /// Bytes of scratch memory that a device needs during the call.
-    fn scratch(&self, _x: &[Spec]) -> usize {
+    /// Bytes of scratch memory that [`Operation::cuda`] needs during the call; the planner finds a place for it.
+    fn scratch(&self, _x: &[Spec], _y: &[Spec]) -> usize {
         0
     }
 
@@ -142,8 +143,20 @@ pub trait Operation: Clone + PartialEq + Debug + Into<Op> {
         &[]
     }
 
-    /// A cheaper way to compute `at`, which this room made; `None` where there is none.
-    fn fuse(&self, _g: &Graph, _at: Var) -> Option<Rewrite> {
+    /// A cheaper way to compute `at`, which this room made, on a target; `None` where there is none. The new inputs must
+    /// exist before the node that makes `at`. It is asked again of what it offered, until it offers nothing.
+    fn fuse(&self, _g: &Graph, _at: Var, _target: Target) -> Option<Rewrite> {
+        None
+    }
+
+    /// The same op that also emits the [`channel_stats`] of its first output, as its last one; `None` where its kernel for
+    /// these inputs cannot.
+    fn with_stats(&self, _x: &[Spec]) -> Option<Op> {
+        None
+    }
+
+    /// The same result from statistics that are given, where this op, with the inputs `x`, would compute them itself.
+    fn given_stats(&self, _g: &Graph, _x: &[Var]) -> Option<GivenStats> {
         None
     }
 
@@ -236,7 +249,7 @@ macro_rules! define {
             /// [`Operation::cost`].
             pub fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost { each!(self, op => op.cost(x, y)) }
             /// [`Operation::scratch`].
-            pub fn scratch(&self, x: &[Spec]) -> usize { each!(self, op => op.scratch(x)) }
+            pub fn scratch(&self, x: &[Spec], y: &[Spec]) -> usize { each!(self, op => op.scratch(x, y)) }
             /// [`Operation::cpu_scratch`].
             pub fn cpu_scratch(&self, x: &[Spec], y: &[Spec]) -> usize { each!(self, op => op.cpu_scratch(x, y)) }
             /// [`Operation::packed`].
@@ -246,7 +259,15 @@ macro_rules! define {
             /// [`Operation::updates`].
             pub fn updates(&self) -> &'static [(usize, usize)] { each!(self, op => op.updates()) }
             /// [`Operation::fuse`].
-            pub fn fuse(&self, g: &Graph, at: Var) -> Option<Rewrite> { each!(self, op => op.fuse(g, at)) }
+            pub fn fuse(&self, g: &Graph, at: Var, target: Target) -> Option<Rewrite> {
+                each!(self, op => op.fuse(g, at, target))
+            }
+            /// [`Operation::with_stats`].
+            pub fn with_stats(&self, x: &[Spec]) -> Option<Op> { each!(self, op => op.with_stats(x)) }
+            /// [`Operation::given_stats`].
+            pub fn given_stats(&self, g: &Graph, x: &[Var]) -> Option<GivenStats> {
+                each!(self, op => op.given_stats(g, x))
+            }
             /// [`Operation::variant`].
             pub fn variant(&self, x: &[Spec]) -> &'static str { each!(self, op => op.variant(x)) }
         }
@@ -261,5 +282,7 @@ rooms!(define);
 
 pub use activation::Act;
 pub use cast::cast;
-pub use conv2d::Epi;
+pub use conv2d::{Epi, SLAB};
+pub use group_norm::Given;
+pub use group_stats::channel_stats;
 pub use sampler::TABLE;

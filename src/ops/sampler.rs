@@ -3,7 +3,7 @@
 //! A sampler is a table with one row per evaluation (see [`TABLE`]); a counter on the device picks the row, so the same
 //! graph serves every evaluation. With X = slots\[x_slot\]:
 //!
-//! * [`Prepare`]: x = scale_in · X, once per half of the batch; t = timestep.
+//! * [`Prepare`]: x = scale_in · X, once per half of the batch.
 //! * [`Advance`]: m = u + guidance · (c − u); d = clamp(dx · X + dm · m); next = Σ c_s · slots_s + cm · m + cd · d +
 //!   cz · noise; then slots\[keep_m\] = m, slots\[keep_d\] = d, slots\[next_slot\] = next. A slot whose c_s is 0 is not read.
 //!
@@ -16,7 +16,7 @@ use crate::kernels::sampler as k;
 /// keep_d, noise (−1: none for each), guidance, and two unused.
 pub const TABLE: usize = 24;
 
-/// slots (S,B,H,W,C) f32, table (R,24) f32, counter (4) i32 to x (copies·B,H,W,C), t (1) f32, counter.
+/// slots (S,B,H,W,C) f32, table (R,24) f32, counter (4) i32 to x (copies·B,H,W,C), counter.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Prepare {
     /// 2 with guidance (unconditional half first), else 1.
@@ -50,7 +50,6 @@ impl<'a, V: Copy + Into<f64>> Row<'a, V> {
     }
 }
 
-const TIMESTEP: usize = 0;
 const SCALE_IN: usize = 1;
 const DX: usize = 2;
 const DM: usize = 3;
@@ -85,7 +84,7 @@ impl Operation for Prepare {
         ensure!(fits, Self::NAME, want, x);
         let s = slots.shape;
         let model = Spec::new(self.dtype, [self.copies * s[1], s[2], s[3], s[4]]);
-        Ok(vec![model, Spec::new(DType::F32, [1]), counter])
+        Ok(vec![model, counter])
     }
 
     fn spec(&self, x: &[Array]) -> Vec<Array> {
@@ -98,7 +97,7 @@ impl Operation for Prepare {
         let data = (0..self.copies).flat_map(|_| from.iter().map(|v| v * row.f(SCALE_IN))).collect();
         let mut counter = x[2].clone();
         counter.data[0] = k;
-        vec![Array { shape: Shape::new(&shape), data }, vec![row.f(TIMESTEP)].into(), counter]
+        vec![Array { shape: Shape::new(&shape), data }, counter]
     }
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
@@ -113,8 +112,7 @@ impl Operation for Prepare {
             let at = |i: usize| (first * width + i) % n;
             y.iter_mut().enumerate().for_each(|(i, y)| *y = from[at(i)] * scale);
         });
-        io.write(1, |y| y[0] = row.f(TIMESTEP) as f32);
-        io.i32_mut(2)[0] = k as i32;
+        io.i32_mut(1)[0] = k as i32;
         Ok(())
     }
 
@@ -123,10 +121,9 @@ impl Operation for Prepare {
         let n = s.numel() / s[0];
         let p = k::PrepareFwd {
             x: io.y(0),
-            t: io.y(1),
             slots: io.x(0),
             table: io.x(1),
-            counter: io.y(2),
+            counter: io.y(1),
             n: n as i64,
             copies: io.int(self.copies)?,
         };
@@ -138,7 +135,7 @@ impl Operation for Prepare {
     }
 
     fn updates(&self) -> &'static [(usize, usize)] {
-        &[(2, 2)]
+        &[(1, 2)]
     }
 
     fn cases() -> Vec<Case> {
@@ -329,7 +326,7 @@ impl Advance {
     }
 }
 
-fn checked_row(k: i32, rows: usize) -> Result<usize> {
+pub(super) fn checked_row(k: i32, rows: usize) -> Result<usize> {
     usize::try_from(k).ok().filter(|&k| k < rows).ok_or_else(|| {
         Error::invalid(format!("sampler: evaluation {k} of a table with {rows} rows; write the counter before a run"))
     })

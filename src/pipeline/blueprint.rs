@@ -4,7 +4,7 @@ use super::Request;
 use super::tiles::Axis;
 use crate::diffusion::{Settings, evaluation_graph};
 use crate::error::{Error, Result};
-use crate::exec::{Graph, Program};
+use crate::exec::{Graph, Program, Target};
 use crate::io::ModelFolder;
 use crate::models::{AutoencoderKL, ClipText, Codec, Model, UNet2DCondition, VQModel};
 use crate::samplers::{Method, ScheduleConfig};
@@ -285,12 +285,12 @@ impl Blueprint {
         Ok((evaluation_graph(&self.unet, &table, &s)?, table.rows.len(), s))
     }
 
-    /// The graph of one evaluation as text, fused and planned.
+    /// The graph of one evaluation as text, fused and planned for a target.
     ///
     /// # Errors
     /// As [`Blueprint::estimate`].
-    pub fn show(&self, r: &Request, dtype: DType) -> Result<String> {
-        Program::show(&self.evaluation(r, dtype)?.0)
+    pub fn show(&self, r: &Request, dtype: DType, target: Target) -> Result<String> {
+        Program::show(&self.evaluation(r, dtype)?.0, target)
     }
 }
 

@@ -3,7 +3,7 @@
 use super::blueprint::MAX_BATCH;
 use super::{Blueprint, Init, Request, Residency, Vae};
 use crate::error::{Error, Result};
-use crate::exec::{Device, Graph, Program, human_bytes};
+use crate::exec::{Device, Graph, Program, Target, human_bytes};
 use crate::models::{Inventory, Model};
 use crate::tensor::DType;
 
@@ -71,8 +71,8 @@ impl Estimate {
 }
 
 /// The memory of a program with its weights.
-fn stage(name: &'static str, graph: &Graph, host: usize) -> Result<Stage> {
-    let m = Program::measure(graph)?;
+fn stage(name: &'static str, graph: &Graph, target: Target, host: usize) -> Result<Stage> {
+    let m = Program::measure(graph, target)?;
     Ok(Stage { name, weights: m.weights, arena: m.arena + m.states, scratch: m.scratch, host })
 }
 
@@ -90,11 +90,17 @@ impl Blueprint {
         Ok(bytes(self.text.inventory(dtype)?) + bytes(self.unet.inventory(dtype)?) + bytes(vae))
     }
 
-    /// Memory and work for a request, without running it.
+    /// Memory and work for a request on a target, without running it.
     ///
     /// # Errors
     /// When the model cannot take the size.
-    pub fn estimate(&self, r: &Request, dtype: DType, residency: Residency) -> Result<Estimate> {
+    pub fn estimate(
+        &self,
+        r: &Request,
+        dtype: DType,
+        residency: Residency,
+        target: Target,
+    ) -> Result<Estimate> {
         let (unet, evaluations, s) = self.evaluation(r, dtype)?;
         let (width, height) = self.size(r)?;
         let [rows, columns] = self.tiles(r)?;
@@ -109,16 +115,17 @@ impl Blueprint {
 
         let text = self.text.context_graph(s.copies(), s.tokens, dtype, r.clip_skip)?;
         let decoder = self.vae.decode_graph([1, rows.tile, columns.tile], dtype)?;
-        let mut stages = vec![stage("text", &text, context)?];
+        let mut stages = vec![stage("text", &text, target, context)?];
         if r.init.is_some() {
             stages.push(stage(
                 "encoding",
                 &self.encode_graph(r, dtype)?,
+                target,
                 context + image + pixels + 3 * latents,
             )?);
         }
-        stages.push(stage("sampling", &unet, context + 2 * latents)?);
-        stages.push(stage("decoding", &decoder, image + r.batch * pixels + 3 * latents)?);
+        stages.push(stage("sampling", &unet, target, context + 2 * latents)?);
+        stages.push(stage("decoding", &decoder, target, image + r.batch * pixels + 3 * latents)?);
         if residency == Residency::Always {
             let all = self.weight_bytes(dtype)?;
             stages.iter_mut().for_each(|s| s.weights = all);
@@ -152,7 +159,7 @@ impl Blueprint {
     ) -> Result<()> {
         let Some(have) = device.available() else { return Ok(()) };
         let need = |r: &Request| -> Result<usize> {
-            let e = self.estimate(r, dtype, residency)?;
+            let e = self.estimate(r, dtype, residency, device.into())?;
             let there = if opened && residency == Residency::Always { self.weight_bytes(dtype)? } else { 0 };
             Ok(e.peak(device).saturating_sub(there))
         };
@@ -160,7 +167,7 @@ impl Blueprint {
         if bytes <= have {
             return Ok(());
         }
-        let (e, (width, height)) = (self.estimate(r, dtype, residency)?, self.size(r)?);
+        let (e, (width, height)) = (self.estimate(r, dtype, residency, device.into())?, self.size(r)?);
         let part = e.peak_stage(device).map_or("it", |s| s.name);
         let fits = self.fitting(r, |r| need(r).is_ok_and(|bytes| bytes <= have))?;
         let fits = if fits.is_empty() { "nothing smaller does either".into() } else { fits.join(", or ") };

@@ -298,7 +298,8 @@ fn unit_jobs(
         }
     }
     for types in &unit.types {
-        for variant in &unit.variants {
+        for (number, variant) in unit.variants.iter().enumerate() {
+            let text = text.clone() + &unit.asserts(number);
             let macros: Vec<String> = variant.iter().map(|(k, v)| format!("{k}={v}")).collect();
             let type_name = types.1.as_ref().map_or(types.0.clone(), |u| format!("{}-{u}", types.0));
             let variant_name = if macros.is_empty() { "base".to_string() } else { macros.join(",") };
@@ -309,7 +310,7 @@ fn unit_jobs(
             arguments.extend(scan::Unit::defines(types, variant));
             let key = hash(&[identity, &arguments.join(" "), dev, &text, source]);
             let name = format!("{}.{type_name}.{variant_name}", unit.stem);
-            jobs.push(Job { name, text: text.clone(), extension: "so", arguments, key });
+            jobs.push(Job { name, text, extension: "so", arguments, key });
         }
     }
 }

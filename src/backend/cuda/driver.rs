@@ -14,6 +14,9 @@ use std::sync::{Arc, OnceLock};
 /// The oldest driver interface whose functions are all called here: CUDA 12.8, driver 570.
 const OLDEST: i32 = 12080;
 
+/// Bytes of dynamic shared memory that a block may have without the function being allowed more.
+const UNASKED: usize = 48 * 1024;
+
 /// A code of the driver, and the function that returned it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Failure {
@@ -178,15 +181,20 @@ impl Context {
         check("cuDeviceGetName", unsafe { sys::cuDeviceGetName(name.as_mut_ptr(), 127, self.device) })?;
         // SAFETY: the last character was zero and is not written, so the text ends inside `name`.
         let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
-        let attribute = |which| {
-            let mut value = 0;
-            // SAFETY: takes a place for one integer.
-            check("cuDeviceGetAttribute", unsafe {
-                sys::cuDeviceGetAttribute(&mut value, which, self.device)
-            })?;
-            Ok::<u32, Failure>(value.max(0) as u32)
-        };
-        Ok((name, (attribute(MAJOR)?, attribute(MINOR)?)))
+        Ok((name, (self.attribute(MAJOR)?, self.attribute(MINOR)?)))
+    }
+
+    fn attribute(&self, which: sys::CUdevice_attribute) -> std::result::Result<u32, Failure> {
+        let mut value = 0;
+        // SAFETY: takes a place for one integer.
+        let code = unsafe { sys::cuDeviceGetAttribute(&mut value, which, self.device) };
+        check("cuDeviceGetAttribute", code).map(|()| value.max(0) as u32)
+    }
+
+    /// The most shared memory that a block may ask for, in bytes.
+    pub(super) fn shared_memory(&self) -> std::result::Result<usize, Failure> {
+        use sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as MOST;
+        Ok(self.attribute(MOST)? as usize)
     }
 
     /// Free and total bytes of device memory.
@@ -234,25 +242,38 @@ impl Context {
         started.and(done)
     }
 
+    /// The stream that work goes to: a recording's, if there is one.
+    fn stream(&self, recording: Option<&Recording>) -> sys::CUstream {
+        recording.map_or(self.stream, |r| r.stream)
+    }
+
     /// Copies `n` bytes on the device.
-    pub(super) fn copy(&self, from: DevicePtr, to: DevicePtr, n: usize) -> Result<()> {
+    pub(super) fn copy(
+        &self,
+        from: DevicePtr,
+        to: DevicePtr,
+        n: usize,
+        on: Option<&Recording>,
+    ) -> Result<()> {
         self.bind()?;
         // SAFETY: device memory only: nothing that Rust owns can be touched. The caller has checked the
         // bounds.
-        let code = unsafe { sys::cuMemcpyDtoDAsync_v2(to.0, from.0, n, self.stream) };
+        let code = unsafe { sys::cuMemcpyDtoDAsync_v2(to.0, from.0, n, self.stream(on)) };
         Ok(check("cuMemcpyDtoDAsync", code)?)
     }
 
     /// Sets `n` bytes.
-    pub(super) fn fill(&self, at: DevicePtr, n: usize, byte: u8) -> Result<()> {
+    pub(super) fn fill(&self, at: DevicePtr, n: usize, byte: u8, on: Option<&Recording>) -> Result<()> {
         self.bind()?;
         // SAFETY: device memory only, as in `copy`.
-        Ok(check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(at.0, byte, n, self.stream) })?)
+        Ok(check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(at.0, byte, n, self.stream(on)) })?)
     }
 
-    /// Starts a kernel: grid of blocks of `block` threads. The sizes must be within the device's limits.
+    /// Starts a kernel: grid of blocks of `block` threads, each block with the dynamic shared memory that the function was
+    /// looked up for. The sizes must be within the device's limits.
     pub(super) fn launch<P: Params>(
         &self,
+        on: Option<&Recording>,
         function: &Function,
         [x, y, z]: [u32; 3],
         block: u32,
@@ -265,8 +286,8 @@ impl Context {
         // checked the layout. The driver copies the struct before it returns. The kernel itself reaches
         // device memory only.
         let code = unsafe {
-            let (arguments, none) = (arguments.as_mut_ptr(), ptr::null_mut());
-            sys::cuLaunchKernel(function.raw, x, y, z, block, 1, 1, 0, self.stream, arguments, none)
+            let (arguments, smem, none) = (arguments.as_mut_ptr(), function.smem, ptr::null_mut());
+            sys::cuLaunchKernel(function.raw, x, y, z, block, 1, 1, smem, self.stream(on), arguments, none)
         };
         check("cuLaunchKernel", code)
     }
@@ -338,14 +359,20 @@ impl Module {
         Ok(Module { raw, context: context.clone() })
     }
 
-    /// The kernel of this name.
-    pub(super) fn function(self: &Arc<Self>, name: &str) -> Result<Function> {
+    /// The kernel of this name, to be launched with `smem` bytes of dynamic shared memory: at most what
+    /// [`Context::shared_memory`] says.
+    pub(super) fn function(self: &Arc<Self>, name: &str, smem: usize) -> Result<Function> {
         self.context.bind()?;
         let text = CString::new(name).map_err(|_| Error::invalid(format!("kernel `{name}`")))?;
         let mut raw = ptr::null_mut();
         // SAFETY: the module is loaded; `text` ends in NUL.
         check("cuModuleGetFunction", unsafe { sys::cuModuleGetFunction(&mut raw, self.raw, text.as_ptr()) })?;
-        Ok(Function { raw, _module: self.clone() })
+        if smem > UNASKED {
+            use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MOST;
+            // SAFETY: the function was found above, in a module that is loaded.
+            check("cuFuncSetAttribute", unsafe { sys::cuFuncSetAttribute(raw, MOST, smem as c_int) })?;
+        }
+        Ok(Function { raw, smem: smem as u32, _module: self.clone() })
     }
 }
 
@@ -361,6 +388,8 @@ impl Drop for Module {
 #[derive(Clone)]
 pub(super) struct Function {
     raw: sys::CUfunction,
+    /// Dynamic shared memory per block, bytes.
+    smem: u32,
     _module: Arc<Module>,
 }
 
@@ -368,6 +397,91 @@ pub(super) struct Function {
 unsafe impl Send for Function {}
 // SAFETY: as for `Module`.
 unsafe impl Sync for Function {}
+
+/// A stream that writes down what it is given instead of doing it, until it ends.
+pub(super) struct Recording {
+    stream: sys::CUstream,
+    context: Arc<Context>,
+}
+
+// SAFETY: as for `Module`.
+unsafe impl Send for Recording {}
+// SAFETY: as for `Module`.
+unsafe impl Sync for Recording {}
+
+impl Recording {
+    /// Begins. It has a stream of its own, so that what other threads ask of the device meanwhile is done, not recorded;
+    /// the calling thread must neither allocate nor wait before the end.
+    pub(super) fn begin(context: &Arc<Context>) -> std::result::Result<Recording, Failure> {
+        use sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as OTHERS_MAY;
+        context.bind()?;
+        let (mut stream, flags) = (ptr::null_mut(), sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32);
+        // SAFETY: the context is current; the stream is destroyed on drop.
+        check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut stream, flags) })?;
+        let this = Recording { stream, context: context.clone() };
+        // SAFETY: the stream was made above.
+        let code = unsafe { sys::cuStreamBeginCapture_v2(stream, OTHERS_MAY) };
+        check("cuStreamBeginCapture", code).map(|()| this)
+    }
+
+    /// Ends, and makes what was recorded ready to run.
+    pub(super) fn end(&self) -> std::result::Result<Graph, Failure> {
+        self.context.bind()?;
+        let (mut recorded, mut raw, mut nodes) = (ptr::null_mut(), ptr::null_mut(), 0);
+        // SAFETY: the stream captures since `begin`; takes a place for one handle.
+        check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(self.stream, &mut recorded) })?;
+        // SAFETY: `recorded` is a graph from here to its destruction below; without a place for nodes they are counted.
+        let made = unsafe {
+            check("cuGraphGetNodes", sys::cuGraphGetNodes(recorded, ptr::null_mut(), &mut nodes)).and_then(
+                |()| check("cuGraphInstantiate", sys::cuGraphInstantiateWithFlags(&mut raw, recorded, 0)),
+            )
+        };
+        // SAFETY: what is ready to run is a copy.
+        let _ = unsafe { sys::cuGraphDestroy(recorded) };
+        made.map(|()| Graph { raw, nodes, context: self.context.clone() })
+    }
+}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        // SAFETY: made by `begin`, destroyed once.
+        let _ = unsafe { sys::cuStreamDestroy_v2(self.stream) };
+    }
+}
+
+/// Recorded work, ready to run as often as one likes.
+pub(super) struct Graph {
+    raw: sys::CUgraphExec,
+    nodes: usize,
+    context: Arc<Context>,
+}
+
+// SAFETY: as for `Module`: launches of one graph follow each other in the stream.
+unsafe impl Send for Graph {}
+// SAFETY: as above.
+unsafe impl Sync for Graph {}
+
+impl Graph {
+    /// Kernels and fills in it.
+    pub(super) fn nodes(&self) -> usize {
+        self.nodes
+    }
+
+    /// Runs it after everything that was asked for before.
+    pub(super) fn launch(&self) -> std::result::Result<(), Failure> {
+        self.context.bind()?;
+        // SAFETY: the graph is alive. Its kernels' modules are loaded for as long as the device handle lives (`Graph` in
+        // mod.rs holds one), and they reach device memory only.
+        check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(self.raw, self.context.stream) })
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: made by `end`, destroyed once; the driver waits by itself for a launch that still runs.
+        let _ = unsafe { sys::cuGraphExecDestroy(self.raw) };
+    }
+}
 
 /// A mark in the stream, which the device stamps with the time.
 pub struct Event {

@@ -214,7 +214,7 @@ impl Plan {
     fn check_memory(&self, graphs: &[(&'static str, Graph, &'static str)], device: &Device) -> Result<()> {
         let mut need = 0usize;
         for (_, graph, _) in graphs {
-            let plan = Program::measure(graph)?;
+            let plan = Program::measure(graph, device.into())?;
             need = need.saturating_add(plan.arena).saturating_add(plan.states).saturating_add(plan.weights);
         }
         match device.available() {
