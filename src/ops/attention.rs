@@ -210,7 +210,7 @@ impl Operation for Attention {
             heads(2, 32, 1, 65, 128, false),
             heads(1, 48, 2, 40, 70, false),
             heads(1, 64, 3, 100, 130, true),
-            heads(1, 104, 1, 66, 64, true),
+            heads(1, 104, 1, 66, 70, true),
             heads(1, 136, 1, 20, 33, false),
             heads(2, 160, 1, 65, 70, true),
             heads(2, 168, 3, 17, 33, false),
