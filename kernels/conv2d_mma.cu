@@ -278,7 +278,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) conv2d_mma(const __grid_c
     const int m0 = block_x() * BM, n0 = block_y() * BN, warp_m = warp() / WARPS_N, warp_n = warp() % WARPS_N;
     const int m = m0 + thread_x() / 4, n = n0 + thread_x() / 4;  // first rows that this thread copies
     const int row = weight_row(p, p.part ? n - block_y() * BN / p.part * p.part : n), step = p.glu ? LOAD_ROWS / 2 : LOAD_ROWS;
-    const int rows_left = p.glu ? p.o - row % p.o : (p.part ? p.part : p.o) - row;  // of values or of gates
+    // Rows of w from there on: of values, or of gates.
+    const int rows_left = p.glu ? p.o - (n / 16 * 8 + n % 8) : (p.part ? p.part : p.o) - row;
 
     Walk k;
     UNROLL

@@ -69,7 +69,7 @@ impl Epi {
         let residual = self.residual.then(|| io.slice(at.residual));
         cpu::optional(bias, |bias| {
             cpu::optional(time, |time| {
-                let batch = time.map(|data| BatchAdd { data: &data[step * o..], rows });
+                let batch = time.map(|all| BatchAdd { data: if self.step { &all[step * o..][..o] } else { all }, rows });
                 f(w, &Epilogue { bias, batch, act: self.act, residual }, io.out(0));
             });
         });

@@ -9,7 +9,8 @@ use super::group_stats::{SLAB, VECTOR, channel_stats};
 use super::prelude::*;
 use crate::graph::GivenStats;
 use crate::kernels::group_norm as k;
-use crate::kernels::{group_norm_apply as apply, group_norm_merge as merge};
+use crate::kernels::group_norm_apply as apply;
+use crate::kernels::group_norm_merge as merge;
 
 /// What a group norm has as inputs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -288,7 +289,7 @@ fn rows_per_block(hw: usize, strips: usize) -> usize {
     while rows >= 512 && rows < hw && blocks(2 * rows) >= 4 * 132 {
         rows *= 2;
     }
-    rows
+    rows.min(hw)
 }
 
 impl Operation for GroupNorm {
