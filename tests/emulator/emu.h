@@ -167,10 +167,9 @@ Result launch_run(const Launch& launch);
 // Reports a violation of the kernel thread that runs now, and leaves its block. Does not return.
 [[noreturn]] void kernel_violation(Result code, int line, const std::string& text);
 // A store writes these bytes of a word (by the bits of its shadow) for the first time: true if it is held back from other
-// blocks. Does the running block hold these bytes? Has another one kept the word to itself? And the end of a launch.
+// blocks. Why a load may not have such bytes, which the shadow does not show; null if it may. And the end of a launch.
 bool visibility_holds(uint64_t word, unsigned bytes);
-bool visibility_own(uint64_t word, unsigned bytes);
-bool visibility_foreign(uint64_t word);
+const char* visibility_objection(uint64_t word, unsigned bytes);
 void visibility_finish();
 // What the setting `banks` has counted is forgotten.
 void banks_forget();

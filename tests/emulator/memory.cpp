@@ -264,12 +264,11 @@ API void ldm_emu_access(const void* p, unsigned bytes, unsigned align, int write
                                     memory_describe(at + i).c_str()));
         if (write) {
             if ((marks & low) != low && !visibility_holds((offset + i) >> 2, low)) __atomic_fetch_or(s, (unsigned char)low, __ATOMIC_RELAXED);
-        } else if ((marks & low) != low && settings.uninitialised_is_error && !visibility_own((offset + i) >> 2, low & ~marks)) {
-            const char* who = visibility_foreign((offset + i) >> 2) ? "another block has written without a fence and an atomic operation after it"
-                                                                    : "nothing has written";
-            kernel_violation(ASSERT, line,
-                             format("load of %u bytes at %#llx, which %s: it %s", bytes, (unsigned long long)at, who,
-                                    memory_describe(at + i).c_str()));
+        } else if ((marks & low) != low && settings.uninitialised_is_error) {
+            if (const char* why = visibility_objection((offset + i) >> 2, low & ~marks))
+                kernel_violation(ASSERT, line,
+                                 format("load of %u bytes at %#llx, which %s: it %s", bytes, (unsigned long long)at, why,
+                                        memory_describe(at + i).c_str()));
         }
         i += n;
     }
