@@ -4,7 +4,8 @@ use super::super::activation::code;
 use super::super::prelude::*;
 use super::{Conv2d, Epi, Linear};
 use crate::backend::cpu::gemm::ConvShape;
-use crate::kernels::{DevicePtr, conv2d_mma as k};
+use crate::kernels::DevicePtr;
+use crate::kernels::conv2d_mma as k;
 
 /// A variant of the kernel.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
