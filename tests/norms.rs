@@ -8,7 +8,12 @@ use ldm::ops::{Act, Arg, Array, Case, Concat, Given, GroupNorm, Op, Operation, t
 use ldm::tensor::DType;
 
 /// A norm of x, which may be two tensors side by side, and how far its result is from the specification, in norm.
-fn error(device: &ldm::backend::Device, x: &[Arg], groups: usize, dtype: DType) -> Result<(f64, Given), ldm::Error> {
+fn error(
+    device: &ldm::backend::Device,
+    x: &[Arg],
+    groups: usize,
+    dtype: DType,
+) -> Result<(f64, Given), ldm::Error> {
     let c: usize = x.iter().map(|x| x.shape.last()).sum();
     let mut args = x.to_vec();
     args.extend([t([c]).normal(1.0, 0.2), t([c])]);
