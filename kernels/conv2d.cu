@@ -14,13 +14,14 @@ struct Conv2dFwd {
     const T* w;         // (O,KH,KW,C)
     const T* bias;      // (O) or null
     const T* time;      // (time_rows,O) or null
+    const int* counter; // null, or the row of time that serves every image
     const T* residual;  // (M,O) or null
     int m, o;
     int h, w_, c;       // size of x in memory
     int kh, kw, out_h, out_w;
     int stride, top, left;
     int upsample;       // x counts as doubled by nearest neighbour
-    int time_rows;      // 1, or one per image
+    int time_rows;      // 1, or one per image; any number with a counter
     int act;
 };
 
@@ -90,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) conv2d_fwd(const __grid_cons
     for (int i = 0; i < 4; i++) {
         const int m = m0 + ty * 4 + i;
         if (m >= p.m) continue;
-        const int image = p.time_rows > 1 ? m / (p.out_h * p.out_w) : 0;
+        const int image = p.counter ? load(p.counter) : p.time_rows > 1 ? m / (p.out_h * p.out_w) : 0;
         UNROLL
         for (int l = 0; l < 4; l++) {
             const int o = o0 + tx * 4 + l;

@@ -12,6 +12,8 @@ pub struct Rewrite {
     pub op: Op,
     /// Its inputs. All must exist before the node that is replaced.
     pub x: Vec<Var>,
+    /// Values among the inputs that are made in another way from now on, and how. Nothing else may read them.
+    pub made: Vec<(Var, Op, Vec<Var>)>,
 }
 
 /// The same graph with every offer for a target taken, norms given their statistics on a GPU, and what nothing uses any more left out.
@@ -23,6 +25,12 @@ pub fn fuse(g: &Graph, target: Target) -> Result<Graph> {
     for at in 0..g.nodes.len() {
         let offer = |g: &Graph| g.nodes[at].op.fuse(g, *g.nodes[at].y.first()?, target);
         while let Some(rewrite) = offer(&g) {
+            for (v, op, x) in rewrite.made {
+                let Origin::Node(maker, _) = g.values[v.index()].origin else { continue };
+                let specs: Vec<_> = x.iter().map(|&v| g.spec(v)).collect();
+                g.values[v.index()].spec = op.infer(&specs).map_err(|e| e.at_node(&g.nodes[maker].label))?[0];
+                (g.nodes[maker].op, g.nodes[maker].x) = (op, x);
+            }
             let specs: Vec<_> = rewrite.x.iter().map(|&v| g.spec(v)).collect();
             rewrite.op.infer(&specs).map_err(|e| e.at_node(&g.nodes[at].label))?;
             g.nodes[at].op = rewrite.op;

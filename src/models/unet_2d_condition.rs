@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::graph::{Graph, Var};
 use crate::io::Config;
 use crate::nn::{
-    ResBlock, SpatialTransformer, cast, conv3x3, downsample, group_norm, join, linear, spatial_transformer, upsample,
+    ResBlock, SpatialTransformer, Time, cast, conv3x3, downsample, group_norm, join, linear, spatial_transformer, upsample,
 };
 use crate::ops::{Act, Concat, Timestep};
 use crate::tensor::DType;
@@ -207,7 +207,7 @@ impl Model for UNet2DCondition {
         let x = g.input("x", dtype, [1, side, side, self.in_channels]);
         let t = g.input("t", DType::F32, [1]);
         let context = g.input("context", dtype, [1, 1, self.context]);
-        self.build(&mut g, x, t, context)?;
+        self.build(&mut g, x, (t, None), context)?;
         Ok(vec![g])
     }
 }
@@ -218,11 +218,12 @@ impl UNet2DCondition {
         1 << (self.levels.len() - 1)
     }
 
-    /// Noisy latents x (B,H,W,C), timestep t (1) f32, context (B,S,E) to the prediction (B,H,W,O).
+    /// Noisy latents x (B,H,W,C), timestep t (1) f32, context (B,S,E) to the prediction (B,H,W,O). With a counter (4) i32, t
+    /// (R) holds the timesteps of all evaluations, and counter\[0\] says which one this is.
     ///
     /// # Errors
     /// When H or W is no multiple of [`UNet2DCondition::multiple`], or an input does not fit.
-    pub fn build(&self, g: &mut Graph, x: Var, t: Var, context: Var) -> Result<Var> {
+    pub fn build(&self, g: &mut Graph, x: Var, t: (Var, Option<Var>), context: Var) -> Result<Var> {
         let (shape, dtype, m) = (g.shape(x), g.spec(x).dtype, self.multiple());
         if shape.len() != 4 || shape[1] % m != 0 || shape[2] % m != 0 || shape[3] != self.in_channels {
             let want = format!("latents (B,H,W,{}) with H and W multiples of {m}", self.in_channels);
@@ -230,10 +231,12 @@ impl UNet2DCondition {
         }
         let first = self.levels[0].channels;
         let (flip, shift) = (self.flip, self.shift as f32);
+        let (t, counter) = t;
         let time = g.push("time_proj", Timestep { width: first, flip, shift, dtype }, &[t])?;
         let time = linear(g, "time_embedding.linear_1", time, self.time_width, true, Act::Silu)?;
         // Every block applies SiLU to the embedding first; it is done once here.
-        let time = linear(g, "time_embedding.linear_2", time, self.time_width, true, Act::Silu)?;
+        let rows = linear(g, "time_embedding.linear_2", time, self.time_width, true, Act::Silu)?;
+        let time = Time { rows, counter };
 
         let mut h = conv3x3(g, "conv_in", x, first)?;
         let mut skips = vec![h];
@@ -287,7 +290,7 @@ impl UNet2DCondition {
         let context = g.input("context", DType::F32, [b, tokens, self.context]);
         let x = cast(&mut g, "sample", x, dtype, 1.0)?;
         let context = cast(&mut g, "context", context, dtype, 1.0)?;
-        let y = self.build(&mut g, x, t, context)?;
+        let y = self.build(&mut g, x, (t, None), context)?;
         let y = cast(&mut g, "out", y, DType::F32, 1.0)?;
         g.output("out", y);
         Ok(g)

@@ -24,7 +24,16 @@ pub fn conv(g: &mut Graph, at: &str, x: Var, o: usize, kernel: usize, op: Conv2d
     conv_with(g, at, x, o, kernel, op, None)
 }
 
-/// [`conv`], with a time embedding (B or 1,O) that is added to every pixel.
+/// A time embedding: rows, and with a counter (4) i32 the one of them that serves every image (see [`Epi`]).
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Time {
+    /// (B or 1,E), or with a counter (R,E).
+    pub rows: Var,
+    /// Whose first element is the row.
+    pub counter: Option<Var>,
+}
+
+/// [`conv`], with a time embedding of O channels that is added to every pixel.
 fn conv_with(
     g: &mut Graph,
     at: &str,
@@ -32,14 +41,15 @@ fn conv_with(
     o: usize,
     kernel: usize,
     mut op: Conv2d,
-    time: Option<Var>,
+    time: Option<Time>,
 ) -> Result<Var> {
     let (c, dtype) = (g.shape(x).last(), g.spec(x).dtype);
     let w = g.weight(&join(at, "weight"), Layout::Conv, dtype, [o, kernel, kernel, c])?;
     let b = g.weight(&join(at, "bias"), Layout::Same, dtype, [o])?;
     op.epi.bias = true;
-    op.epi.time = time.is_some();
-    let inputs: Vec<Var> = [x, w, b].into_iter().chain(time).collect();
+    let counter = time.and_then(|t| t.counter);
+    (op.epi.time, op.epi.step) = (time.is_some(), counter.is_some());
+    let inputs: Vec<Var> = [x, w, b].into_iter().chain(time.map(|t| t.rows)).chain(counter).collect();
     g.push(at, op, &inputs)
 }
 
@@ -61,7 +71,7 @@ pub fn linear(g: &mut Graph, at: &str, x: Var, o: usize, bias: bool, act: Act) -
     if bias {
         inputs.push(g.weight(&join(at, "bias"), Layout::Same, dtype, [o])?);
     }
-    g.push(at, Linear { epi: Epi { bias, act, ..Epi::default() } }, &inputs)
+    g.push(at, Linear { epi: Epi { bias, act, ..Epi::default() }, more: 0 }, &inputs)
 }
 
 /// Group normalisation with an activation.
@@ -99,7 +109,7 @@ pub fn add(g: &mut Graph, at: &str, a: Var, b: Var) -> Result<Var> {
 /// # Errors
 /// When the widths do not fit the heads.
 pub fn attention(g: &mut Graph, at: &str, qkv: [Var; 3], heads: usize, causal: bool) -> Result<Var> {
-    g.push(at, Attention { heads, causal }, &qkv)
+    g.push(at, Attention { heads, causal, joined: false }, &qkv)
 }
 
 /// How the residual blocks of one model are made.
@@ -113,15 +123,15 @@ pub struct ResBlock {
 
 impl ResBlock {
     /// Norm, SiLU, 3×3, plus time; norm, SiLU, 3×3; plus x, through a 1×1 where the channels change.
-    /// x (B,H,W,C) to (B,H,W,O); time (B or 1,E), with SiLU applied already. diffusers `ResnetBlock2D`.
+    /// x (B,H,W,C) to (B,H,W,O); time of E channels, with SiLU applied already. diffusers `ResnetBlock2D`.
     ///
     /// # Errors
     /// When x does not fit.
-    pub fn build(&self, g: &mut Graph, at: &str, x: Var, o: usize, time: Option<Var>) -> Result<Var> {
+    pub fn build(&self, g: &mut Graph, at: &str, x: Var, o: usize, time: Option<Time>) -> Result<Var> {
         let at = |name: &str| join(at, name);
         let h = group_norm(g, &at("norm1"), x, self.groups, self.eps, Act::Silu)?;
         let time = match time {
-            Some(t) => Some(linear(g, &at("time_emb_proj"), t, o, true, Act::None)?),
+            Some(t) => Some(Time { rows: linear(g, &at("time_emb_proj"), t.rows, o, true, Act::None)?, ..t }),
             None => None,
         };
         let h = conv_with(g, &at("conv1"), h, o, 3, Conv2d::same(3), time)?;

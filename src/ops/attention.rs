@@ -1,9 +1,14 @@
 //! y = softmax(scale · q kᵀ) v per head, without the score matrix in memory.
 //!
 //! Flash attention (Dao et al. 2022): blocks of keys pass by while maximum, sum and result are kept per query.
-//! PyTorch: `F.scaled_dot_product_attention`. Kernel: `kernels/attention.cu`.
+//! PyTorch: `F.scaled_dot_product_attention`. Kernels: `kernels/attention_flash.cu` and `kernels/attention_wide.cu` on
+//! tensor cores, `kernels/attention.cu` for all that those do not take.
 use super::prelude::*;
-use crate::kernels::attention as k;
+use std::borrow::Cow;
+use crate::kernels::attention as plain;
+use crate::kernels::attention_flash as flash;
+use crate::kernels::attention_wide as wide;
+use std::f64::consts::LOG2_E;
 
 /// Attention of q (B,…,N·D) over k, v (B,…,N·D); the axes between are tokens. Result as q.
 #[derive(Clone, PartialEq, Debug)]
@@ -12,6 +17,8 @@ pub struct Attention {
     pub heads: usize,
     /// Query i sees keys up to i + S − T.
     pub causal: bool,
+    /// One input (B,…,3·N·D) holds q, k and v side by side: 16-bit types on tensor cores.
+    pub joined: bool,
 }
 
 struct Sizes {
@@ -21,7 +28,25 @@ struct Sizes {
     d: usize,
 }
 
+/// The shapes of q, k, v inside a joined input, or those that came.
+fn separate(joined: bool, x: &[Spec]) -> Vec<Spec> {
+    if !joined || x.len() != 1 || x[0].shape.is_empty() {
+        return x.to_vec();
+    }
+    vec![Spec::new(x[0].dtype, x[0].shape.with_last(x[0].shape.last() / 3)); 3]
+}
+
 impl Attention {
+    /// q, k and v by themselves.
+    fn arrays<'a>(&self, x: &'a [Array]) -> Cow<'a, [Array]> {
+        if !self.joined {
+            return Cow::Borrowed(x);
+        }
+        let width = x[0].shape.last() / 3;
+        let part = |i: usize| x[0].data.chunks(3 * width).flat_map(|row| row[i * width..][..width].to_vec()).collect();
+        Cow::Owned((0..3).map(|i| Array { shape: x[0].shape.with_last(width), data: part(i) }).collect())
+    }
+
     fn sizes(&self, q: Shape, keys: Shape) -> Sizes {
         let b = q[0];
         Sizes { b, t: q.rows() / b.max(1), s: keys.rows() / b.max(1), d: q.last() / self.heads }
@@ -86,7 +111,9 @@ impl Operation for Attention {
             self.heads,
             if self.causal { ", no fewer keys than queries" } else { "" }
         );
-        let [q, keys, values] = args(Self::NAME, &want, x)?;
+        let thirds = !self.joined || x.len() == 1 && !x[0].shape.is_empty() && x[0].shape.last() % 3 == 0;
+        ensure!(thirds, Self::NAME, want, x);
+        let [q, keys, values] = args(Self::NAME, &want, &separate(self.joined, x))?;
         let width = q.shape.last();
         let fits = q.shape.len() >= 2
             && keys.shape.len() >= 2
@@ -101,15 +128,19 @@ impl Operation for Attention {
         ensure!(fits, Self::NAME, want, x);
         let Sizes { t, s, .. } = self.sizes(q.shape, keys.shape);
         ensure!(s > 0 && (!self.causal || s >= t), Self::NAME, want, x);
+        let tensor_cores = || !matches!(choose(q.dtype, width / self.heads, t, self.heads).kernel, Kernel::Plain);
+        ensure!(!self.joined || tensor_cores(), Self::NAME, want, x);
         Ok(vec![q])
     }
 
     fn spec(&self, x: &[Array]) -> Vec<Array> {
-        vec![self.weighted(x, |v| v)]
+        vec![self.weighted(&self.arrays(x), |v| v)]
     }
 
     /// Σ p|v|, times what an error of the scores costs: their rounding moves p by a share of Σ|q||k|·scale.
     fn magnitude(&self, x: &[Array]) -> Vec<Array> {
+        let x = self.arrays(x);
+        let x = &*x;
         let d = x[0].shape.last() / self.heads;
         let largest = |a: &Array| a.data.iter().fold(0.0f64, |m, v| m.max(v.abs()));
         let norm = |a: &Array| a.data.chunks(d).map(|r| r.iter().map(|v| v * v).sum::<f64>()).fold(0.0, f64::max).sqrt();
@@ -118,6 +149,10 @@ impl Operation for Attention {
     }
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
+        if self.joined {
+            super::conv2d::by_specification(io, |x| self.spec(x));
+            return Ok(());
+        }
         let Sizes { t, s, d, .. } = self.sizes(io.x[0].shape, io.x[1].shape);
         use cpu::attention::{Heads, attention};
         let (q, keys, values) = (io.slice(0), io.slice(1), io.slice(2));
@@ -130,30 +165,43 @@ impl Operation for Attention {
     }
 
     fn cpu_scratch(&self, x: &[Spec], _y: &[Spec]) -> usize {
-        cpu::attention::working_bytes(x[0].dtype, &self.on_cpu(x))
+        cpu::attention::working_bytes(x[0].dtype, &self.on_cpu(&separate(self.joined, x)))
     }
 
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
-        let Sizes { b, t, s, d } = self.sizes(io.x_spec(0).shape, io.x_spec(1).shape);
-        let p = k::AttentionFwd {
-            y: io.y(0),
-            q: io.x(0),
-            k: io.x(1),
-            v: io.x(2),
-            t: io.int(t)?,
-            s: io.int(s)?,
-            heads: io.int(self.heads)?,
-            d: io.int(d)?,
-            scale: self.scale(d) as f32,
-            causal: self.causal as i32,
-        };
-        let specs: Vec<Spec> = (0..3).map(|i| *io.x_spec(i)).collect();
-        let (variant, queries) = choose(d);
-        debug_assert_eq!(variant, self.variant(&specs));
-        io.launch(k::ATTENTION_FWD, specs[0].dtype, variant, [t.div_ceil(queries), self.heads, b], k::BLOCK, p)
+        let x = separate(self.joined, &io.x.iter().map(|x| x.spec).collect::<Vec<_>>());
+        let Sizes { b, t, s, d } = self.sizes(x[0].shape, x[1].shape);
+        let dtype = x[0].dtype;
+        let Choice { kernel, variant, queries } = choose(dtype, d, t, self.heads * b);
+        let grid = [t.div_ceil(queries), self.heads, b];
+        let width = self.heads * d;
+        let third = |i: usize| io.x(0).offset(i * width * dtype.size());
+        let (y, [q, k, v]) = (io.y(0), [0, 1, 2].map(|i| if self.joined { third(i) } else { io.x(i) }));
+        let pitch = io.int(if self.joined { 3 * width } else { width })?;
+        let (t, s, d, heads) = (io.int(t)?, io.int(s)?, io.int(d)?, io.int(self.heads)?);
+        let ([ldq, ldk, ldv], ldy) = ([pitch; 3], io.int(width)?);
+        let causal = i32::from(self.causal);
+        match kernel {
+            Kernel::Plain => {
+                let scale = self.scale(d as usize) as f32;
+                let p = plain::AttentionFwd { y, q, k, v, t, s, heads, d, scale, causal };
+                io.launch(plain::ATTENTION_FWD, dtype, variant, grid, plain::BLOCK, p)
+            }
+            Kernel::Flash => {
+                let scale = (self.scale(d as usize) * LOG2_E) as f32;
+                let p = flash::AttentionFlashFwd { y, q, k, v, t, s, d, ldq, ldk, ldv, ldy, scale, causal };
+                io.launch(flash::ATTENTION_FLASH_FWD, dtype, variant, grid, flash::BLOCK, p)
+            }
+            Kernel::Wide => {
+                let scale = (self.scale(d as usize) * LOG2_E) as f32;
+                let p = wide::AttentionWideFwd { y, q, k, v, t, s, d, ldq, ldk, ldv, ldy, scale, causal };
+                io.launch(wide::ATTENTION_WIDE_FWD, dtype, variant, grid, wide::BLOCK, p)
+            }
+        }
     }
 
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
+        let x = &separate(self.joined, x);
         let Sizes { b, t, s, d } = self.sizes(x[0].shape, x[1].shape);
         // In f64: the product of two counts of pixels outgrows an integer long before a picture outgrows memory.
         let [b, t, s, d, heads] = [b, t, s, d, self.heads].map(|n| n as f64);
@@ -161,19 +209,42 @@ impl Operation for Attention {
         Cost::streaming((4.0 * pairs * d) as usize, x, y)
     }
 
+    /// Queries, keys and values that are plain products of one input become one product.
+    fn fuse(&self, g: &Graph, at: Var, target: Target) -> Option<Rewrite> {
+        let node = g.maker(at).filter(|_| target == Target::Cuda && !self.joined)?;
+        let (v, op, x) = super::conv2d::together(g, [node.x[0], node.x[1], node.x[2]])?;
+        let joined = Attention { joined: true, ..self.clone() };
+        let q = g.spec(node.x[0]);
+        let qkv = Spec::new(q.dtype, q.shape.with_last(3 * q.shape.last()));
+        joined.infer(&[qkv]).is_ok().then(|| Rewrite { op: joined.into(), x: vec![v], made: vec![(v, op, x)] })
+    }
+
     fn variant(&self, x: &[Spec]) -> &'static str {
-        choose(x[0].shape.last() / self.heads).0
+        let x = separate(self.joined, x);
+        let Sizes { b, t, d, .. } = self.sizes(x[0].shape, x[1].shape);
+        choose(x[0].dtype, d, t, self.heads * b).variant
     }
 
     fn cases() -> Vec<Case> {
         let heads = |heads, d: usize, b, tq: usize, s: usize, causal| {
             let kv = [b, s, heads * d];
-            Case::new(Attention { heads, causal }, [t([b, tq, heads * d]), t(kv), t(kv)])
+            Case::new(Attention { heads, causal, joined: false }, [t([b, tq, heads * d]), t(kv), t(kv)])
+        };
+        let of = |mut case: Case, queries: fn(super::Arg) -> super::Arg| {
+            case.args[0] = queries(case.args[0].clone());
+            case
+        };
+        let joined = |heads, d: usize, b, tokens: usize, causal| {
+            let qkv = t([b, tokens, 3 * heads * d]);
+            Case::new(Attention { heads, causal, joined: true }, [qkv]).only(&SIXTEEN)
         };
         let mut image = heads(2, 40, 2, 1, 9, false);
         image.args[0] = t([2, 5, 7, 80]);
         vec![
             heads(1, 1, 1, 1, 1, false),
+            joined(2, 40, 2, 70, false),
+            joined(3, 16, 1, 33, true),
+            joined(1, 320, 2, 20, false),
             heads(8, 4, 2, 65, 77, false),
             heads(4, 8, 2, 77, 77, true),
             heads(2, 40, 3, 33, 64, false),
@@ -186,6 +257,26 @@ impl Operation for Attention {
             heads(1, 960, 1, 5, 7, false),
             heads(3, 24, 1, 10, 50, true),
             image,
+            // Every variant on tensor cores, in tails and whole blocks of queries (64, 128) and of keys (64, 32), with
+            // columns that are zeros (d = 8, 48, 104, 136, 168, 320).
+            heads(2, 8, 1, 64, 65, false),
+            heads(2, 32, 1, 65, 128, false),
+            heads(1, 48, 2, 40, 70, false),
+            heads(1, 64, 3, 100, 130, true),
+            heads(1, 104, 1, 66, 70, true),
+            heads(1, 136, 1, 20, 33, false),
+            heads(2, 160, 1, 65, 70, true),
+            heads(2, 168, 3, 17, 33, false),
+            heads(1, 256, 1, 65, 64, false),
+            heads(1, 320, 1, 30, 50, true),
+            heads(1, 512, 1, 70, 72, false),
+            heads(44, 40, 3, 130, 70, false).only(&SIXTEEN),
+            heads(66, 64, 2, 160, 160, true).only(&SIXTEEN),
+            // All weights alike; weights of which few are not zero.
+            of(heads(2, 40, 1, 20, 77, false), |q| q.values(vec![0.0])),
+            of(heads(1, 512, 1, 20, 37, false), |q| q.values(vec![0.0])),
+            of(heads(2, 40, 1, 20, 150, false), |q| q.normal(0.0, 30.0)),
+            of(heads(1, 512, 1, 20, 150, false), |q| q.normal(0.0, 30.0)),
             // SD 1.5 and LDM 1.45B, then SDXL, to themselves and to the text; then the autoencoders.
             heads(8, 40, 2, 4096, 4096, false).bench(),
             heads(8, 40, 2, 4096, 77, false).bench(),
@@ -210,23 +301,67 @@ impl Operation for Attention {
     }
 
     fn random(r: &mut Small) -> Case {
-        let (heads, d) = (r.below(3) + 1, r.below(90) + 1);
+        let heads = r.below(3) + 1;
+        // Half of them of a size that tensor cores take in 16 bits.
+        let d = if r.below(2) == 0 { r.below(90) + 1 } else { 8 * (r.below(24) + 1) };
         let s = r.below(60) + 1;
         let causal = r.below(3) == 0;
         let tq = if causal { r.below(s) + 1 } else { r.below(60) + 1 };
         let kv = [r.below(2) + 1, s, heads * d];
-        Case::new(Attention { heads, causal }, [t([kv[0], tq, heads * d]), t(kv), t(kv)])
+        Case::new(Attention { heads, causal, joined: false }, [t([kv[0], tq, heads * d]), t(kv), t(kv)])
     }
 }
 
-/// Kernel variant for a head size, and the queries that one of its blocks owns.
-fn choose(d: usize) -> (&'static str, usize) {
-    match d {
-        ..=64 => ("D=64", 32),
-        65..=160 => ("D=160", 32),
-        161..=512 => ("D=512", 8),
-        _ => ("D=1024", 8),
-    }
+/// The types of the kernels on tensor cores.
+const SIXTEEN: [DType; 2] = [DType::F16, DType::BF16];
+
+/// The kernel files of this room.
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Kernel {
+    /// All types and head sizes, without tensor cores.
+    Plain,
+    /// 16 bits, heads of up to 160.
+    Flash,
+    /// 16 bits, heads of up to 512.
+    Wide,
+}
+
+/// What computes an attention.
+#[derive(Clone, Copy, PartialEq, Debug)]
+struct Choice {
+    kernel: Kernel,
+    /// As its file lists it.
+    variant: &'static str,
+    /// Queries of one block.
+    queries: usize,
+}
+
+/// The kernel for a head size `d` and `t` queries in each of `n` heads, those of all images together. Tensor cores want 16
+/// bits and rows of whole 16-byte chunks.
+fn choose(dtype: DType, d: usize, t: usize, n: usize) -> Choice {
+    // Large blocks read keys and values half as often, if there are enough to give each multiprocessor of the largest
+    // cards (132) the two that its registers hold.
+    let many = n * t.div_ceil(128) >= 2 * 132;
+    let tensor_cores = SIXTEEN.contains(&dtype) && d.is_multiple_of(8);
+    let (kernel, variant, queries) = match d {
+        ..=32 if tensor_cores => (Kernel::Flash, "BM=64,D=32", 64),
+        ..=40 if tensor_cores && many => (Kernel::Flash, "BM=128,D=40", 128),
+        ..=40 if tensor_cores => (Kernel::Flash, "BM=64,D=40", 64),
+        ..=64 if tensor_cores && many => (Kernel::Flash, "BM=128,D=64", 128),
+        ..=64 if tensor_cores => (Kernel::Flash, "BM=64,D=64", 64),
+        ..=80 if tensor_cores => (Kernel::Flash, "BM=64,D=80", 64),
+        ..=96 if tensor_cores => (Kernel::Flash, "BM=64,D=96", 64),
+        ..=128 if tensor_cores => (Kernel::Flash, "BM=64,D=128", 64),
+        ..=160 if tensor_cores => (Kernel::Flash, "BM=64,D=160", 64),
+        ..=256 if tensor_cores => (Kernel::Wide, "D=256", 64),
+        ..=384 if tensor_cores => (Kernel::Wide, "D=384", 64),
+        ..=512 if tensor_cores => (Kernel::Wide, "D=512", 64),
+        ..=64 => (Kernel::Plain, "D=64", 32),
+        ..=160 => (Kernel::Plain, "D=160", 32),
+        ..=512 => (Kernel::Plain, "D=512", 8),
+        _ => (Kernel::Plain, "D=1024", 8),
+    };
+    Choice { kernel, variant, queries }
 }
 
 #[cfg(test)]
@@ -234,13 +369,51 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_head_size_of_the_models_has_a_variant_that_holds_it() {
-        for d in [8, 24, 32, 40, 48, 64, 80, 96, 128, 160, 256, 384, 512, 640, 960, 1024] {
-            let (variant, queries) = choose(d);
-            let holds: usize = variant[2..].parse().unwrap();
-            assert!(d <= holds && k::VARIANTS.contains(&variant) && queries > 0, "{d}: {variant}");
+    fn every_head_size_has_a_variant_that_holds_it() {
+        for (d, dtype, t) in (1..=1024).flat_map(|d| DType::FLOATS.map(|dtype| [(d, dtype, 64), (d, dtype, 4096)])).flatten()
+        {
+            let Choice { kernel, variant, queries } = choose(dtype, d, t, 16);
+            let listed: &[&str] = match kernel {
+                Kernel::Plain => plain::VARIANTS,
+                Kernel::Flash => flash::VARIANTS,
+                Kernel::Wide => wide::VARIANTS,
+            };
+            let macros: Vec<(&str, usize)> =
+                variant.split(',').map(|m| m.split_once('=').map(|(k, v)| (k, v.parse().unwrap())).unwrap()).collect();
+            let of = |name| macros.iter().find(|(k, _)| *k == name).map(|(_, v)| *v);
+            assert!(listed.contains(&variant) && d <= of("D").unwrap(), "{dtype:?} {d}: {kernel:?} {variant}");
+            assert_eq!(of("BM").unwrap_or(queries), queries, "{variant}");
+            assert!(kernel != Kernel::Wide || queries == wide::BM, "{variant}");
+            assert!(kernel == Kernel::Plain || (dtype != DType::F32 && d % 8 == 0 && d <= 512), "{dtype:?} {d}");
         }
-        assert_eq!(choose(40).0, "D=64");
-        assert_eq!(choose(80).0, "D=160");
+    }
+
+    #[test]
+    fn what_the_models_run() {
+        use Kernel::{Flash, Plain, Wide};
+        // Heads × images, head size, queries.
+        let table = [
+            ("SD 1.5, 64×64", 16, 40, 4096, Flash, "BM=128,D=40"),
+            ("SD 1.5, 32×32", 16, 80, 1024, Flash, "BM=64,D=80"),
+            ("SD 1.5, 16×16", 16, 160, 256, Flash, "BM=64,D=160"),
+            ("SD 1.5, 8×8", 16, 160, 64, Flash, "BM=64,D=160"),
+            ("SDXL, 64×64", 20, 64, 4096, Flash, "BM=128,D=64"),
+            ("SDXL, 32×32", 40, 64, 1024, Flash, "BM=128,D=64"),
+            ("LDM 1.45B, 32×32", 16, 40, 1024, Flash, "BM=64,D=40"),
+            ("CLIP, and LDM's transformer", 24, 64, 77, Flash, "BM=64,D=64"),
+            ("LDM with heads of 32", 14, 32, 4096, Flash, "BM=64,D=32"),
+            ("LDM on ImageNet, one head", 2, 384, 1024, Wide, "D=384"),
+            ("LDM on ImageNet, one head", 2, 960, 64, Plain, "D=1024"),
+            ("autoencoder", 1, 512, 4096, Wide, "D=512"),
+        ];
+        for (name, n, d, t, kernel, variant) in table {
+            for dtype in SIXTEEN {
+                let got = choose(dtype, d, t, n);
+                assert_eq!((got.kernel, got.variant), (kernel, variant), "{name}, {dtype:?}");
+            }
+            assert_eq!(choose(DType::F32, d, t, n).kernel, Plain, "{name}");
+        }
+        assert_eq!(choose(DType::F32, 40, 4096, 16).variant, "D=64");
+        assert_eq!(choose(DType::BF16, 44, 4096, 16), choose(DType::F32, 44, 4096, 16), "no whole chunks");
     }
 }

@@ -53,6 +53,10 @@ impl Operation for Geglu {
         io.launch(k::GEGLU_FWD, y.dtype, "", [n.div_ceil(k::BLOCK), 1, 1], k::BLOCK, p)
     }
 
+    fn fuse(&self, g: &Graph, at: Var, target: Target) -> Option<Rewrite> {
+        super::conv2d::gates(g, at, target)
+    }
+
     fn cpu_scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
         cpu::working_bytes(y[0].shape.last())
     }

@@ -282,7 +282,7 @@ rooms!(define);
 
 pub use activation::Act;
 pub use cast::cast;
-pub use conv2d::Epi;
+pub use conv2d::{Epi, SLAB};
 pub use group_norm::Given;
 pub use group_stats::channel_stats;
 pub use sampler::TABLE;

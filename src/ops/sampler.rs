@@ -3,7 +3,7 @@
 //! A sampler is a table with one row per evaluation (see [`TABLE`]); a counter on the device picks the row, so the same
 //! graph serves every evaluation. With X = slots\[x_slot\]:
 //!
-//! * [`Prepare`]: x = scale_in · X, once per half of the batch; t = timestep.
+//! * [`Prepare`]: x = scale_in · X, once per half of the batch.
 //! * [`Advance`]: m = u + guidance · (c − u); d = clamp(dx · X + dm · m); next = Σ c_s · slots_s + cm · m + cd · d +
 //!   cz · noise; then slots\[keep_m\] = m, slots\[keep_d\] = d, slots\[next_slot\] = next. A slot whose c_s is 0 is not read.
 //!
@@ -16,7 +16,7 @@ use crate::kernels::sampler as k;
 /// keep_d, noise (−1: none for each), guidance, and two unused.
 pub const TABLE: usize = 24;
 
-/// slots (S,B,H,W,C) f32, table (R,24) f32, counter (4) i32 to x (copies·B,H,W,C), t (1) f32, counter.
+/// slots (S,B,H,W,C) f32, table (R,24) f32, counter (4) i32 to x (copies·B,H,W,C), counter.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Prepare {
     /// 2 with guidance (unconditional half first), else 1.
@@ -27,7 +27,9 @@ pub struct Prepare {
 
 /// slots, model output (copies·B,H,W,C), table, counter, noise (Z,B,H,W,C) f32 to slots, counter, m (B,H,W,C) f32.
 ///
-/// The counter holds the current row, the next row, and a flag that is set once m is not finite.
+/// The counter holds the current row, the next row, and 1 + the first row whose m was not finite, or 0. After such a row
+/// slots and counter stay as it left them, so that whoever looks evaluations later can repeat it: a row never writes a slot
+/// that it reads.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Advance {
     /// 2 with guidance (unconditional half first), else 1.
@@ -50,7 +52,6 @@ impl<'a, V: Copy + Into<f64>> Row<'a, V> {
     }
 }
 
-const TIMESTEP: usize = 0;
 const SCALE_IN: usize = 1;
 const DX: usize = 2;
 const DM: usize = 3;
@@ -85,7 +86,7 @@ impl Operation for Prepare {
         ensure!(fits, Self::NAME, want, x);
         let s = slots.shape;
         let model = Spec::new(self.dtype, [self.copies * s[1], s[2], s[3], s[4]]);
-        Ok(vec![model, Spec::new(DType::F32, [1]), counter])
+        Ok(vec![model, counter])
     }
 
     fn spec(&self, x: &[Array]) -> Vec<Array> {
@@ -98,7 +99,7 @@ impl Operation for Prepare {
         let data = (0..self.copies).flat_map(|_| from.iter().map(|v| v * row.f(SCALE_IN))).collect();
         let mut counter = x[2].clone();
         counter.data[0] = k;
-        vec![Array { shape: Shape::new(&shape), data }, vec![row.f(TIMESTEP)].into(), counter]
+        vec![Array { shape: Shape::new(&shape), data }, counter]
     }
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
@@ -113,8 +114,7 @@ impl Operation for Prepare {
             let at = |i: usize| (first * width + i) % n;
             y.iter_mut().enumerate().for_each(|(i, y)| *y = from[at(i)] * scale);
         });
-        io.write(1, |y| y[0] = row.f(TIMESTEP) as f32);
-        io.i32_mut(2)[0] = k as i32;
+        io.i32_mut(1)[0] = k as i32;
         Ok(())
     }
 
@@ -123,10 +123,9 @@ impl Operation for Prepare {
         let n = s.numel() / s[0];
         let p = k::PrepareFwd {
             x: io.y(0),
-            t: io.y(1),
             slots: io.x(0),
             table: io.x(1),
-            counter: io.y(2),
+            counter: io.y(1),
             n: n as i64,
             copies: io.int(self.copies)?,
         };
@@ -138,7 +137,7 @@ impl Operation for Prepare {
     }
 
     fn updates(&self) -> &'static [(usize, usize)] {
-        &[(2, 2)]
+        &[(1, 2)]
     }
 
     fn cases() -> Vec<Case> {
@@ -214,6 +213,7 @@ impl Operation for Advance {
         let row = Row::at(&table, k);
         let count = io.x[0].shape[0];
         let n = io.x[0].shape.numel() / count;
+        let stopped = io.i32_at(3, 2) != 0;
         let coefficient = |i| row.f(i) as f32;
         let (g, clip) = (coefficient(GUIDANCE), coefficient(CLIP));
         let bad = cpu::with_scratch(4 * n, |buffer| {
@@ -224,6 +224,10 @@ impl Operation for Advance {
             if self.copies == 2 {
                 model.read(n, conditional);
                 guided.iter_mut().zip(conditional).for_each(|(u, c)| *u = g.mul_add(*c - *u, *u));
+            }
+            io.write(2, |y| y.copy_from_slice(guided));
+            if stopped {
+                return false;
             }
             // The slots' new value is in their own memory.
             io.write(0, |slots| {
@@ -249,12 +253,13 @@ impl Operation for Advance {
                     }
                 }
             });
-            io.write(2, |y| y.copy_from_slice(guided));
             guided.iter().any(|v| !v.is_finite())
         });
-        let counter = io.i32_mut(1);
-        counter[1] = k as i32 + 1;
-        counter[2] |= bad as i32;
+        if !stopped {
+            let counter = io.i32_mut(1);
+            counter[1] = k as i32 + 1;
+            counter[2] = if bad { k as i32 + 1 } else { 0 };
+        }
         Ok(())
     }
 
@@ -287,7 +292,10 @@ impl Operation for Advance {
     fn cases() -> Vec<Case> {
         [(2, [3, 1, 2, 2, 4], 0), (1, [4, 3, 5, 3, 3], 2), (2, [8, 2, 8, 8, 4], 1), (1, [2, 1, 1, 1, 1], 0)]
             .into_iter()
-            .flat_map(|(copies, size, row)| [0.0, 0.5].map(|clip| advance_case(copies, size, 3, row, clip)))
+            .flat_map(|(copies, size, row)| {
+                // The last of each: an earlier row was not finite, if there is one.
+                [(0.0, 0), (0.5, 0), (0.0, row)].map(|(clip, bad)| advance_case(copies, size, 3, [row, bad], clip))
+            })
             .collect()
     }
 
@@ -295,7 +303,7 @@ impl Operation for Advance {
         let size = [r.below(7) + 2, r.below(3) + 1, r.below(9) + 1, r.below(9) + 1, r.below(5) + 1];
         let rows = r.below(4) + 1;
         let clip = [0.0, 0.7][r.below(2)];
-        advance_case(r.below(2) + 1, size, rows, r.below(rows), clip)
+        advance_case(r.below(2) + 1, size, rows, [r.below(rows), 0], clip)
     }
 }
 
@@ -324,12 +332,15 @@ impl Advance {
             }
             guided.data[i] = m;
         }
+        if x[3].data[2] != 0.0 {
+            return vec![x[0].clone(), counter, guided];
+        }
         counter.data[1] = k + 1.0;
         vec![slots, counter, guided]
     }
 }
 
-fn checked_row(k: i32, rows: usize) -> Result<usize> {
+pub(super) fn checked_row(k: i32, rows: usize) -> Result<usize> {
     usize::try_from(k).ok().filter(|&k| k < rows).ok_or_else(|| {
         Error::invalid(format!("sampler: evaluation {k} of a table with {rows} rows; write the counter before a run"))
     })
@@ -353,12 +364,12 @@ fn counter(mut args: [super::Arg; 3]) -> Vec<super::Arg> {
     args.to_vec()
 }
 
-fn advance_case(copies: usize, size: [usize; 5], rows: usize, row: usize, clip: f64) -> Case {
+fn advance_case(copies: usize, size: [usize; 5], rows: usize, [row, bad]: [usize; 2], clip: f64) -> Case {
     let [_, b, h, w, c] = size;
     let mut table = table(rows, size[0]);
     if let super::Fill::Values(v) = &mut table.fill {
         v.chunks_mut(TABLE).for_each(|r| r[CLIP] = clip);
     }
-    let counter = super::Arg { ty: super::Ty::I32, ..f32s([4]).values(vec![row as f64, 0.0, 0.0, 0.0]) };
+    let counter = super::Arg { ty: super::Ty::I32, ..f32s([4]).values(vec![row as f64, 0.0, bad as f64, 0.0]) };
     Case::new(Advance { copies }, [f32s(size), t([copies * b, h, w, c]), table, counter, f32s([2, b, h, w, c])])
 }

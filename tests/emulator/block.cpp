@@ -3,7 +3,6 @@
 
 #include "block.h"
 
-#include <csetjmp>
 #include <csignal>
 #include <cstdlib>
 #include <cstring>
@@ -11,20 +10,23 @@
 #include "dev.cuh"
 
 namespace {
-constexpr unsigned SMEM = 48 * 1024, BAND_BYTES = 64;
-constexpr unsigned char POISON = 0xff, BAND = 0xfd;
+constexpr unsigned BAND_BYTES = 64, SMEM_ALIGN = 1024;
+constexpr unsigned char BAND = 0xfd;
 
 const char* const op_names[] = {"shfl_xor", "shfl_down", "shfl", "ballot", "warp_sum", "warp_max"};
 const char* const block_names[] = {"", "", "", "", "block_sum", "block_max"};
 constexpr int SYNC_WARP = 100, SYNC_BLOCK = 101;
 
 const char* name_of(int op) {
-    return op == SYNC_WARP ? "sync_warp" : op == SYNC_BLOCK ? "sync_block" : op >= 200 ? block_names[op - 200] : op_names[op];
+    switch (op) {
+        case SYNC_WARP: return "sync_warp";
+        case SYNC_BLOCK: return "sync_block";
+        case OP_LDMATRIX: return "ldmatrix";
+        case OP_LDMATRIX_TRANS: return "ldmatrix_trans";
+        case OP_MMA: return "mma";
+        default: return op >= 200 ? block_names[op - 200] : op_names[op];
+    }
 }
-
-struct Waiting {
-    int op = 0, line = 0;
-};
 
 struct Warp {
     uint32_t all, ready, unstarted, arrived, done;
@@ -39,7 +41,6 @@ struct Runner {
     Context main, dead, contexts[1024];
     Stack* held[1024];
     Stack* current_stack = nullptr;
-    Waiting waiting[1024];
     Warp warps[32];
     float values[1024];
     float block_result = 0;
@@ -50,8 +51,9 @@ struct Runner {
     const Launch* launch = nullptr;
     Random random{1};
     bool running = false, failed = false;
-    alignas(1024) unsigned char smem[BAND_BYTES + SMEM + BAND_BYTES];
+    alignas(SMEM_ALIGN) unsigned char smem[SMEM_ALIGN + SMEM_MOST + BAND_BYTES];  // the block's part starts at SMEM_ALIGN
     unsigned smem_bytes = 0;
+    int drop_line = 0;  // of the kernel that runs, where one of its sites is dropped
 };
 
 thread_local Runner* runner = nullptr;
@@ -104,11 +106,15 @@ void take(unsigned t) {
     std::string text = "deadlock: no thread can go on;";
     int shown = 0, last_op = -1, last_line = -1;
     for (unsigned t = 0; t < R.threads && shown < 6; t++) {
-        const Waiting& wait = R.waiting[t];
-        if (wait.line == 0 || (wait.op == last_op && wait.line == last_line)) continue;
-        text += format(" thread %u waits in %s of line %d;", t, name_of(wait.op), wait.line);
-        last_op = wait.op;
-        last_line = wait.line;
+        const Warp& warp = R.warps[t >> 5];
+        if (warp.done >> (t & 31) & 1) continue;
+        // Who does not wait for its warp waits for the block.
+        const bool in_warp = warp.arrived >> (t & 31) & 1;
+        const int op = in_warp ? warp.op : R.barrier_op, line = in_warp ? warp.line : R.barrier_line;
+        if (op == last_op && line == last_line) continue;
+        text += format(" thread %u waits in %s of line %d;", t, name_of(op), line);
+        last_op = op;
+        last_line = line;
         shown++;
     }
     kernel_violation(LAUNCH_FAILED, 0, text);
@@ -118,15 +124,23 @@ void run_threads();
 
 // Goes on with another thread; returns when this one was released and chosen again.
 void wait_as(unsigned t) {
-    const int next = pick();
-    if (next < 0) deadlock();
-    take(unsigned(next));
-    Stack* mine = R.current_stack;
-    R.held[t] = mine;
-    Warp& warp = R.warps[unsigned(next) >> 5];
-    const uint32_t bit = 1u << (next & 31);
-    set_current(unsigned(next));
-    if (warp.unstarted & bit) {
+    Warp* warp = &R.warps[t >> 5];
+    unsigned next;
+    if (warp->ready && settings.order == Order::Forward) {
+        // What `pick` and `take` do here: the first lane of the same warp.
+        next = (t & ~31u) + unsigned(__builtin_ctz(warp->ready));
+        warp->ready &= warp->ready - 1;
+        if (!warp->ready) R.ready_warps &= ~(1u << (t >> 5));
+    } else {
+        const int chosen = pick();
+        if (chosen < 0) deadlock();
+        next = unsigned(chosen);
+        take(next);
+        warp = &R.warps[next >> 5];
+    }
+    R.held[t] = R.current_stack;
+    set_current(next);
+    if (warp->unstarted >> (next & 31) & 1) {
         Context fresh;
         R.current_stack = R.stacks.take(&fresh, run_threads);
         ldm_switch(&R.contexts[t], &fresh);
@@ -144,14 +158,15 @@ void finish(unsigned t) {
     if (R.arrived)
         kernel_violation(LAUNCH_FAILED, R.barrier_line, format("thread %u exits while others wait in %s: every thread must reach it",
                                                                t, name_of(R.barrier_op)));
+    copies_exit();
     warp.done |= 1u << (t & 31);
     R.finished++;
 }
 
 void check_smem() {
     if (!R.smem_bytes) return;
-    const unsigned char* low = R.smem;
-    const unsigned char* high = R.smem + BAND_BYTES + R.smem_bytes;
+    const unsigned char* low = R.smem + SMEM_ALIGN - BAND_BYTES;
+    const unsigned char* high = R.smem + SMEM_ALIGN + R.smem_bytes;
     for (unsigned i = 0; i < BAND_BYTES; i++)
         if (low[i] != BAND || high[i] != BAND)
             kernel_violation(ILLEGAL_ADDRESS, 0, format("something wrote %s the block's %u bytes of shared memory",
@@ -228,7 +243,7 @@ void complete(Warp& warp) {
 bool arrive_warp(unsigned t, int op, int line) {
     Warp& warp = R.warps[t >> 5];
     const uint32_t bit = 1u << (t & 31);
-    if (warp.done)
+    if (__builtin_expect(warp.done != 0, 0))
         kernel_violation(LAUNCH_FAILED, line, format("%s with inactive lanes: lane %d of warp %u has exited", name_of(op),
                                                      __builtin_ctz(warp.done), t >> 5));
     if (op != SYNC_WARP && warp.all != ~0u)
@@ -245,9 +260,8 @@ bool arrive_warp(unsigned t, int op, int line) {
     warp.arrived |= bit;
     if (warp.arrived != warp.all) return false;
     complete(warp);
+    if (op == SYNC_WARP) visibility_warp(t >> 5);
     warp.arrived = 0;
-    for (uint32_t others = warp.all & ~bit; others; others &= others - 1)
-        R.waiting[(t & ~31u) + unsigned(__builtin_ctz(others))].line = 0;
     set_ready(t >> 5, warp.all & ~bit);
     return true;
 }
@@ -266,17 +280,11 @@ bool arrive_block(unsigned t, int op, int line) {
                                                      name_of(R.barrier_op), R.barrier_line, name_of(op)));
     }
     if (++R.arrived != R.threads) return false;
+    visibility_barrier();
     R.arrived = 0;
     for (unsigned w = 0; w < R.warp_count; w++) set_ready(w, R.warps[w].all);
-    for (unsigned i = 0; i < R.threads; i++) R.waiting[i].line = 0;
     take(t);
     return true;
-}
-
-void wait_in(unsigned t, int op, int line) {
-    R.waiting[t].op = op;
-    R.waiting[t].line = line;
-    wait_as(t);
 }
 
 // A plain pointer went astray: say where, and end the block instead of the process.
@@ -314,6 +322,25 @@ void catch_faults() {
 
 bool in_kernel() { return runner && runner->running; }
 
+bool dropped(Site kind, int line) {
+    uint8_t& seen = R.launch->kernel->sites->kinds[unsigned(line) % LINES];
+    const uint8_t bit = uint8_t(1u << int(kind));
+    if (!(__atomic_load_n(&seen, __ATOMIC_RELAXED) & bit)) __atomic_fetch_or(&seen, bit, __ATOMIC_RELAXED);
+    return line == R.drop_line && kind == settings.drop;
+}
+
+bool warp_arrives(int op, int line) { return arrive_warp(ldm_thread.thread, op, line); }
+void warp_waits() { wait_as(ldm_thread.thread); }
+
+unsigned shared_offset(const void* p, unsigned bytes, const char* what, int line) {
+    const uintptr_t at = uintptr_t(p) - uintptr_t(R.smem + SMEM_ALIGN);
+    if (at + bytes > R.smem_bytes || at > R.smem_bytes)
+        kernel_violation(ILLEGAL_ADDRESS, line, format("%s of %u bytes outside the block's %u bytes of shared memory: %lld bytes from their start",
+                                                       what, bytes, R.smem_bytes, (long long)at));
+    if (at % bytes) kernel_violation(MISALIGNED_ADDRESS, line, format("misaligned %s of %u bytes at byte %u of shared memory", what, bytes, unsigned(at)));
+    return unsigned(at);
+}
+
 void kernel_violation(Result code, int line, const std::string& text) {
     const Launch& launch = *R.launch;
     const std::string where = line ? format("%s:%d: ", launch.kernel->file.c_str(), line) : std::string();
@@ -345,6 +372,9 @@ bool block_run(const Launch& launch, uint64_t index) {
     R.arrived = R.finished = 0;
     R.ready_warps = 0;
     R.failed = false;
+    R.drop_line = settings.drop != Site::COUNT && settings.drop_stem == launch.kernel->stem ? settings.drop_line : 0;
+    copies_start(index);
+    visibility_start(launch);
     for (unsigned w = 0; w < R.warp_count; w++) {
         Warp& warp = R.warps[w];
         const unsigned lanes = launch.block - w * 32 < 32 ? launch.block - w * 32 : 32;
@@ -352,7 +382,6 @@ bool block_run(const Launch& launch, uint64_t index) {
         warp.ready = warp.arrived = warp.done = 0;
         set_ready(w, warp.all);
     }
-    for (unsigned t = 0; t < launch.block; t++) R.waiting[t].line = 0;
     R.last_warp = choose(R.ready_warps);
     const unsigned first = unsigned(pick());
     take(first);
@@ -362,13 +391,15 @@ bool block_run(const Launch& launch, uint64_t index) {
     R.running = true;
     ldm_switch(&R.main, &start);
     R.stacks.give_all();
+    visibility_end();
+    if (settings.banks) banks_end(*launch.kernel);
     return !R.failed;
 }
 
-API void* ldm_emu_smem(const void* key, unsigned long long bytes, unsigned align, int line) {
+static void* smem_start(const void* key, unsigned long long bytes, unsigned align, int line) {
     if (ldm_thread.smem_key) kernel_violation(LAUNCH_FAILED, line, "a second struct of shared memory: a kernel has one");
-    unsigned char* at = R.smem + BAND_BYTES;
-    if (align > BAND_BYTES) kernel_violation(LAUNCH_FAILED, line, format("shared memory aligned to %u bytes", align));
+    if (align > SMEM_ALIGN) kernel_violation(LAUNCH_FAILED, line, format("shared memory aligned to %u bytes", align));
+    unsigned char* at = R.smem + SMEM_ALIGN;
     memset(at - BAND_BYTES, BAND, BAND_BYTES);
     memset(at, POISON, bytes);
     memset(at + bytes, BAND, BAND_BYTES);
@@ -378,15 +409,34 @@ API void* ldm_emu_smem(const void* key, unsigned long long bytes, unsigned align
     return at;
 }
 
+API void* ldm_emu_smem(const void* key, unsigned long long bytes, unsigned align, int line) {
+    return smem_start(key, bytes, align, line);
+}
+
+API void* ldm_emu_smem_dynamic(const void* key, unsigned long long bytes, unsigned align, int line) {
+    if (bytes != R.launch->shared)
+        kernel_violation(LAUNCH_FAILED, line, format("smem_dynamic of %llu bytes, and the launch passed %u bytes of dynamic shared memory", bytes,
+                                                     R.launch->shared));
+    return smem_start(key, bytes, align, line);
+}
+
+API void ldm_emu_shared(const void* p, unsigned bytes, int write, int line) {
+    const unsigned at = shared_offset(p, bytes, write ? "store_shared" : "load_shared", line);
+    if (settings.banks) banks_access(write ? Access::Store : Access::Load, at, bytes, line);
+}
+
 API void ldm_emu_sync_block(int line) {
     const unsigned t = ldm_thread.thread;
+    copies_play();
+    if (dropped(Site::SyncBlock, line)) return;
     if (arrive_block(t, SYNC_BLOCK, line)) check_smem();
-    else wait_in(t, SYNC_BLOCK, line);
+    else wait_as(t);
 }
 
 API void ldm_emu_sync_warp(int line) {
     const unsigned t = ldm_thread.thread;
-    if (!arrive_warp(t, SYNC_WARP, line)) wait_in(t, SYNC_WARP, line);
+    if (dropped(Site::SyncWarp, line)) return;
+    if (!arrive_warp(t, SYNC_WARP, line)) wait_as(t);
 }
 
 API unsigned ldm_emu_warp(int what, unsigned value, int argument, int line) {
@@ -394,7 +444,7 @@ API unsigned ldm_emu_warp(int what, unsigned value, int argument, int line) {
     Warp& warp = R.warps[t >> 5];
     warp.values[t & 31] = value;
     warp.arguments[t & 31] = argument;
-    if (!arrive_warp(t, what, line)) wait_in(t, what, line);
+    if (!arrive_warp(t, what, line)) wait_as(t);
     return warp.results[t & 31];
 }
 
@@ -405,7 +455,7 @@ API float ldm_emu_block(int what, float value, float* scratch, unsigned block, i
         kernel_violation(LAUNCH_FAILED, line, format("%s<%u> in a block of %u threads", name_of(op), block, R.threads));
     R.values[t] = value;
     if (!arrive_block(t, op, line)) {
-        wait_in(t, op, line);
+        wait_as(t);
         return R.block_result;
     }
     float result = 0;

@@ -20,7 +20,7 @@ int attribute(int which) {
         case 4: return 64;
         case 5: return 0x7fffffff;  // grid
         case 6: case 7: return 65535;
-        case 8: return 48 * 1024;   // shared memory per block
+        case 8: return SMEM_STATIC; // shared memory per block
         case 9: return 65536;       // constant memory
         case 10: return 32;         // warp
         case 11: return 0x7fffffff;
@@ -42,7 +42,7 @@ int attribute(int which) {
         case 78: return 1;          // stream priorities
         case 81: return 228 * 1024; // shared memory per multiprocessor
         case 82: return 65536;      // registers per multiprocessor
-        case 97: return 227 * 1024; // shared memory per block, on request
+        case 97: return SMEM_MOST;  // shared memory per block, on request
         case 106: return 32;        // blocks per multiprocessor
         case 115: return 1;         // memory pools
         default: return 0;
@@ -97,9 +97,11 @@ Result launch(void* function, const unsigned grid[3], const unsigned block[3], u
     if (block[0] > 1024) return refuse(INVALID_VALUE, who + ": more than 1024 threads in a block");
     if (block[0] > kernel->bounds)
         return refuse(LAUNCH_OUT_OF_RESOURCES, who + format(": more threads than its __launch_bounds__, %u", kernel->bounds));
-    if (shared > unsigned(attribute(97))) return refuse(INVALID_VALUE, who + ": too much dynamic shared memory");
+    if (shared > kernel->dynamic)
+        return refuse(INVALID_VALUE, who + format(": %u bytes of dynamic shared memory, and cuFuncSetAttribute allowed %u", shared, kernel->dynamic));
     if (extra || !params || !params[0]) return refuse(INVALID_VALUE, who + ": a kernel takes one struct, by `kernelParams`");
-    Launch launch{kernel, {grid[0], grid[1], grid[2]}, block[0], std::vector<char>((char*)params[0], (char*)params[0] + kernel->params)};
+    Launch launch{kernel, {grid[0], grid[1], grid[2]}, block[0], shared,
+                  std::vector<char>((char*)params[0], (char*)params[0] + kernel->params)};
     return stream_push(stream, Operation{"launch", [launch, who] {
                                              if (!kernels.count(launch.kernel))
                                                  return violation(LAUNCH_FAILED, who + ": the module was unloaded before it ran");
@@ -220,16 +222,23 @@ API Result cuModuleGetGlobal_v2(uint64_t*, size_t*, void*, const char* name) {
     return refuse(NOT_FOUND, format("cuModuleGetGlobal: kernels have no global `%s`", name));
 }
 
+constexpr int DYNAMIC_SMEM = 8;
 API Result cuFuncGetAttribute(int* out, int which, void* function) {
     LOCKED;
     if (!kernels.count(function)) return INVALID_HANDLE;
+    const Kernel& kernel = *(Kernel*)function;
     // 0 threads per block, 4 registers, 5 and 6 versions; the emulator has no other answer.
-    *out = which == 0 ? int(((Kernel*)function)->bounds) : which == 4 ? 32 : which == 5 || which == 6 ? 90 : 0;
+    *out = which == 0 ? int(kernel.bounds) : which == DYNAMIC_SMEM ? int(kernel.dynamic) : which == 4 ? 32 : which == 5 || which == 6 ? 90 : 0;
     return SUCCESS;
 }
-API Result cuFuncSetAttribute(void* function, int, int) {
+API Result cuFuncSetAttribute(void* function, int which, int value) {
     LOCKED;
-    return kernels.count(function) ? SUCCESS : INVALID_HANDLE;
+    if (!kernels.count(function)) return INVALID_HANDLE;
+    if (which != DYNAMIC_SMEM) return SUCCESS;
+    if (value < 0 || unsigned(value) > SMEM_MOST)
+        return refuse(INVALID_VALUE, format("cuFuncSetAttribute: %d bytes of dynamic shared memory; a block has %u", value, SMEM_MOST));
+    ((Kernel*)function)->dynamic = unsigned(value);
+    return SUCCESS;
 }
 API Result cuFuncSetCacheConfig(void*, int) { return SUCCESS; }
 API Result cuOccupancyMaxActiveBlocksPerMultiprocessor(int* out, void*, int block, size_t) {

@@ -141,6 +141,7 @@ Result launch_run(const Launch& launch) {
         p.idle.wait(hold, [&] { return p.busy == 0; });
     }
     set_watched(nullptr);
+    visibility_finish();
     if (job.failed) return sticky();
     const MemoryUse use = memory_use();
     if (use.live > 256) return SUCCESS;
@@ -171,13 +172,17 @@ Result module_kernel(Module* module, const char* name, Kernel** out) {
     auto kernel = std::make_unique<Kernel>();
     kernel->name = name;
     kernel->unit = module->unit;
+    kernel->stem = module->stem;
     kernel->file = module->stem + ".cu";
+    kernel->sites = sites_of(module->stem);
     kernel->entry = (void (*)(const void*))dlsym(module->library, ("ldm_entry_" + kernel->name).c_str());
     const unsigned* size = (const unsigned*)dlsym(module->library, ("ldm_size_" + kernel->name).c_str());
     const unsigned* bounds = (const unsigned*)dlsym(module->library, ("ldm_bounds_" + kernel->name).c_str());
     if (!kernel->entry || !size) return refuse(NOT_FOUND, format("unit %s has no kernel `%s`", module->unit.c_str(), name));
     kernel->params = *size;
     if (bounds) kernel->bounds = *bounds;
+    const unsigned* combines = (const unsigned*)dlsym(module->library, "ldm_combines");
+    kernel->combines = combines && *combines;
     *out = kernel.get();
     module->kernels.push_back(std::move(kernel));
     return SUCCESS;

@@ -12,6 +12,9 @@ const GRID: [usize; 3] = [(1 << 31) - 1, 65535, 65535];
 /// Threads of a block that every device takes.
 const BLOCK: usize = 1024;
 
+/// Words of [`Call::counters`].
+pub const COUNTERS: usize = 1 << 16;
+
 /// A tensor in device memory.
 #[derive(Clone, Copy, Debug)]
 pub struct Operand {
@@ -112,6 +115,18 @@ impl Call<'_> {
                 "node \"{node}\": the kernel counts with 32 bits; got a size of {n}: try a smaller one"
             ))
         })
+    }
+
+    /// [`COUNTERS`] words of device memory that hold 0: where blocks that share a result count their arrivals, so that the
+    /// last one combines what all have left in scratch memory.
+    ///
+    /// All kernels of a device handle share them. They run one after another, so a kernel may use any of the words, and
+    /// must leave 0 in each that it used: `atomic_inc_u32`, with the number of arrivals less one as its limit, does.
+    ///
+    /// # Errors
+    /// When the device has no memory left for them.
+    pub fn counters(&self) -> Result<DevicePtr> {
+        self.device.counters().map_err(|e| e.at_node(self.node))
     }
 
     /// Sets output `i` to zero bytes, before kernels that add to it.

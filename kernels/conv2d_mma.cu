@@ -1,0 +1,364 @@
+// y = act(conv(x, w) + bias + time) + residual on tensor cores: an implicit matrix product whose rows m are output pixels, whose
+// columns n are output channels, and whose sum runs over blocks of BK channels of one tap of one segment of K.
+//
+// Who owns what. Grid: (ceil(M / BM), ceil(N / BN), splits); a block of 4 warps owns a BM×BN tile of y, or with several splits
+// a contiguous run of its k-blocks. Warps stand WARPS_M×WARPS_N over the tile; a warp's part is MT×NT products of m16n8k16, held
+// in float in registers (160 of them for the 128×160 tile, which with the fragments is what limits a multiprocessor to two
+// blocks; the ring would allow three).
+//
+// Segments of K. Segment 0 is x with its window of taps; up to two more add products of other inputs into the same sum: the
+// second half of a concatenation, or a 1×1 shortcut. A segment without a window (`flat`) reads pixel m for row m.
+//
+// Operands. A k-block of x (BM rows of BK channels) and of w (BN rows) lies in one slot of a ring of STAGES slots in shared
+// memory, rows of 64 bytes, whose 16-byte chunk c stands at c ^ (row / 2 % 4): the eight rows that ldmatrix reads at once, and
+// the two rows that eight copying threads write, fall into all 32 banks. cp.async writes zeros for pixels outside the image,
+// channels beyond the segment, rows beyond M and N.
+//
+// Order. Each thread commits one group of copies per k-block. At k-block i it waits until its group i has landed; the barrier
+// after that makes everybody's visible, and also says that all warps are done with slot i − 1, which is then filled again with
+// k-block i + STAGES − 1. After the loop no copy is in flight and the ring becomes the staging tile.
+//
+// End. With splits, each block leaves its float tile in `partial` and counts itself in `counters`; the one that comes last adds
+// all of them in order of split, so the sum does not depend on who that is, and the counter is back at zero. Then, 64 rows at a
+// time, the sums pass through shared memory in float (rows of BN + 8 words, free of conflicts), so that bias, time, activation
+// and residual are applied once per element by threads that read and write rows of global memory; y is rounded once. With
+// `glu` the columns of the tile alternate, eight values, eight gates, and y = value · GELU(gate) has half as many. With `stats`
+// mean and sum of squared deviations of the 64 stored rows are written per channel.
+//
+// Wants: C of every segment and row pitches a multiple of 8 elements, 16-byte aligned; at most 2³¹ − 1 elements in x and w.
+// types: f16 bf16
+// variants: BM=128,BN=160 BM=128,BN=128 BM=64,BN=160 BM=64,BN=64 BM=64,BN=16
+#include "dev.cuh"
+
+constexpr int BLOCK = 128;
+constexpr int BK = 32;
+constexpr int STAGES = 4;
+constexpr int SLAB = 64;  // rows of the staging tile, and of one entry of `stats`
+constexpr int SMEM_BYTES = STAGES * (BM + BN) * BK * 2;
+
+constexpr int WARPS_N = BN >= 64 ? 2 : 1, WARPS_M = 4 / WARPS_N;
+constexpr int WARP_ROWS = BM / WARPS_M, WARP_COLUMNS = BN / WARPS_N;
+constexpr int MT = WARP_ROWS / 16, NT = WARP_COLUMNS / 8;
+constexpr int PITCH = BN + 8;
+constexpr int LOAD_ROWS = BLOCK / 4;  // rows that one round of copies covers: four threads, four chunks to a row
+constexpr int A_LOADS = BM / LOAD_ROWS, B_LOADS = (BN + LOAD_ROWS - 1) / LOAD_ROWS;
+// Instructions of the main loop's body, which a test counts in the machine code.
+constexpr int LOOP_HMMA = MT * NT * (BK / 16), LOOP_LDSM = (MT + NT / 2) * (BK / 16), LOOP_LDGSTS = A_LOADS + B_LOADS;
+static_assert(WARP_ROWS % 16 == 0 && WARP_COLUMNS % 16 == 0 && BM % SLAB == 0, "whole fragments and slabs");
+static_assert(SLAB * PITCH * 4 <= SMEM_BYTES, "the staging tile fits into the ring");
+
+struct Conv2dMma {
+    T* y;                // (M,O)
+    const T* x;          // segment 0: (B,H,W,C)
+    const T* w;          // (O,KH,KW,C): rows of w_row elements, taps of w_tap
+    const T* x1;         // segment 1
+    const T* w1;         // its weights, rows of w_row1
+    const T* x2;         // segment 2
+    const T* w2;         // its weights, rows of w_row2
+    const T* bias;       // (O) or null
+    const T* bias1;      // (O) or null: of a shortcut
+    const T* time;       // (time_rows,O) or null
+    const int* counter;  // null, or the row of time that serves every image
+    const T* residual;   // (M,O) or null
+    float* stats;        // (M / SLAB,O,2) or null: mean, sum of squared deviations
+    float* partial;      // (splits,tiles,BM·BN) with splits > 1
+    unsigned* counters;  // (tiles), zero before and after
+    int m, o;            // o: columns of y
+    int h, w_, c;        // size of x in memory
+    int kh, kw, out_h, out_w;
+    int stride, top, left;
+    int upsample;        // x counts as doubled by nearest neighbour
+    int flat;            // segment 0 has no window: row m reads pixel m
+    int w_row, w_tap;
+    int c1, w_row1, w_tap1, flat1;
+    int c2, w_row2;
+    int segments;
+    int blocks;          // k-blocks in all
+    int part;            // 0, or rows of each of w, w1, w2, which then stand one below the other; a multiple of BN
+    int time_rows;       // 1, or one per image; any number with a counter
+    int act;
+    int glu;             // w and bias have 2·O rows: values, then gates
+};
+
+struct ConvRing {
+    T slot[STAGES][(BM + BN) * BK];
+};
+static_assert(sizeof(ConvRing) == SMEM_BYTES, "what the launch passes");
+
+// Where chunk `chunk` of a row of a slot stands.
+DEV int place(int row, int chunk) { return row * BK + ((chunk ^ (row >> 1 & 3)) << 3); }
+
+// What a thread copies next, and from where.
+struct Walk {
+    int segment, kh, kw, c;    // the k-block: its first channel, within the segment
+    const T* x;                // of the segment
+    const T* w;                // first row of this thread, at the tap
+    int channels, w_row, w_tap, flat;
+    int base[A_LOADS];         // pixels before the row's image
+    int corner[A_LOADS];       // row << 16 | column of the window's first tap, each biased by 2^14; or -1 beyond M
+    int at[A_LOADS];           // element of x at this tap, or -1 outside
+};
+
+// The pixels of this tap.
+DEV void tap(Walk& k, const Conv2dMma& p, int m) {
+    UNROLL
+    for (int i = 0; i < A_LOADS; i++) {
+        if (k.flat) {
+            k.at[i] = m + i * LOAD_ROWS < p.m ? (m + i * LOAD_ROWS) * k.channels : -1;
+        } else {
+            const int row = (k.corner[i] >> 16) - 0x4000 + k.kh, column = (k.corner[i] & 0xffff) - 0x4000 + k.kw;
+            const bool in = k.corner[i] >= 0 && unsigned(row) < unsigned(p.h << p.upsample) &&
+                            unsigned(column) < unsigned(p.w_ << p.upsample);
+            const int pixel = k.base[i] + (row >> p.upsample) * p.w_ + (column >> p.upsample);
+            k.at[i] = in ? pixel * k.channels : -1;
+        }
+    }
+}
+
+DEV void enter(Walk& k, const Conv2dMma& p, int segment, int n) {
+    // With parts, which of the weights this tile's columns belong to.
+    const int part = p.part ? block_y() * BN / p.part : segment;
+    k.segment = segment;
+    k.kh = k.kw = k.c = 0;
+    k.x = segment == 0 ? p.x : segment == 1 ? p.x1 : p.x2;
+    k.channels = segment == 0 ? p.c : segment == 1 ? p.c1 : p.c2;
+    k.w_row = segment == 0 ? p.w_row : segment == 1 ? p.w_row1 : p.w_row2;
+    k.w_tap = segment == 0 ? p.w_tap : p.w_tap1;
+    k.flat = segment == 0 ? p.flat : segment == 1 ? p.flat1 : 1;
+    k.w = (part == 0 ? p.w : part == 1 ? p.w1 : p.w2) + n * k.w_row;
+}
+
+DEV void next(Walk& k, const Conv2dMma& p, int m, int n) {
+    k.c += BK;
+    if (k.c < k.channels) return;
+    k.c = 0;
+    k.w += k.w_tap;
+    if (++k.kw == p.kw || k.flat) {
+        k.kw = 0;
+        if (++k.kh == p.kh || k.flat) enter(k, p, k.segment + 1, n);
+    }
+    if (k.segment < p.segments) tap(k, p, m);
+}
+
+// Copies of one k-block into a slot, x first, then w.
+DEV void fetch(const Walk& k, T* slot, int step, int rows_left) {
+    const int row = thread_x() / 4, chunk = thread_x() % 4, c = k.c + chunk * 8;
+    const bool channel = c < k.channels;
+    UNROLL
+    for (int i = 0; i < A_LOADS; i++) {
+        const bool in = channel && k.at[i] >= 0;
+        cp_async(slot + place(row + i * LOAD_ROWS, chunk), k.x + (in ? k.at[i] + c : 0), in);
+    }
+    UNROLL
+    for (int i = 0; i < B_LOADS; i++) {
+        if (BN % LOAD_ROWS != 0 && row + i * LOAD_ROWS >= BN) break;
+        const bool in = channel && i * step < rows_left;
+        cp_async(slot + BM * BK + place(row + i * LOAD_ROWS, chunk), in ? k.w + i * step * k.w_row + c : k.x, in);
+    }
+}
+
+// The products of one slot.
+DEV void multiply(float (&acc)[MT][NT][4], const T* slot, int warp_m, int warp_n) {
+    const int l = lane();
+    UNROLL
+    for (int k = 0; k < BK / 16; k++) {
+        unsigned a[MT][4], b[NT / 2][4];
+        UNROLL
+        for (int i = 0; i < MT; i++) ldmatrix(a[i], slot + place(warp_m * WARP_ROWS + i * 16 + l % 16, 2 * k + l / 16));
+        UNROLL
+        for (int j = 0; j < NT / 2; j++) {
+            const int row = warp_n * WARP_COLUMNS + j * 16 + l / 16 * 8 + l % 8;
+            ldmatrix(b[j], slot + BM * BK + place(row, 2 * k + l / 8 % 2));
+        }
+        UNROLL
+        for (int j = 0; j < NT; j++) {
+            const unsigned pair[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
+            UNROLL
+            for (int i = 0; i < MT; i++) mma<T>(acc[i][j], a[i], pair);
+        }
+    }
+}
+
+// Leaves this block's sums for the one that comes last; that one gets everybody's. False for the others.
+DEV bool combine(float (&acc)[MT][NT][4], const Conv2dMma& p, unsigned* shared) {
+    const int tiles = grid_x() * grid_y(), tile = block_y() * grid_x() + block_x(), splits = grid_z();
+    constexpr int PART = MT * NT * 4;
+    const long long step = (long long)tiles * BM * BN;
+    float* part = p.partial + (long long)tile * BM * BN + thread_x() * 4;
+    UNROLL
+    for (int i = 0; i < PART / 4; i++) {
+        Vec<float, 4> v;
+        UNROLL
+        for (int e = 0; e < 4; e++) v[e] = acc[i / NT][i % NT][e];
+        store(part + block_z() * step + i * BLOCK * 4, v);
+    }
+    fence_gpu();
+    sync_block();
+    if (thread_x() == 0) *shared = atomic_inc_u32(p.counters + tile, splits - 1);
+    sync_block();
+    if (*shared != unsigned(splits - 1)) return false;
+    fence_gpu();
+    for (int z = 0; z < splits; z++) {
+        UNROLL
+        for (int i = 0; i < PART / 4; i++) {
+            const Vec<float, 4> v = load<4>(part + z * step + i * BLOCK * 4);
+            UNROLL
+            for (int e = 0; e < 4; e++) acc[i / NT][i % NT][e] = z == 0 ? v[e] : acc[i / NT][i % NT][e] + v[e];
+        }
+    }
+    sync_block();  // *shared is read; the staging tile may be written
+    return true;
+}
+
+// What stands in column n of the weights' rows for column n of the tile: with gates, eight of each alternate.
+DEV int weight_row(const Conv2dMma& p, int n) { return p.glu ? n / 16 * 8 + n % 8 + (n / 8 % 2) * p.o : n; }
+
+DEV float add_column(const Conv2dMma& p, float v, int row, long long time) {
+    if (p.bias) v += to_float(load(p.bias + row));
+    if (p.bias1) v += to_float(load(p.bias1 + row));
+    if (p.time) v += to_float(load(p.time + time + row));
+    return v;
+}
+
+// Bias, time, activation and residual of SLAB rows of the staging tile, from row m on.
+DEV void finish(const Conv2dMma& p, float* tile, int m0, int n0) {
+    const int columns = p.glu ? BN / 2 : BN;
+    for (int i = thread_x() * 4; i < SLAB * columns; i += BLOCK * 4) {
+        const int r = i / columns, c = i - r * columns, m = m0 + r;
+        const int n = (p.glu ? n0 / 2 : n0) + c;
+        if (m >= p.m || n >= p.o) continue;
+        const long long image = p.counter ? load(p.counter) : p.time_rows > 1 ? m / (p.out_h * p.out_w) : 0;
+        float* at = tile + r * PITCH + (p.glu ? c / 8 * 16 + c % 8 : c);
+        Vec<float, 4> v = load_shared<4>(at), gate;
+        if (p.glu) gate = load_shared<4>(at + 8);
+        const long long to = (long long)m * p.o + n;
+        if (p.o % 4 == 0) {
+            Vec<T, 4> y, residual;
+            if (p.residual) residual = load<4>(p.residual + to);
+            UNROLL
+            for (int e = 0; e < 4; e++) {
+                float u = add_column(p, v[e], n + e, image * p.o);
+                if (p.glu) u *= gelu_f(add_column(p, gate[e], p.o + n + e, 0));
+                else u = activate_f(p.act, u);
+                if (p.residual) u += to_float(residual[e]);
+                y[e] = from_float<T>(u);
+                v[e] = to_float(y[e]);
+            }
+            store(p.y + to, y);
+            if (p.stats) store_shared(at, v);
+        } else {
+            for (int e = 0; e < 4 && n + e < p.o; e++) {
+                float u = activate_f(p.act, add_column(p, at[e], n + e, image * p.o));
+                if (p.residual) u += to_float(load(p.residual + to + e));
+                store(p.y + to + e, from_float<T>(u));
+            }
+        }
+    }
+}
+
+// Mean and sum of squared deviations of each column of the slab, as it was stored. Sums are of x − pivot.
+DEV void write_stats(const Conv2dMma& p, const float* tile, int m0, int n0) {
+    for (int c = thread_x(); c < BN && n0 + c < p.o; c += BLOCK) {
+        const float pivot = tile[c];
+        float sum = 0.0f, square = 0.0f;
+        for (int r = 1; r < SLAB; r++) {
+            const float d = tile[r * PITCH + c] - pivot;
+            sum += d;
+            square = fma_f(d, d, square);
+        }
+        Vec<float, 2> v;
+        v[0] = fma_f(sum, 1.0f / SLAB, pivot);
+        v[1] = max_f(fma_f(-sum * (1.0f / SLAB), sum, square), 0.0f);
+        store(p.stats + ((long long)(m0 / SLAB) * p.o + n0 + c) * 2, v);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK, 2) conv2d_mma(const __grid_constant__ Conv2dMma p) {
+    ConvRing& s = smem_dynamic<ConvRing>();
+    const int m0 = block_x() * BM, n0 = block_y() * BN, warp_m = warp() / WARPS_N, warp_n = warp() % WARPS_N;
+    const int m = m0 + thread_x() / 4, n = n0 + thread_x() / 4;  // first rows that this thread copies
+    const int row = weight_row(p, p.part ? n - block_y() * BN / p.part * p.part : n), step = p.glu ? LOAD_ROWS / 2 : LOAD_ROWS;
+    // Rows of w from there on: of values, or of gates.
+    const int rows_left = p.glu ? p.o - (n / 16 * 8 + n % 8) : (p.part ? p.part : p.o) - row;
+
+    Walk k;
+    UNROLL
+    for (int i = 0; i < A_LOADS; i++) {
+        const int pixel = m + i * LOAD_ROWS;
+        k.corner[i] = -1;
+        if (!p.flat && pixel < p.m) {
+            const int image = pixel / (p.out_h * p.out_w), rest = pixel - image * (p.out_h * p.out_w);
+            const int y = rest / p.out_w, x = rest - y * p.out_w;
+            k.base[i] = image * p.h * p.w_;
+            k.corner[i] = (y * p.stride - p.top + 0x4000) << 16 | (x * p.stride - p.left + 0x4000);
+        }
+    }
+    const int first = int((long long)p.blocks * block_z() / grid_z());
+    const int count = int((long long)p.blocks * (block_z() + 1) / grid_z()) - first;
+    enter(k, p, 0, row);
+    for (int skip = first;;) {
+        // Whole segments, then whole taps, then blocks of channels.
+        const int per_tap = ceil_div(k.channels, BK), taps = k.flat ? 1 : p.kh * p.kw;
+        if (skip >= per_tap * taps && k.segment + 1 < p.segments) {
+            skip -= per_tap * taps;
+            enter(k, p, k.segment + 1, row);
+            continue;
+        }
+        const int t = skip / per_tap;
+        k.kh = k.flat ? 0 : t / p.kw;
+        k.kw = t - k.kh * p.kw;
+        k.c = (skip - t * per_tap) * BK;
+        k.w += t * k.w_tap;
+        break;
+    }
+    tap(k, p, m);
+
+    float acc[MT][NT][4] = {};
+    UNROLL
+    for (int i = 0; i < STAGES - 1; i++) {
+        if (i < count) {
+            fetch(k, s.slot[i], step, rows_left);
+            next(k, p, m, row);
+        }
+        cp_async_commit();
+    }
+    int read = 0, write = STAGES - 1;
+    for (int i = 0; i < count; i++) {
+        cp_async_wait<STAGES - 2>();
+        sync_block();
+        if (i + STAGES - 1 < count) {
+            fetch(k, s.slot[write], step, rows_left);
+            next(k, p, m, row);
+        }
+        cp_async_commit();
+        multiply(acc, s.slot[read], warp_m, warp_n);
+        read = read + 1 == STAGES ? 0 : read + 1;
+        write = write + 1 == STAGES ? 0 : write + 1;
+    }
+    sync_block();  // everybody is done with the ring, and every copy has landed: the last groups are empty
+
+    if (grid_z() > 1 && !combine(acc, p, reinterpret_cast<unsigned*>(&s))) return;
+    float* tile = reinterpret_cast<float*>(&s);
+    UNROLL
+    for (int slab = 0; slab < BM / SLAB; slab++) {
+        const int rows = warp_m * WARP_ROWS - slab * SLAB;  // where this warp's rows stand in the slab
+        if (rows >= 0 && rows < SLAB) {
+            UNROLL
+            for (int i = 0; i < MT * NT * 2; i++) {
+                const int mt = i / 2 / NT, nt = i / 2 % NT;
+                Vec<float, 2> v;
+                v[0] = acc[mt][nt][i % 2 * 2];
+                v[1] = acc[mt][nt][i % 2 * 2 + 1];
+                const int r = rows + mt * 16 + i % 2 * 8 + lane() / 4;
+                store_shared(tile + r * PITCH + warp_n * WARP_COLUMNS + nt * 8 + lane() % 4 * 2, v);
+            }
+        }
+        sync_block();
+        finish(p, tile, m0 + slab * SLAB, n0);
+        if (p.stats) {
+            sync_block();
+            write_stats(p, tile, m0 + slab * SLAB, n0);
+        }
+        if (slab + 1 < BM / SLAB) sync_block();
+    }
+}

@@ -1,0 +1,263 @@
+//! Products on tensor cores: which of them the kernel takes, in which tiles, and the launch.
+
+use super::super::activation::code;
+use super::super::prelude::*;
+use super::{Conv2d, Epi, Linear};
+use crate::backend::cpu::gemm::ConvShape;
+use crate::kernels::{DevicePtr, conv2d_mma as k};
+
+/// A variant of the kernel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Tile {
+    name: &'static str,
+    rows: usize,
+    columns: usize,
+}
+
+const fn tile(name: &'static str, rows: usize, columns: usize) -> Tile {
+    Tile { name, rows, columns }
+}
+
+/// 160 divides the channels of the Stable Diffusion family, 128 those of the autoencoders; lower tiles are for the small
+/// levels, and the narrow one for the last layers.
+const TILES: [Tile; 5] = [
+    tile("BM=128,BN=160", 128, 160),
+    tile("BM=128,BN=128", 128, 128),
+    tile("BM=64,BN=160", 64, 160),
+    tile("BM=64,BN=64", 64, 64),
+    tile("BM=64,BN=16", 64, 16),
+];
+
+/// Most parts that a sum is split into.
+const MOST_SPLITS: usize = 16;
+
+/// One product as the kernel sees it.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(super) struct Product {
+    /// Rows of y.
+    m: usize,
+    /// Rows of w.
+    n: usize,
+    /// Blocks of `BK` channels in the sum.
+    blocks: usize,
+    tile: Tile,
+    splits: usize,
+}
+
+impl Tile {
+    fn count(self, m: usize, n: usize) -> usize {
+        m.div_ceil(self.rows) * n.div_ceil(self.columns)
+    }
+
+    /// Microseconds that a product takes by a model of an H200: tensor cores at 470 TFLOP/s through `mma.sync`, 128 bytes of
+    /// shared memory per clock and multiprocessor, 6153 bytes of operands per clock from the second-level cache, 4.3 TB/s of
+    /// memory, and a wave of blocks as long as its slowest. Not measured: it orders the choices.
+    fn microseconds(self, m: usize, n: usize, blocks: usize, splits: usize) -> f64 {
+        const SMS: f64 = 132.0;
+        const CLOCK: f64 = 1755.0; // per microsecond
+        const FMA: f64 = 470e6 / 2.0 / SMS / CLOCK; // per clock and multiprocessor
+        let [bm, bn, bk, splits] = [self.rows, self.columns, k::BK, splits].map(|n| n as f64);
+        let (warps_n, warps) = (if self.columns >= 64 { 2.0 } else { 1.0 }, 4.0);
+        let read = warps * (bm / (warps / warps_n) + bn / warps_n) * bk * 2.0;
+        let write = (bm + bn) * bk * 2.0;
+        let grid = self.count(m, n) as f64 * splits;
+        let each = (grid / SMS).ceil(); // blocks that one multiprocessor runs
+        let alone = if each < 2.0 { 1.2 } else { 1.0 }; // nothing hides the latencies of a single one
+        let steps = (blocks as f64 / splits).ceil();
+        let step = f64::max(bm * bn * bk / FMA, (read + write) / 128.0) * alone;
+        let parts = if splits > 1.0 { bm * bn * 4.0 * (1.0 + 1.0 / splits * splits) / 40.0 } else { 0.0 };
+        let end = bm * bn * 8.0 / 128.0 * 1.5 + parts;
+        let clocks = f64::max(each * (steps * step + end) + 1500.0, grid * steps * write / 6153.0);
+        let bytes = (n * blocks) as f64 * bk * 2.0;
+        f64::max(clocks / CLOCK, bytes / 4.3e6) + 1.5
+    }
+}
+
+impl Product {
+    /// The tile and the number of splits with the least predicted time.
+    /// Tiles are of `part` columns or of a divisor of it.
+    fn new(m: usize, n: usize, blocks: usize, part: usize) -> Product {
+        let mut best = Product { m, n, blocks, tile: TILES[0], splits: 1 };
+        let mut least = f64::INFINITY;
+        for tile in TILES.into_iter().filter(|t| part == n || part % t.columns == 0) {
+            for splits in 1..=MOST_SPLITS.min(blocks / 4).max(1) {
+                let time = tile.microseconds(m, n, blocks, splits);
+                let counted = splits == 1 || tile.count(m, n) <= cuda::COUNTERS;
+                if counted && time < 0.98 * least {
+                    (best, least) = (Product { m, n, blocks, tile, splits }, time);
+                }
+            }
+        }
+        best
+    }
+
+    /// As the kernel takes a convolution; `None` for what it does not take.
+    pub(super) fn conv(op: &Conv2d, x: &[Spec]) -> Option<Product> {
+        let s = op.shape(x[0].shape, x[1].shape)?;
+        let first = op.epi.inputs().end;
+        let others: Vec<usize> = x[first..].iter().take(op.shortcut).map(|s| s.shape.last()).collect();
+        let corner = |out: usize, kernel: usize| out * op.stride + kernel < 0x4000;
+        let fits = takes(x)
+            && s.c % 8 == 0
+            && others.iter().all(|c| c % 8 == 0)
+            && corner(s.out_h, s.kh)
+            && corner(s.out_w, s.kw)
+            && s.pad_top.max(s.pad_left) < 0x4000;
+        let blocks = |c: usize| c.div_ceil(k::BK);
+        let sum = s.kh * s.kw * blocks(s.c) + others.into_iter().map(blocks).sum::<usize>();
+        fits.then(|| Product::new(s.b * s.out_h * s.out_w, x[1].shape[0], sum, x[1].shape[0])).filter(|p| p.m > 0 && p.n > 0)
+    }
+
+    /// As the kernel takes a matrix product; `None` for what it does not take.
+    pub(super) fn linear(op: &Linear, x: &[Spec]) -> Option<Product> {
+        let (m, c, part) = (x[0].shape.rows(), x[0].shape.last(), x[1].shape[0]);
+        let n = part * (1 + op.more);
+        let fits = takes(x) && c % 8 == 0 && m * n * c > 0 && (!op.epi.glu || n % 16 == 0) && (op.more == 0 || part % 16 == 0);
+        fits.then(|| Product::new(m, n, c.div_ceil(k::BK), part))
+    }
+
+    /// Bytes of the partial sums.
+    pub(super) fn partial_bytes(&self) -> usize {
+        let Tile { rows, columns, .. } = self.tile;
+        if self.splits == 1 { 0 } else { self.splits * self.tile.count(self.m, self.n) * rows * columns * 4 }
+    }
+
+    /// Name of the kernel variant.
+    pub(super) fn variant(&self) -> &'static str {
+        self.tile.name
+    }
+
+    pub(super) fn launch_conv(&self, op: &Conv2d, s: &ConvShape, io: &cuda::Call) -> Result<()> {
+        let mut p = k::Conv2dMma {
+            h: io.int(s.h)?,
+            w_: io.int(s.w)?,
+            c: io.int(s.c)?,
+            kh: io.int(s.kh)?,
+            kw: io.int(s.kw)?,
+            out_h: io.int(s.out_h)?,
+            out_w: io.int(s.out_w)?,
+            stride: io.int(s.stride)?,
+            top: io.int(s.pad_top)?,
+            left: io.int(s.pad_left)?,
+            upsample: s.upsample as i32,
+            w_row: io.int(s.kh * s.kw * s.c)?,
+            w_tap: io.int(s.c)?,
+            segments: 1,
+            ..Default::default()
+        };
+        // A 1×1 window that meets each pixel once is no window.
+        p.flat = ((s.kh, s.kw, s.stride, s.pad_top, s.pad_left, s.upsample) == (1, 1, 1, 0, 0, false)
+            && (s.out_h, s.out_w) == (s.h, s.w)) as i32;
+        if op.shortcut > 0 {
+            let first = op.epi.inputs().end;
+            let width = |i: usize| io.x_spec(first + i).shape.last();
+            let w = io.x(first + op.shortcut);
+            let row = io.int((0..op.shortcut).map(width).sum())?;
+            (p.x1, p.w1, p.c1, p.w_row1, p.flat1) = (io.x(first), w, io.int(width(0))?, row, 1);
+            if op.shortcut == 2 {
+                let element = io.x_spec(0).dtype.size();
+                (p.x2, p.w2, p.c2, p.w_row2) =
+                    (io.x(first + 1), w.offset(width(0) * element), io.int(width(1))?, row);
+            }
+            p.bias1 = io.x(first + op.shortcut + 1);
+            p.segments += op.shortcut as i32;
+        }
+        self.launch(&op.epi, io, p)
+    }
+
+    pub(super) fn launch_linear(&self, op: &Linear, io: &cuda::Call) -> Result<()> {
+        let c = io.int(io.x_spec(0).shape.last())?;
+        let (w1, w2) = if op.more > 0 { (io.x(2), io.x(3)) } else { Default::default() };
+        let p = k::Conv2dMma {
+            w1,
+            w2,
+            part: if op.more > 0 { io.int(io.x_spec(1).shape[0])? } else { 0 },
+            c,
+            kh: 1,
+            kw: 1,
+            out_h: io.int(self.m)?,
+            out_w: 1,
+            flat: 1,
+            w_row: c,
+            w_tap: c,
+            segments: 1,
+            ..Default::default()
+        };
+        self.launch(&op.epi, io, p)
+    }
+
+    fn launch(&self, epi: &Epi, io: &cuda::Call, mut p: k::Conv2dMma) -> Result<()> {
+        let at = epi.inputs();
+        let input = |i: usize| if i == 0 { DevicePtr::NULL } else { io.x(i) };
+        (p.y, p.x, p.w) = (io.y(0), io.x(0), io.x(1));
+        (p.bias, p.time, p.residual) = (input(at.bias), input(at.time), input(at.residual));
+        p.counter = input(at.step);
+        p.time_rows = if epi.time { io.int(io.x_spec(at.time).shape.rows())? } else { 1 };
+        p.stats = if epi.stats { io.y(1) } else { DevicePtr::NULL };
+        (p.m, p.o, p.blocks) = (io.int(self.m)?, io.int(epi.columns(self.n))?, io.int(self.blocks)?);
+        (p.act, p.glu) = (code(epi.act), epi.glu as i32);
+        if self.splits > 1 {
+            (p.partial, p.counters) = (io.scratch, io.counters()?);
+        }
+        let Tile { name, rows, columns } = self.tile;
+        let grid = [self.m.div_ceil(rows), self.n.div_ceil(columns), self.splits];
+        io.launch(k::CONV2D_MMA, io.y_spec(0).dtype, name, grid, k::BLOCK, p)
+    }
+}
+
+/// Whether type and sizes suit the kernel, which counts elements with 32 bits.
+fn takes(x: &[Spec]) -> bool {
+    matches!(x[0].dtype, DType::F16 | DType::BF16) && x.iter().all(|s| s.shape.numel() < 1 << 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_variant_is_a_tile() {
+        let names: Vec<_> = TILES.iter().map(|t| t.name).collect();
+        assert_eq!(names, k::VARIANTS);
+        for t in TILES {
+            assert_eq!(t.name, format!("BM={},BN={}", t.rows, t.columns));
+        }
+    }
+
+    fn chosen(m: usize, n: usize, k: usize) -> (&'static str, usize) {
+        let p = Product::new(m, n, k / 32, n);
+        (p.tile.name, p.splits)
+    }
+
+    #[test]
+    fn what_is_chosen_for_the_real_shapes() {
+        for (m, n, k) in [
+            (8192, 320, 2880),
+            (8192, 320, 5760),
+            (2048, 640, 5760),
+            (512, 1280, 11520),
+            (128, 1280, 11520),
+            (128, 1280, 23040),
+            (8192, 2560, 320),
+            (8192, 320, 320),
+            (512, 1280, 1280),
+            (262144, 128, 1152),
+            (8192, 4, 2880),
+        ] {
+            let p = Product::new(m, n, k / 32, n);
+            let us = p.tile.microseconds(m, n, k / 32, p.splits);
+            let rate = 2.0 * (m * n * k) as f64 / us / 1e6;
+            println!("{m} {n} {k}: {:?} {us:.1} us, {rate:.0} TFLOP/s", chosen(m, n, k));
+        }
+    }
+
+    #[test]
+    fn other_types_and_odd_channels_take_the_plain_kernel() {
+        let specs = |t, c| [Spec::new(t, [2, 8, 8, c]), Spec::new(t, [16, 3, 3, c]), Spec::new(t, [16])];
+        assert!(Product::conv(&Conv2d::same(3), &specs(DType::BF16, 32)).is_some());
+        assert!(Product::conv(&Conv2d::same(3), &specs(DType::F32, 32)).is_none());
+        assert!(Product::conv(&Conv2d::same(3), &specs(DType::F16, 4)).is_none());
+        let rows = |c| [Spec::new(DType::F16, [8, c]), Spec::new(DType::F16, [16, c])];
+        assert!(Product::linear(&Linear::default(), &rows(40)).is_some());
+        assert!(Product::linear(&Linear::default(), &rows(37)).is_none());
+    }
+}
