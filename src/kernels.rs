@@ -165,6 +165,9 @@ pub struct Unit {
     pub variant: &'static str,
     /// Dynamic shared memory that each launch of its kernels gives a block, in bytes: the file's `SMEM_BYTES`, or 0.
     pub smem: usize,
+    /// What the body of its main loop holds: kind of instruction (`HMMA`) and count, from the file's `LOOP_HMMA` and the
+    /// like; empty where the file has none.
+    pub loops: &'static [(&'static str, u32)],
     /// One per architecture, at least one.
     pub images: &'static [Image],
 }
