@@ -7,6 +7,7 @@
 #define DEV static __device__ __forceinline__
 #define DEV_CONST constexpr __host__ __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")
 // Source lines travel to the emulator's reports only.
 #define LDM_LINE
 #define LDM_LINE_ONLY
@@ -15,6 +16,7 @@
 #define DEV static inline __attribute__((always_inline))
 #define DEV_CONST constexpr inline
 #define UNROLL
+#define ROLLED
 #define LDM_LINE , int line = __builtin_LINE()
 #define LDM_LINE_ONLY int line = __builtin_LINE()
 #define LDM_HERE , line
@@ -115,6 +117,8 @@ DEV float cos_f(float x) { return sin_quarter(x, 1); }
 
 // x · sigmoid(x); for x far below zero the exponential is infinite and the quotient zero.
 DEV float silu_f(float x) { return x / (1.0f + exp_f(-x)); }
+// The same to 4 ulp and the rounding of the exponent, |x| · 6e-8: two special functions and no division.
+DEV float silu_fast_f(float x) { return x * rcp_fast_f(1.0f + exp2_fast_f(x * -1.44269504f)); }
 DEV float gelu_f(float x) { return 0.5f * x * (1.0f + erf_f(x * 0.707106781f)); }
 
 // The activations by number: 0 none, 1 SiLU, 2 GELU, 3 quick GELU, 4 GELU by tanh.
@@ -136,3 +140,41 @@ DEV Pair two_sum(float a, float b) {
     const float high = a + b, t = high - a;
     return {high, (a - (high - t)) + (b - t)};
 }
+
+// Count, mean, and sum of squares about it, of a set of numbers; merged without cancellation (Chan, Golub, LeVeque 1979).
+struct Moments {
+    float n, mean, m2;
+};
+DEV Moments merged(Moments a, Moments b) {
+    const float n = a.n + b.n, share = n > 0.0f ? b.n * rcp_fast_f(n) : 0.0f, d = b.mean - a.mean;
+    return {n, fma_f(d, share, a.mean), fma_f(d * d, a.n * share, a.m2 + b.m2)};
+}
+// Of the 32 lanes together; the order is the same for each, so all hold the same bits.
+DEV Moments warp_merged(Moments m) {
+    UNROLL
+    for (int step = 1; step < WARP; step <<= 1) {
+        const Moments other = {shfl_xor(m.n, step), shfl_xor(m.mean, step), shfl_xor(m.m2, step)};
+        const bool second = lane() & step;
+        m = merged(second ? other : m, second ? m : other);
+    }
+    return m;
+}
+// The same of a few sets of equal size, taken in one by one: sums of means less the first one. What cancels is at most
+// their number times the variance, so dozens are sound in f32; more are merged.
+struct EqualSets {
+    float sets = 0.0f, first = 0.0f, sum = 0.0f, square = 0.0f, m2 = 0.0f;
+    // Where `in` is false nothing is taken in: a select in place of a branch.
+    __device__ __forceinline__ void add(float mean, float m2_of_set, bool in = true) {
+        first = sets == 0.0f ? mean : first;
+        const float d = in ? mean - first : 0.0f;
+        sets += in ? 1.0f : 0.0f;
+        sum += d;
+        square = fma_f(d, d, square);
+        m2 += in ? m2_of_set : 0.0f;
+    }
+    // With `each` numbers in a set.
+    __device__ __forceinline__ Moments moments(float each) const {
+        const float mean = sets > 0.0f ? sum * rcp_fast_f(sets) : 0.0f;
+        return {sets * each, first + mean, fma_f(each, max_f(fma_f(-sum, mean, square), 0.0f), m2)};
+    }
+};

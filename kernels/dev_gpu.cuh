@@ -297,6 +297,13 @@ DEV float exp2_fast_f(float x) {
     return r;
 }
 
+// 1 / x to 1 ulp, zero where the result is subnormal.
+DEV float rcp_fast_f(float x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
 // old = *p; *p = old >= limit ? 0 : old + 1. Relaxed: put `fence_gpu` around it where it orders other accesses.
 DEV unsigned atomic_inc_u32(unsigned* p, unsigned limit) { return atomicInc(p, limit); }
 // What this thread wrote before is seen by all blocks before what it writes after; and it reads anew.

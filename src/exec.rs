@@ -19,6 +19,11 @@ pub use weights::{Made, Weights};
 
 /// What happens during a run, for progress, traces and checks.
 pub trait Hook: Send {
+    /// Whether it wants to be told of every node. If not, it is told of some or none: a program on a GPU may run all of
+    /// them as one recorded launch.
+    fn watches(&self) -> bool {
+        true
+    }
     /// A node is about to run.
     ///
     /// # Errors
@@ -41,7 +46,11 @@ pub trait Hook: Send {
 }
 
 /// Nothing happens.
-impl Hook for () {}
+impl Hook for () {
+    fn watches(&self) -> bool {
+        false
+    }
+}
 
 /// Reads every output of every node and stops at the first that is not finite.
 pub struct CheckFinite;
@@ -86,8 +95,25 @@ pub struct Measure {
     pub scratch: usize,
 }
 
+/// How a program runs the nodes that are not constant.
+enum Mode {
+    /// Node by node, always: on a CPU, and where nothing is to be recorded.
+    Nodes,
+    /// Node by node this time: the first run loads modules, and makes what the device makes on first use.
+    First,
+    /// The next run that nobody watches records them.
+    Record,
+    /// In one launch. What was recorded stays valid: no memory of a program ever moves.
+    Replay(cuda::Graph),
+}
+
 /// A graph with its plan and its memory on a device.
+///
+/// On a GPU the second run records its kernels as a CUDA graph, and each run from then on is one launch, unless its hook
+/// watches the nodes. A program has one such graph, so there are at most as many as programs.
 pub struct Program {
+    /// Before the memory, and so dropped first: a recorded launch points to it.
+    mode: Mode,
     graph: Graph,
     plan: Plan,
     device: Device,
@@ -150,7 +176,12 @@ impl Program {
         let steps = graph.nodes().iter().map(|node| Step::new(&graph, &plan, node)).collect::<Result<_>>()?;
         let constant = graph.constant();
         let device = device.clone();
-        Ok(Program { graph, plan, device, arena, weights: bound, states, steps, constant, settled: false })
+        let mode = match &device {
+            Device::Cuda(c) if c.records_graphs() => Mode::First,
+            _ => Mode::Nodes,
+        };
+        let settled = false;
+        Ok(Program { mode, graph, plan, device, arena, weights: bound, states, steps, constant, settled })
     }
 
     /// The memory that [`Program::new`] and [`Program::run`] would take on a target, without taking it.
@@ -290,8 +321,10 @@ impl Program {
 
     fn run_here(&mut self, hook: &mut impl Hook) -> Result<()> {
         let settled = std::mem::replace(&mut self.settled, false);
+        let recorded = !hook.watches() && matches!(self.mode, Mode::Record | Mode::Replay(_));
         for step in 0..self.graph.nodes().len() {
-            if settled && self.constant[step] {
+            let elsewhere = if self.constant[step] { settled } else { recorded };
+            if elsewhere {
                 continue;
             }
             hook.before(step, &self.graph.nodes()[step])?;
@@ -299,8 +332,38 @@ impl Program {
             let node = &self.graph.nodes()[step];
             hook.after(step, node, &|i| self.value(node.y[i]))?;
         }
+        if recorded {
+            // After the constant nodes, which depend on none of the others.
+            self.replay()?;
+        } else if matches!(self.mode, Mode::First) {
+            self.mode = Mode::Record;
+        }
         self.settled = true;
         Ok(())
+    }
+
+    /// Runs all nodes that are not constant as one launch, recorded when there is none yet.
+    fn replay(&mut self) -> Result<()> {
+        if let (Mode::Record, Device::Cuda(c)) = (&self.mode, &self.device) {
+            let nodes = self.graph.nodes().iter().enumerate().filter(|(step, _)| !self.constant[*step]);
+            self.mode = Mode::Replay(c.record_graph(|c| {
+                let mut each =
+                    nodes.map(|(step, n)| self.step_cuda(step, c).map_err(|e| e.at_node(&n.label)));
+                each.try_for_each(|done| done)
+            })?);
+        }
+        match &self.mode {
+            Mode::Replay(graph) => graph.launch(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Kernels (and fills) of a run that is one launch; `None` where none has been recorded.
+    pub fn launches(&self) -> Option<usize> {
+        match &self.mode {
+            Mode::Replay(graph) => Some(graph.nodes()),
+            _ => None,
+        }
     }
 
     fn step(&mut self, step: usize) -> Result<()> {

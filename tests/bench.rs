@@ -299,6 +299,9 @@ fn a_gpu_is_measured_by_its_own_events() {
     assert!(run.status.success() && err.is_empty(), "{out}{err}");
     let record = read(&file);
     assert_eq!(record["settings"]["device"], "cuda");
+    assert_eq!(record["time"]["warmup"], 2, "the first evaluations are no replays");
+    let kernels = record["time"]["kernels"].as_u64().unwrap();
+    assert!(kernels >= 47 && out.contains(&format!("{kernels} kernels, recorded as CUDA graphs")), "{out}");
     assert!(record["machine"]["gpu"].is_string() && out.contains("not measured on a GPU"), "{out}");
     let rows = record["per_op"]["rows"].as_array().unwrap();
     let sum: f64 = rows.iter().map(|r| r["seconds"].as_f64().unwrap()).sum();

@@ -6,7 +6,10 @@
 mod harness;
 
 use cudarc::driver::sys::{self, CUresult};
-use harness::{Bench, Memory, Pinned, Step, kernel, kernel_of, launch, launch_3d, ok, stream};
+use harness::{
+    Bench, Memory, Pinned, Step, allow_shared, kernel, kernel_of, launch, launch_3d, launch_shared, ok,
+    stream,
+};
 
 const CONFIGURATIONS: [&str; 6] = [
     "order=forward;async=late",
@@ -28,15 +31,21 @@ fn inputs(n: usize) -> Vec<f32> {
     (0..n).map(|i| 1.0 + (i * 37 % 101) as f32).collect()
 }
 
-/// One run of a kernel as an engine would do it: upload, launch, download, synchronise.
 fn run(stem: &str, variant: &str, n: usize, per_thread: usize) -> Step<Vec<f32>> {
+    run_shared(stem, variant, n, per_thread, 0)
+}
+
+/// One run of a kernel as an engine would do it: upload, launch, download, synchronise.
+fn run_shared(stem: &str, variant: &str, n: usize, per_thread: usize, shared: u32) -> Step<Vec<f32>> {
     let stream = stream();
     let mut held = Vec::new();
     let result = (|| {
         held.push(Memory::with(&inputs(n), stream)?);
         held.push(Memory::new(4 * n)?);
         let params = Params { y: held[1].0, x: held[0].0, n: n as i32 };
-        launch(kernel(stem, variant)?, n.div_ceil(256 * per_thread), 256, stream, params)?;
+        let (function, blocks) = (kernel(stem, variant)?, n.div_ceil(256 * per_thread) as u32);
+        allow_shared(function, shared as i32)?;
+        launch_shared(function, [blocks, 1, 1], 256, shared, stream, params)?;
         held[1].read(n, stream)
     })();
     // What is queued must be over before its memory is freed, on the way of an error too.
@@ -50,6 +59,8 @@ struct Case {
     stem: &'static str,
     n: usize,
     per_thread: usize,
+    /// Bytes of dynamic shared memory that the launch passes.
+    shared: u32,
     /// A word of the report that a violation must carry; empty where only the values betray it.
     says: &'static str,
     want: fn(&[f32], usize) -> f32,
@@ -62,7 +73,7 @@ const fn case(
     says: &'static str,
     want: fn(&[f32], usize) -> f32,
 ) -> Case {
-    Case { stem, n, per_thread, says, want }
+    Case { stem, n, per_thread, shared: 0, says, want }
 }
 
 fn reversed(x: &[f32], i: usize) -> f32 {
@@ -71,6 +82,17 @@ fn reversed(x: &[f32], i: usize) -> f32 {
 
 fn ring(x: &[f32], i: usize, by: usize, size: usize) -> f32 {
     x[i / size * size + (i + by) % size]
+}
+
+/// Eight steps through the blocks, from the own one on, each times its step.
+fn steps(x: &[f32], i: usize) -> f32 {
+    (0..8).map(|k| (k + 1) as f32 * reversed(x, (i + 256 * k) % x.len())).sum()
+}
+
+/// Element `i` of a block, as ldmatrix brings it to the lanes and each warp keeps half a matrix.
+fn permuted(x: &[f32], i: usize) -> f32 {
+    let t = i % 256;
+    x[i - t + t / 64 * 64 + 2 * (t % 32) + t / 32 % 2]
 }
 
 const CASES: &[Case] = &[
@@ -99,6 +121,20 @@ const CASES: &[Case] = &[
     case("deadlock", 1024, 1, "", |x, i| x[i] + x[i ^ 1]),
     case("block_race", 1000, 1, "", |x, i| if i == 0 { 4.0 } else { x[i] }),
     case("plain_pointer", 1000, 1, "plain pointer", |x, i| x[i]),
+    case("late_copy_wait", 1024, 1, "", reversed),
+    case("missing_commit", 1024, 1, "", reversed),
+    case("wait_without_barrier", 1024, 1, "", reversed),
+    case("wait_count", 1024, 1, "", steps),
+    case("ring_reuse", 1024, 1, "", steps),
+    case("copies_at_exit", 1024, 1, "exits and has not waited", |x, i| 2.0 * x[i]),
+    case("misaligned_copy", 1024, 1, "misaligned cp_async", reversed),
+    case("copy_past_end", 1024, 1, "outside the block's", reversed),
+    case("shared_past_end", 1024, 1, "outside the block's", reversed),
+    case("misaligned_shared", 1024, 1, "misaligned load_shared", reversed),
+    case("misaligned_matrix", 1024, 1, "misaligned ldmatrix", permuted),
+    case("diverged_matrix", 1024, 1, "ldmatrix", permuted),
+    case("diverged_mma", 1024, 1, "diverged warp", |x, i| 16.0 * x[i]),
+    Case { shared: 65536, ..case("dynamic_size", 1024, 1, "65536 bytes", reversed) },
     case("block_order", 1024, 1, "", |x, i| (i % 256..=i).step_by(256).map(|k| x[k]).sum()),
 ];
 
@@ -120,7 +156,7 @@ fn right_kernels_pass_in_every_order() {
         for configuration in CONFIGURATIONS {
             for threads in [1, 2] {
                 bench.emulator.configure(&format!("{configuration};threads={threads}"));
-                let got = run(case.stem, "BAD=0", case.n, case.per_thread);
+                let got = run_shared(case.stem, "BAD=0", case.n, case.per_thread, case.shared);
                 let got = got.unwrap_or_else(|e| {
                     panic!("{} ({configuration}): {e:?}: {}", case.stem, bench.emulator.report())
                 });
@@ -143,7 +179,7 @@ fn wrong_kernels_are_caught() {
         let (mut said, mut poisoned) = (Vec::new(), false);
         for configuration in CONFIGURATIONS {
             bench.emulator.configure(&format!("{configuration};threads=1"));
-            match run(case.stem, "BAD=1", case.n, case.per_thread) {
+            match run_shared(case.stem, "BAD=1", case.n, case.per_thread, case.shared) {
                 Ok(y) => {
                     poisoned |= y.iter().any(|v| v.is_nan());
                     outputs.push(y.iter().map(|v| v.to_bits()).collect());

@@ -52,7 +52,7 @@ pub(super) struct Arguments {
     steps: usize,
     #[arg(long, value_name = "NAME", help = super::sampler_help())]
     sampling_method: Option<Choice>,
-    /// Evaluations that are not counted, before the others
+    /// Evaluations that are not counted, before the others; on a GPU at least 2, the second of which records a CUDA graph
     #[arg(long, default_value_t = 2, value_name = "N")]
     warmup: usize,
     /// Evaluations that are counted
@@ -169,7 +169,7 @@ fn working_bytes(subject: &Subject) -> u64 {
     graphs.flat_map(|g| g.nodes().iter().map(move |n| of(g, n))).max().unwrap_or(0) as u64
 }
 
-fn time(plan: &Plan, m: &Measured, warmup: usize, flops: f64) -> Time {
+fn time(plan: &Plan, m: &Measured, subject: &Subject, warmup: usize, flops: f64) -> Time {
     let mut sorted = m.seconds.clone();
     sorted.sort_by(f64::total_cmp);
     let [p50, p95, p99] = [0.5, 0.95, 0.99].map(|p| measure::percentile(&sorted, p));
@@ -180,7 +180,10 @@ fn time(plan: &Plan, m: &Measured, warmup: usize, flops: f64) -> Time {
     };
     let images_per_second = plan.batch as f64 / (p50 * evaluations as f64).max(1e-12);
     let gflops = flops / p50.max(1e-12) / 1e9;
-    Time { warmup, evaluations: m.seconds.clone(), p50, p95, p99, images_per_second, gflops }
+    let kernels =
+        subject.stages.iter().map(|s| Some(s.program().launches()? * s.runs)).sum::<Option<usize>>();
+    let kernels = kernels.map(|n| n as u64);
+    Time { warmup, kernels, evaluations: m.seconds.clone(), p50, p95, p99, images_per_second, gflops }
 }
 
 pub(super) fn run(a: Arguments) -> Result<ExitCode> {
@@ -203,7 +206,7 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     let repeats = Repeats { warmup: a.warmup, iterations: a.iterations };
     let m = measure::measure(&mut subject, &device, repeats, a.detail())?;
     record.counts.allocations = m.allocations;
-    record.time = Some(time(&plan, &m, a.warmup, record.counts.flops));
+    record.time = Some(time(&plan, &m, &subject, repeats.warmup(&device), record.counts.flops));
     record.machine = Some(machine::describe(&device, load));
     record.memory = Some(Memory {
         process_peak_bytes: machine::process_peak(),

@@ -125,6 +125,10 @@ impl Recorder {
 }
 
 impl Hook for Recorder {
+    fn watches(&self) -> bool {
+        self.detail
+    }
+
     fn before(&mut self, _step: usize, node: &Node) -> Result<()> {
         if self.detail {
             self.push(&node.label);

@@ -1,5 +1,6 @@
 //! Fusion: each room may offer a cheaper way to compute what it made; offers are taken until none is left.
 
+use super::stats::give_stats;
 use super::{Graph, Node, Origin, Target, Value, Var};
 use crate::error::Result;
 use crate::ops::Op;
@@ -15,7 +16,7 @@ pub struct Rewrite {
     pub made: Vec<(Var, Op, Vec<Var>)>,
 }
 
-/// The same graph with every offer for a target taken and what nothing uses any more left out.
+/// The same graph with every offer for a target taken, norms given their statistics on a GPU, and what nothing uses any more left out.
 ///
 /// # Errors
 /// When an offer has inputs that its op refuses: a fault of the room.
@@ -36,7 +37,10 @@ pub fn fuse(g: &Graph, target: Target) -> Result<Graph> {
             g.nodes[at].x = rewrite.x;
         }
     }
-    Ok(prune(&g))
+    match target {
+        Target::Cpu => Ok(prune(&g)),
+        Target::Cuda => Ok(prune(&give_stats(&g)?)),
+    }
 }
 
 /// Leaves out nodes whose outputs nothing uses.

@@ -3,9 +3,11 @@
 mod fuse;
 mod plan;
 mod show;
+mod stats;
 
 pub use fuse::{Rewrite, fuse};
 pub use plan::{Life, Place, Plan, offsets};
+pub use stats::GivenStats;
 
 use crate::backend::Device;
 use crate::error::{Error, Result};

@@ -82,7 +82,7 @@ pub fn group_norm(g: &mut Graph, at: &str, x: Var, groups: usize, eps: f64, act:
     let (c, dtype) = (g.shape(x).last(), g.spec(x).dtype);
     let w = g.weight(&join(at, "weight"), Layout::Same, dtype, [c])?;
     let b = g.weight(&join(at, "bias"), Layout::Same, dtype, [c])?;
-    g.push(at, GroupNorm { groups, eps: eps as f32, act }, &[x, w, b])
+    g.push(at, GroupNorm::new(groups, eps as f32, act), &[x, w, b])
 }
 
 /// Layer normalisation over the last axis.

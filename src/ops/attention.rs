@@ -1,9 +1,13 @@
 //! y = softmax(scale · q kᵀ) v per head, without the score matrix in memory.
 //!
 //! Flash attention (Dao et al. 2022): blocks of keys pass by while maximum, sum and result are kept per query.
-//! PyTorch: `F.scaled_dot_product_attention`. Kernel: `kernels/attention.cu`.
+//! PyTorch: `F.scaled_dot_product_attention`. Kernels: `kernels/attention_flash.cu` and `kernels/attention_wide.cu` on
+//! tensor cores, `kernels/attention.cu` for all that those do not take.
 use super::prelude::*;
-use crate::kernels::attention as k;
+use crate::kernels::attention as plain;
+use crate::kernels::attention_flash as flash;
+use crate::kernels::attention_wide as wide;
+use std::f64::consts::LOG2_E;
 
 /// Attention of q (B,…,N·D) over k, v (B,…,N·D); the axes between are tokens. Result as q.
 #[derive(Clone, PartialEq, Debug)]
@@ -135,22 +139,31 @@ impl Operation for Attention {
 
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
         let Sizes { b, t, s, d } = self.sizes(io.x_spec(0).shape, io.x_spec(1).shape);
-        let p = k::AttentionFwd {
-            y: io.y(0),
-            q: io.x(0),
-            k: io.x(1),
-            v: io.x(2),
-            t: io.int(t)?,
-            s: io.int(s)?,
-            heads: io.int(self.heads)?,
-            d: io.int(d)?,
-            scale: self.scale(d) as f32,
-            causal: self.causal as i32,
-        };
-        let specs: Vec<Spec> = (0..3).map(|i| *io.x_spec(i)).collect();
-        let (variant, queries) = choose(d);
-        debug_assert_eq!(variant, self.variant(&specs));
-        io.launch(k::ATTENTION_FWD, specs[0].dtype, variant, [t.div_ceil(queries), self.heads, b], k::BLOCK, p)
+        let dtype = io.x_spec(0).dtype;
+        let Choice { kernel, variant, queries } = choose(dtype, d, t, self.heads * b);
+        let grid = [t.div_ceil(queries), self.heads, b];
+        let (y, [q, k, v]) = (io.y(0), [io.x(0), io.x(1), io.x(2)]);
+        let width = io.int(self.heads * d)?;
+        let (t, s, d, heads) = (io.int(t)?, io.int(s)?, io.int(d)?, io.int(self.heads)?);
+        let [ldq, ldk, ldv, ldy] = [width; 4];
+        let causal = i32::from(self.causal);
+        match kernel {
+            Kernel::Plain => {
+                let scale = self.scale(d as usize) as f32;
+                let p = plain::AttentionFwd { y, q, k, v, t, s, heads, d, scale, causal };
+                io.launch(plain::ATTENTION_FWD, dtype, variant, grid, plain::BLOCK, p)
+            }
+            Kernel::Flash => {
+                let scale = (self.scale(d as usize) * LOG2_E) as f32;
+                let p = flash::AttentionFlashFwd { y, q, k, v, t, s, d, ldq, ldk, ldv, ldy, scale, causal };
+                io.launch(flash::ATTENTION_FLASH_FWD, dtype, variant, grid, flash::BLOCK, p)
+            }
+            Kernel::Wide => {
+                let scale = (self.scale(d as usize) * LOG2_E) as f32;
+                let p = wide::AttentionWideFwd { y, q, k, v, t, s, d, ldq, ldk, ldv, ldy, scale, causal };
+                io.launch(wide::ATTENTION_WIDE_FWD, dtype, variant, grid, wide::BLOCK, p)
+            }
+        }
     }
 
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
@@ -162,13 +175,18 @@ impl Operation for Attention {
     }
 
     fn variant(&self, x: &[Spec]) -> &'static str {
-        choose(x[0].shape.last() / self.heads).0
+        let Sizes { b, t, d, .. } = self.sizes(x[0].shape, x[1].shape);
+        choose(x[0].dtype, d, t, self.heads * b).variant
     }
 
     fn cases() -> Vec<Case> {
         let heads = |heads, d: usize, b, tq: usize, s: usize, causal| {
             let kv = [b, s, heads * d];
             Case::new(Attention { heads, causal }, [t([b, tq, heads * d]), t(kv), t(kv)])
+        };
+        let of = |mut case: Case, queries: fn(super::Arg) -> super::Arg| {
+            case.args[0] = queries(case.args[0].clone());
+            case
         };
         let mut image = heads(2, 40, 2, 1, 9, false);
         image.args[0] = t([2, 5, 7, 80]);
@@ -186,6 +204,26 @@ impl Operation for Attention {
             heads(1, 960, 1, 5, 7, false),
             heads(3, 24, 1, 10, 50, true),
             image,
+            // Every variant on tensor cores, in tails and whole blocks of queries (64, 128) and of keys (64, 32), with
+            // columns that are zeros (d = 8, 48, 104, 136, 168, 320).
+            heads(2, 8, 1, 64, 65, false),
+            heads(2, 32, 1, 65, 128, false),
+            heads(1, 48, 2, 40, 70, false),
+            heads(1, 64, 3, 100, 130, true),
+            heads(1, 104, 1, 66, 64, true),
+            heads(1, 136, 1, 20, 33, false),
+            heads(2, 160, 1, 65, 70, true),
+            heads(2, 168, 3, 17, 33, false),
+            heads(1, 256, 1, 65, 64, false),
+            heads(1, 320, 1, 30, 50, true),
+            heads(1, 512, 1, 70, 72, false),
+            heads(44, 40, 3, 130, 70, false).only(&SIXTEEN),
+            heads(66, 64, 2, 160, 160, true).only(&SIXTEEN),
+            // All weights alike; weights of which few are not zero.
+            of(heads(2, 40, 1, 20, 77, false), |q| q.values(vec![0.0])),
+            of(heads(1, 512, 1, 20, 37, false), |q| q.values(vec![0.0])),
+            of(heads(2, 40, 1, 20, 150, false), |q| q.normal(0.0, 30.0)),
+            of(heads(1, 512, 1, 20, 150, false), |q| q.normal(0.0, 30.0)),
             // SD 1.5 and LDM 1.45B, then SDXL, to themselves and to the text; then the autoencoders.
             heads(8, 40, 2, 4096, 4096, false).bench(),
             heads(8, 40, 2, 4096, 77, false).bench(),
@@ -210,7 +248,9 @@ impl Operation for Attention {
     }
 
     fn random(r: &mut Small) -> Case {
-        let (heads, d) = (r.below(3) + 1, r.below(90) + 1);
+        let heads = r.below(3) + 1;
+        // Half of them of a size that tensor cores take in 16 bits.
+        let d = if r.below(2) == 0 { r.below(90) + 1 } else { 8 * (r.below(24) + 1) };
         let s = r.below(60) + 1;
         let causal = r.below(3) == 0;
         let tq = if causal { r.below(s) + 1 } else { r.below(60) + 1 };
@@ -219,14 +259,56 @@ impl Operation for Attention {
     }
 }
 
-/// Kernel variant for a head size, and the queries that one of its blocks owns.
-fn choose(d: usize) -> (&'static str, usize) {
-    match d {
-        ..=64 => ("D=64", 32),
-        65..=160 => ("D=160", 32),
-        161..=512 => ("D=512", 8),
-        _ => ("D=1024", 8),
-    }
+/// The types of the kernels on tensor cores.
+const SIXTEEN: [DType; 2] = [DType::F16, DType::BF16];
+
+/// The kernel files of this room.
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Kernel {
+    /// All types and head sizes, without tensor cores.
+    Plain,
+    /// 16 bits, heads of up to 160.
+    Flash,
+    /// 16 bits, heads of up to 512.
+    Wide,
+}
+
+/// What computes an attention.
+#[derive(Clone, Copy, PartialEq, Debug)]
+struct Choice {
+    kernel: Kernel,
+    /// As its file lists it.
+    variant: &'static str,
+    /// Queries of one block.
+    queries: usize,
+}
+
+/// The kernel for a head size `d` and `t` queries in each of `n` heads, those of all images together. Tensor cores want 16
+/// bits and rows of whole 16-byte chunks.
+fn choose(dtype: DType, d: usize, t: usize, n: usize) -> Choice {
+    // Large blocks read keys and values half as often, if there are enough to give each multiprocessor of the largest
+    // cards (132) the two that its registers hold.
+    let many = n * t.div_ceil(128) >= 2 * 132;
+    let tensor_cores = SIXTEEN.contains(&dtype) && d.is_multiple_of(8);
+    let (kernel, variant, queries) = match d {
+        ..=32 if tensor_cores => (Kernel::Flash, "BM=64,D=32", 64),
+        ..=40 if tensor_cores && many => (Kernel::Flash, "BM=128,D=40", 128),
+        ..=40 if tensor_cores => (Kernel::Flash, "BM=64,D=40", 64),
+        ..=64 if tensor_cores && many => (Kernel::Flash, "BM=128,D=64", 128),
+        ..=64 if tensor_cores => (Kernel::Flash, "BM=64,D=64", 64),
+        ..=80 if tensor_cores => (Kernel::Flash, "BM=64,D=80", 64),
+        ..=96 if tensor_cores => (Kernel::Flash, "BM=64,D=96", 64),
+        ..=128 if tensor_cores => (Kernel::Flash, "BM=64,D=128", 64),
+        ..=160 if tensor_cores => (Kernel::Flash, "BM=64,D=160", 64),
+        ..=256 if tensor_cores => (Kernel::Wide, "D=256", 64),
+        ..=384 if tensor_cores => (Kernel::Wide, "D=384", 64),
+        ..=512 if tensor_cores => (Kernel::Wide, "D=512", 64),
+        ..=64 => (Kernel::Plain, "D=64", 32),
+        ..=160 => (Kernel::Plain, "D=160", 32),
+        ..=512 => (Kernel::Plain, "D=512", 8),
+        _ => (Kernel::Plain, "D=1024", 8),
+    };
+    Choice { kernel, variant, queries }
 }
 
 #[cfg(test)]
@@ -234,13 +316,51 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_head_size_of_the_models_has_a_variant_that_holds_it() {
-        for d in [8, 24, 32, 40, 48, 64, 80, 96, 128, 160, 256, 384, 512, 640, 960, 1024] {
-            let (variant, queries) = choose(d);
-            let holds: usize = variant[2..].parse().unwrap();
-            assert!(d <= holds && k::VARIANTS.contains(&variant) && queries > 0, "{d}: {variant}");
+    fn every_head_size_has_a_variant_that_holds_it() {
+        for (d, dtype, t) in (1..=1024).flat_map(|d| DType::FLOATS.map(|dtype| [(d, dtype, 64), (d, dtype, 4096)])).flatten()
+        {
+            let Choice { kernel, variant, queries } = choose(dtype, d, t, 16);
+            let listed: &[&str] = match kernel {
+                Kernel::Plain => plain::VARIANTS,
+                Kernel::Flash => flash::VARIANTS,
+                Kernel::Wide => wide::VARIANTS,
+            };
+            let macros: Vec<(&str, usize)> =
+                variant.split(',').map(|m| m.split_once('=').map(|(k, v)| (k, v.parse().unwrap())).unwrap()).collect();
+            let of = |name| macros.iter().find(|(k, _)| *k == name).map(|(_, v)| *v);
+            assert!(listed.contains(&variant) && d <= of("D").unwrap(), "{dtype:?} {d}: {kernel:?} {variant}");
+            assert_eq!(of("BM").unwrap_or(queries), queries, "{variant}");
+            assert!(kernel != Kernel::Wide || queries == wide::BM, "{variant}");
+            assert!(kernel == Kernel::Plain || (dtype != DType::F32 && d % 8 == 0 && d <= 512), "{dtype:?} {d}");
         }
-        assert_eq!(choose(40).0, "D=64");
-        assert_eq!(choose(80).0, "D=160");
+    }
+
+    #[test]
+    fn what_the_models_run() {
+        use Kernel::{Flash, Plain, Wide};
+        // Heads × images, head size, queries.
+        let table = [
+            ("SD 1.5, 64×64", 16, 40, 4096, Flash, "BM=128,D=40"),
+            ("SD 1.5, 32×32", 16, 80, 1024, Flash, "BM=64,D=80"),
+            ("SD 1.5, 16×16", 16, 160, 256, Flash, "BM=64,D=160"),
+            ("SD 1.5, 8×8", 16, 160, 64, Flash, "BM=64,D=160"),
+            ("SDXL, 64×64", 20, 64, 4096, Flash, "BM=128,D=64"),
+            ("SDXL, 32×32", 40, 64, 1024, Flash, "BM=128,D=64"),
+            ("LDM 1.45B, 32×32", 16, 40, 1024, Flash, "BM=64,D=40"),
+            ("CLIP, and LDM's transformer", 24, 64, 77, Flash, "BM=64,D=64"),
+            ("LDM with heads of 32", 14, 32, 4096, Flash, "BM=64,D=32"),
+            ("LDM on ImageNet, one head", 2, 384, 1024, Wide, "D=384"),
+            ("LDM on ImageNet, one head", 2, 960, 64, Plain, "D=1024"),
+            ("autoencoder", 1, 512, 4096, Wide, "D=512"),
+        ];
+        for (name, n, d, t, kernel, variant) in table {
+            for dtype in SIXTEEN {
+                let got = choose(dtype, d, t, n);
+                assert_eq!((got.kernel, got.variant), (kernel, variant), "{name}, {dtype:?}");
+            }
+            assert_eq!(choose(DType::F32, d, t, n).kernel, Plain, "{name}");
+        }
+        assert_eq!(choose(DType::F32, 40, 4096, 16).variant, "D=64");
+        assert_eq!(choose(DType::BF16, 44, 4096, 16), choose(DType::F32, 44, 4096, 16), "no whole chunks");
     }
 }

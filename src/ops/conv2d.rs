@@ -253,6 +253,11 @@ impl Operation for Conv2d {
         Product::conv(self, x).map_or("", |product| product.variant())
     }
 
+    fn with_stats(&self, x: &[Spec]) -> Option<Op> {
+        let op = Conv2d { epi: Epi { stats: true, ..self.epi.clone() }, ..self.clone() };
+        op.infer(x).is_ok().then(|| op.into())
+    }
+
     fn packed(&self) -> Option<usize> {
         Some(1)
     }
@@ -357,6 +362,11 @@ impl Operation for Linear {
 
     fn variant(&self, x: &[Spec]) -> &'static str {
         Product::linear(self, x).map_or("", |product| product.variant())
+    }
+
+    fn with_stats(&self, x: &[Spec]) -> Option<Op> {
+        let op = Linear { epi: Epi { stats: true, ..self.epi.clone() }, ..self.clone() };
+        op.infer(x).is_ok().then(|| op.into())
     }
 
     fn packed(&self) -> Option<usize> {

@@ -1,9 +1,35 @@
 //! y = act((x − mean) · rstd · w + bias), mean and variance over the pixels and channels of a group.
 //!
-//! PyTorch: `F.silu(F.group_norm(x, groups, w, b, eps))`. Kernel: `kernels/group_norm.cu`.
+//! PyTorch: `F.silu(F.group_norm(x, groups, w, b, eps))`. Kernels: `kernels/group_norm.cu`, which computes the statistics
+//! itself and takes any shape; and `kernels/group_norm_apply.cu`, which is given them by channel and slab of pixels
+//! ([`channel_stats`]); where there are many slabs, `kernels/group_norm_merge.cu` makes them fewer first.
+use super::Op;
 use super::activation::{Act, code};
+use super::group_stats::{SLAB, VECTOR, channel_stats};
 use super::prelude::*;
+use crate::graph::GivenStats;
 use crate::kernels::group_norm as k;
+use crate::kernels::{group_norm_apply as apply, group_norm_merge as merge};
+
+/// What a group norm has as inputs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Given {
+    /// x (B,…,C), w, bias.
+    #[default]
+    Input,
+    /// x (B,…,C), w, bias, and the [`channel_stats`] of x.
+    Stats,
+    /// x as two tensors side by side, x0 (B,…,C0) and x1 (B,…,C1) with C = C0 + C1, w, bias, and the [`channel_stats`] of
+    /// each.
+    Halves,
+}
+
+impl Given {
+    /// How many tensors x comes in.
+    fn sources(self) -> usize {
+        if self == Given::Halves { 2 } else { 1 }
+    }
+}
 
 /// Group normalisation of x (B,…,C) with w, bias (C), and an activation after it.
 #[derive(Clone, PartialEq, Debug)]
@@ -12,8 +38,10 @@ pub struct GroupNorm {
     pub groups: usize,
     /// Added to the variance.
     pub eps: f32,
-    /// Applied to the result.
+    /// Applied to the result; none or SiLU where statistics are given.
     pub act: Act,
+    /// The inputs.
+    pub given: Given,
 }
 
 /// Statistics of a group in f64: mean, mean of absolute values, reciprocal deviation.
@@ -38,24 +66,59 @@ fn moments(x: &Array, groups: usize, eps: f64, b: usize, g: usize) -> Stats {
     Stats { mean, size, rstd: 1.0 / (var + eps).sqrt() }
 }
 
+/// Mean and variance of some channels of one image from their statistics, `[mean, sum of squares]` for each channel and
+/// slab.
+fn merged(entries: impl Iterator<Item = [f64; 2]> + Clone) -> [f64; 2] {
+    let n = entries.clone().count() as f64;
+    let mean = entries.clone().map(|[mean, _]| mean).sum::<f64>() / n;
+    let squares = entries.map(|[m, m2]| m2 + SLAB as f64 * (m - mean) * (m - mean)).sum::<f64>();
+    [mean, squares / (n * SLAB as f64)]
+}
+
+/// [a | b] on the last axis.
+fn side_by_side(a: &Array, b: &Array) -> Array {
+    let (na, nb) = (a.shape.last(), b.shape.last());
+    let rows = a.data.chunks(na).zip(b.data.chunks(nb));
+    Array { shape: a.shape.with_last(na + nb), data: rows.flat_map(|(a, b)| [a, b].concat()).collect() }
+}
+
 impl GroupNorm {
+    /// A norm that computes its statistics.
+    pub fn new(groups: usize, eps: f32, act: Act) -> GroupNorm {
+        GroupNorm { groups, eps, act, given: Given::Input }
+    }
+
     /// Each element through `f(x, statistics, w, b)`.
     fn each(&self, x: &[Array], f: impl Fn(f64, Stats, f64, f64) -> f64) -> Vec<Array> {
-        let (c, batch) = (x[0].shape.last(), x[0].shape[0]);
-        let per_image = x[0].data.len() / batch.max(1);
-        let mut y = x[0].clone();
+        let n = self.given.sources();
+        let mut y = if n == 2 { side_by_side(&x[0], &x[1]) } else { x[0].clone() };
+        let (c, batch, eps) = (y.shape.last(), y.shape[0], self.eps as f64);
+        let per_image = y.data.len() / batch.max(1);
+        let given = |b: usize, g: usize| {
+            let (cpg, slabs, c0) = (c / self.groups, per_image / c / SLAB, x[0].shape.last());
+            let entries = (b * slabs..(b + 1) * slabs).flat_map(|s| (g * cpg..(g + 1) * cpg).map(move |c| (s, c)));
+            let entries = entries.map(|(s, c)| {
+                let (stats, c) = if c < c0 { (&x[n + 2], c) } else { (&x[n + 3], c - c0) };
+                [stats.at(&[s, c, 0]), stats.at(&[s, c, 1])]
+            });
+            let [mean, var] = merged(entries.clone());
+            // The mean of |x| is at most that of |mean| and the deviation.
+            let size = entries.clone().map(|[m, _]| m.abs()).sum::<f64>() / entries.count() as f64 + var.sqrt();
+            Stats { mean, size, rstd: 1.0 / (var + eps).sqrt() }
+        };
         for b in 0..batch {
-            let stats: Vec<_> =
-                (0..self.groups).map(|g| moments(&x[0], self.groups, self.eps as f64, b, g)).collect();
+            let stats = (0..self.groups).map(|g| match self.given {
+                Given::Input => moments(&y, self.groups, eps, b, g),
+                _ => given(b, g),
+            });
+            let stats: Vec<_> = stats.collect();
             for (i, v) in y.data[b * per_image..][..per_image].iter_mut().enumerate() {
-                *v = f(*v, stats[i % c / (c / self.groups)], x[1].data[i % c], x[2].data[i % c]);
+                *v = f(*v, stats[i % c / (c / self.groups)], x[n].data[i % c], x[n + 1].data[i % c]);
             }
         }
         vec![y]
     }
-}
 
-impl GroupNorm {
     /// Pixels of one image, whose groups have these means and variances.
     fn normalise(&self, x: &[f32], stats: &[[f64; 2]], cpg: usize, (w, bias): (&[f32], &[f32]), y: &mut [f32]) {
         let c = w.len();
@@ -80,52 +143,61 @@ impl GroupNorm {
     }
 }
 
-impl Operation for GroupNorm {
-    const NAME: &'static str = "group_norm";
-
-    fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>> {
-        let want = format!("x (B,…,C), w (C), bias (C) of one float type, C % {} == 0", self.groups);
-        let [x0, w, b] = args(Self::NAME, &want, x)?;
-        let c = x0.shape.last();
-        let fits = x0.shape.len() >= 2 && self.groups > 0 && c % self.groups == 0 && *w.shape == [c] && w == b;
-        ensure!(fits && w.dtype == x0.dtype && DType::FLOATS.contains(&x0.dtype), Self::NAME, want, x);
-        Ok(vec![x0])
-    }
-
-    fn spec(&self, x: &[Array]) -> Vec<Array> {
-        self.each(x, |v, s, w, b| self.act.apply_f64((v - s.mean) * s.rstd * w + b))
-    }
-
-    /// What is summed: x, and the group's values into its mean, both amplified by rstd.
-    fn magnitude(&self, x: &[Array]) -> Vec<Array> {
-        self.each(x, |v, s, w, b| (v.abs() + s.size) * s.rstd * w.abs() + b.abs())
-    }
-
-    fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
-        let (x, w, bias) = (io.slice(0), io.slice(1), io.slice(2));
-        let (c, batch, groups) = (io.x[0].shape.last(), io.x[0].shape[0], self.groups);
-        let (pixels, cpg) = (x.len() / batch.max(1) / c, c / groups);
+impl GroupNorm {
+    /// Computes y on the CPU where the groups have these means and variances (B,G).
+    fn with_moments(&self, io: &mut cpu::Call, stats: &[[f64; 2]]) {
+        let n = self.given.sources();
+        let (x, w, bias) = ([io.slice(0), io.slice(n - 1)], io.slice(n), io.slice(n + 1));
+        let (c0, c, batch) = (io.x[0].shape.last(), io.y[0].shape.last(), io.y[0].shape[0]);
+        let (pixels, cpg, groups) = (io.y[0].shape.rows() / batch.max(1), c / self.groups, self.groups);
         w.with_all(|w| {
             bias.with_all(|bias| {
-                cpu::math::group_stats(x, batch, c, groups, |stats| {
-                    io.rows(0, c, |first, y| {
-                        // The rows of each image that these are.
-                        let (mut p, mut rest) = (first, y);
-                        while !rest.is_empty() {
-                            let count = (pixels - p % pixels).min(rest.len() / c);
-                            let (y, tail) = rest.split_at_mut(count * c);
-                            let stats = &stats[p / pixels * groups..][..groups];
-                            x.with(p * c..p * c + y.len(), |x| self.normalise(x, stats, cpg, (w, bias), y));
-                            (p, rest) = (p + count, tail);
+                io.rows(0, c, |first, y| {
+                    // The rows of each image that these are.
+                    let (mut p, mut rest) = (first, y);
+                    while !rest.is_empty() {
+                        let count = (pixels - p % pixels).min(rest.len() / c);
+                        let (y, tail) = rest.split_at_mut(count * c);
+                        let stats = &stats[p / pixels * groups..][..groups];
+                        if n == 1 {
+                            x[0].with(p * c..p * c + y.len(), |x| self.normalise(x, stats, cpg, (w, bias), y));
+                        } else {
+                            cpu::with_scratch(y.len(), |both| {
+                                for (i, row) in both.chunks_mut(c).enumerate() {
+                                    x[0].read((p + i) * c0, &mut row[..c0]);
+                                    x[1].read((p + i) * (c - c0), &mut row[c0..]);
+                                }
+                                self.normalise(both, stats, cpg, (w, bias), y);
+                            });
                         }
-                    });
+                        (p, rest) = (p + count, tail);
+                    }
                 });
             });
         });
-        Ok(())
     }
 
-    fn cuda(&self, io: &cuda::Call) -> Result<()> {
+    /// Means and variances (B,G) from the statistics that are given.
+    fn given_moments(&self, io: &cpu::Call) -> Vec<[f64; 2]> {
+        let n = self.given.sources();
+        let (c0, c, batch) = (io.x[0].shape.last(), io.y[0].shape.last(), io.y[0].shape[0]);
+        let (slabs, cpg) = (io.y[0].shape.rows() / batch.max(1) / SLAB, c / self.groups);
+        let stats = [io.f32(n + 2), io.f32(2 * n + 1)];
+        let entry = |s: usize, c1: usize| {
+            let (stats, at) =
+                if c1 < c0 { (&stats[0], s * c0 + c1) } else { (&stats[1], s * (c - c0) + c1 - c0) };
+            [stats[2 * at] as f64, stats[2 * at + 1] as f64]
+        };
+        let group = |i: usize| {
+            let (b, g) = (i / self.groups, i % self.groups);
+            let slabs = b * slabs..(b + 1) * slabs;
+            merged(slabs.flat_map(|s| (g * cpg..(g + 1) * cpg).map(move |c| entry(s, c))))
+        };
+        (0..batch * self.groups).map(group).collect()
+    }
+
+    /// The kernel that computes the statistics itself.
+    fn launch_whole(&self, io: &cuda::Call) -> Result<()> {
         let s = io.x_spec(0).shape;
         let (b, c) = (s[0], s.last());
         let p = k::GroupNormFwd {
@@ -142,26 +214,192 @@ impl Operation for GroupNorm {
         io.launch(k::GROUP_NORM_FWD, io.x_spec(0).dtype, "", [self.groups, b, 1], k::BLOCK, p)
     }
 
+    /// The kernel that is given statistics.
+    fn launch_given(&self, io: &cuda::Call) -> Result<()> {
+        let n = self.given.sources();
+        let y = *io.y_spec(0);
+        let (b, c, c0) = (y.shape[0], y.shape.last(), io.x_spec(0).shape.last());
+        let hw = y.shape.rows() / b.max(1);
+        let (slabs, count) = (hw / SLAB, slabs_kept(hw / SLAB));
+        let second = |i: usize| if n == 2 { io.x(i) } else { Default::default() };
+        let (mut stats0, mut stats1) = (io.x(n + 2), second(n + 3));
+        if count < slabs {
+            let (from0, from1) = (stats0, stats1);
+            (stats0, stats1) = (io.scratch, io.scratch.offset(b * count * c0 * 2 * size_of::<f32>()));
+            let p = merge::GroupNormMerge {
+                y0: stats0,
+                y1: stats1,
+                x0: from0,
+                x1: from1,
+                c0: io.int(c0)?,
+                c1: io.int(c - c0)?,
+                fan: io.int(slabs / count)?,
+                each: SLAB as i32,
+            };
+            let grid = [c.div_ceil(32), count, b];
+            io.launch(merge::GROUP_NORM_MERGE, DType::F32, "", grid, merge::BLOCK, p)?;
+        }
+        let strips = c.div_ceil(apply::STRIP);
+        let rows = rows_per_block(hw, b * strips);
+        let p = apply::GroupNormApply {
+            y: io.y(0),
+            x0: io.x(0),
+            x1: second(1),
+            w: io.x(n),
+            bias: io.x(n + 1),
+            stats0,
+            stats1,
+            hw: io.int(hw)?,
+            c0: io.int(c0)?,
+            c1: io.int(c - c0)?,
+            groups: io.int(self.groups)?,
+            rows: io.int(rows)?,
+            count: io.int(count)?,
+            each: io.int(hw / count.max(1))?,
+            eps: self.eps,
+            silu: (self.act == Act::Silu) as i32,
+        };
+        io.launch(apply::GROUP_NORM_APPLY, y.dtype, "", [strips, hw.div_ceil(rows), b], apply::BLOCK, p)
+    }
+}
+
+/// Most slabs of an image that every block of the apply kernel merges itself. It then reads as many bytes of statistics
+/// as of x where it has 512 pixels; more would cost more than a launch.
+const MERGED_IN_PLACE: usize = 64;
+
+/// How many slabs of equal size are left to the apply kernel of `slabs`: all of them, or the most that divide them and are
+/// no more than 16.
+fn slabs_kept(slabs: usize) -> usize {
+    if slabs <= MERGED_IN_PLACE {
+        return slabs;
+    }
+    (1..=16).rev().find(|&n| slabs.is_multiple_of(n)).unwrap_or(1)
+}
+
+/// Pixels of a block of the apply kernel, of `hw` in an image, where `strips` blocks lie side by side: 512, with which a
+/// block has all its loads in flight at once; fewer where there would not be a block for each multiprocessor of an H100
+/// (132), more while there are four.
+fn rows_per_block(hw: usize, strips: usize) -> usize {
+    let blocks = |rows: usize| strips * hw.div_ceil(rows);
+    let mut rows = 512;
+    while rows > SLAB && blocks(rows) < 132 {
+        rows /= 2;
+    }
+    while rows >= 512 && rows < hw && blocks(2 * rows) >= 4 * 132 {
+        rows *= 2;
+    }
+    rows
+}
+
+impl Operation for GroupNorm {
+    const NAME: &'static str = "group_norm";
+
+    fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>> {
+        let (g, n) = (self.groups, self.given.sources());
+        let want = match self.given {
+            Given::Input => format!("x (B,…,C), w (C), bias (C) of one float type, C % {g} == 0"),
+            Given::Stats => format!(
+                "x (B,…,C), w (C), bias (C) of one float type, stats f32 (B·HW/{SLAB},C,2), C % {g} == 0, \
+                 C % {VECTOR} == 0, HW % {SLAB} == 0, no activation or SiLU"
+            ),
+            Given::Halves => format!(
+                "x0 (B,…,C0), x1 (B,…,C1), w (C), bias (C) of one float type, C = C0 + C1, C % {g} == 0, \
+                 stats0 f32 (B·HW/{SLAB},C0,2), stats1 f32 (B·HW/{SLAB},C1,2), C0 and C1 % {VECTOR} == 0, \
+                 HW % {SLAB} == 0, no activation or SiLU"
+            ),
+        };
+        let inputs = if self.given == Given::Input { 3 } else { 2 * n + 2 };
+        ensure!(x.len() == inputs, Self::NAME, want, x);
+        let (x0, w, b) = (x[0], x[n], x[n + 1]);
+        let c: usize = x[..n].iter().map(|s| s.shape.last()).sum();
+        let fits = x0.shape.len() >= 2 && g > 0 && c.is_multiple_of(g) && *w.shape == [c] && w == b;
+        ensure!(fits && w.dtype == x0.dtype && DType::FLOATS.contains(&x0.dtype), Self::NAME, want, x);
+        if self.given != Given::Input {
+            let stats = x[..n].iter().zip(&x[n + 2..]).all(|(x, stats)| channel_stats(*x) == Some(*stats));
+            let alike = x[n - 1] == Spec::new(x0.dtype, x0.shape.with_last(x[n - 1].shape.last()));
+            ensure!(stats && alike && [Act::None, Act::Silu].contains(&self.act), Self::NAME, want, x);
+        }
+        Ok(vec![Spec::new(x0.dtype, x0.shape.with_last(c))])
+    }
+
+    fn spec(&self, x: &[Array]) -> Vec<Array> {
+        self.each(x, |v, s, w, b| self.act.apply_f64((v - s.mean) * s.rstd * w + b))
+    }
+
+    /// What is summed: x, and the group's values into its mean, both amplified by rstd.
+    fn magnitude(&self, x: &[Array]) -> Vec<Array> {
+        self.each(x, |v, s, w, b| (v.abs() + s.size) * s.rstd * w.abs() + b.abs())
+    }
+
+    fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
+        if self.given != Given::Input {
+            let stats = self.given_moments(io);
+            self.with_moments(io, &stats);
+            return Ok(());
+        }
+        let (x, c, batch) = (io.slice(0), io.x[0].shape.last(), io.x[0].shape[0]);
+        cpu::math::group_stats(x, batch, c, self.groups, |stats| self.with_moments(io, stats));
+        Ok(())
+    }
+
+    fn cuda(&self, io: &cuda::Call) -> Result<()> {
+        match self.given {
+            Given::Input => self.launch_whole(io),
+            Given::Stats | Given::Halves => self.launch_given(io),
+        }
+    }
+
+    fn scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
+        let b = y[0].shape[0].max(1);
+        let slabs = y[0].shape.rows() / b / SLAB;
+        if self.given == Given::Input || slabs_kept(slabs) == slabs {
+            return 0;
+        }
+        b * slabs_kept(slabs) * y[0].shape.last() * 2 * size_of::<f32>()
+    }
+
     fn cpu_scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
         cpu::working_bytes(y[0].shape.last()) + cpu::math::stats_bytes(y[0].shape.rows(), y[0].shape.last())
     }
 
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
-        Cost::streaming(10 * y[0].shape.numel(), x, y)
+        let per_element = if self.given == Given::Input { 10 } else { 5 };
+        Cost::streaming(per_element * y[0].shape.numel(), x, y)
+    }
+
+    /// Statistics of x, or of what x was concatenated from: then nothing needs to be concatenated for the norm.
+    fn given_stats(&self, g: &Graph, x: &[Var]) -> Option<GivenStats> {
+        if self.given != Given::Input || ![Act::None, Act::Silu].contains(&self.act) {
+            return None;
+        }
+        let all = |of: &[Var]| of.iter().all(|&v| channel_stats(g.spec(v)).is_some());
+        let form = |given, of: Vec<Var>| {
+            let op = GroupNorm { given, ..self.clone() }.into();
+            GivenStats { op, x: of.iter().chain(&x[1..]).copied().collect(), of }
+        };
+        let halves = g.maker(x[0]).filter(|node| matches!(node.op, Op::Concat(_)) && all(&node.x));
+        match halves {
+            Some(concat) => Some(form(Given::Halves, concat.x.clone())),
+            None => all(&x[..1]).then(|| form(Given::Stats, vec![x[0]])),
+        }
     }
 
     fn cases() -> Vec<Case> {
         let norm = |groups, eps, act, x: &[usize]| {
             let c = x[x.len() - 1];
             let weight = t([c]).normal(1.0, 0.2);
-            Case::new(GroupNorm { groups, eps, act }, [t(x), weight, t([c])])
+            Case::new(GroupNorm::new(groups, eps, act), [t(x), weight, t([c])])
         };
-        let mut far = norm(4, 1e-5, Act::None, &[2, 9, 7, 32]);
-        far.args[0] = t([2, 9, 7, 32]).normal(100.0, 0.01);
-        let far = far.only(&[DType::F32]).loose(
-            8.0,
-            "the norm bound assumes |y| near |x|; here the input's own rounding is 1e-3 of its deviation",
-        );
+        let far = |case: Case| {
+            case.only(&[DType::F32]).loose(
+                8.0,
+                "the norm bound assumes |y| near |x|; here the input's own rounding is 1e-3 of its deviation",
+            )
+        };
+        let mut plain_far = norm(4, 1e-5, Act::None, &[2, 9, 7, 32]);
+        plain_far.args[0] = t([2, 9, 7, 32]).normal(100.0, 0.01);
+        let one = |groups, act, x: &[usize]| given(groups, act, &x[..x.len() - 1], &x[x.len() - 1..], 0.0, 1.0);
+        let two = |groups, act, x: &[usize], c: [usize; 2]| given(groups, act, x, &c, 0.5, 1.0);
         let mut small = vec![
             norm(1, 1e-5, Act::None, &[1, 1, 1, 4]),
             norm(2, 1e-5, Act::None, &[2, 3, 3, 4]),
@@ -171,7 +409,22 @@ impl Operation for GroupNorm {
             norm(16, 1e-5, Act::Silu, &[2, 6, 5, 80]),
             norm(3, 1e-5, Act::None, &[1, 40, 9]),
             norm(32, 1e-5, Act::Silu, &[1, 33, 31, 160]),
-            far,
+            far(plain_far),
+            one(1, Act::None, &[1, 8, 8, 8]),
+            one(8, Act::Silu, &[3, 64, 8]),
+            one(4, Act::Silu, &[2, 8, 16, 40]),
+            one(1, Act::None, &[1, 8, 8, 320]),
+            one(32, Act::Silu, &[2, 16, 16, 96]),
+            one(3, Act::Silu, &[1, 8, 40, 72]),
+            // 65 slabs, merged in fives; 67, which nothing divides.
+            one(2, Act::Silu, &[2, 65, 64, 16]),
+            two(2, Act::None, &[1, 67, 64], [8, 8]),
+            // Seams inside a group, inside a strip, and between strips.
+            two(4, Act::Silu, &[2, 8, 16], [24, 16]),
+            two(3, Act::None, &[1, 8, 8], [64, 32]),
+            two(2, Act::Silu, &[1, 16, 16], [8, 152]),
+            far(given(4, Act::None, &[2, 8, 16], &[40], 100.0, 0.01)),
+            far(given(2, Act::Silu, &[1, 65, 64], &[16, 8], 100.0, 0.01)),
         ];
         // UNets of SD 1.5, SDXL and LDM 1.45B; KL-f8 at 512×512 and VQ-f4 at 256×256, without a batch. Before attention
         // there is no activation: one of those in each size stands for them.
@@ -194,7 +447,12 @@ impl Operation for GroupNorm {
         }
         for (b, side, c) in [(2, 64, 320), (2, 32, 640), (2, 16, 1280), (2, 8, 1280), (1, 64, 512)] {
             small.push(norm(32, 1e-6, Act::None, &[b, side, side, c]).weights(1..3).bench());
+            small.push(one(32, Act::Silu, &[b, side, side, c]).weights(1..3).bench());
         }
+        for (side, c) in [(64, [640, 320]), (32, [1280, 640]), (16, [1280, 1280]), (8, [1280, 1280])] {
+            small.push(two(32, Act::Silu, &[2, side, side], c).weights(2..4).bench());
+        }
+        small.push(one(32, Act::Silu, &[1, 512, 512, 128]).weights(1..3).bench());
         small
     }
 
@@ -203,6 +461,70 @@ impl Operation for GroupNorm {
         let c = groups * (r.below(6) + 1);
         let x = [r.below(3) + 1, r.below(12) + 2, r.below(12) + 2, c];
         let act = [Act::None, Act::Silu][r.below(2)];
-        Case::new(GroupNorm { groups, eps: 1e-5, act }, [t(x).normal(0.3, 2.0), t([c]).normal(1.0, 0.2), t([c])])
+        if r.below(2) == 0 {
+            let c: Vec<usize> = (0..r.below(2) + 1).map(|_| 8 * (r.below(8) + 1)).collect();
+            let all: usize = c.iter().sum();
+            let groups = [1, 2, 4, 8, all / 8, all][r.below(6)];
+            return given(groups, act, &[r.below(3) + 1, 8, 8 * (r.below(3) + 1)], &c, 0.3, 2.0);
+        }
+        Case::new(GroupNorm::new(groups, 1e-5, act), [t(x).normal(0.3, 2.0), t([c]).normal(1.0, 0.2), t([c])])
+    }
+}
+
+/// A norm that is given statistics: x with these leading axes and, as one or two tensors, `c` channels, of this mean and
+/// deviation. The statistics are drawn, like x, so that they are what the result is computed from.
+fn given(groups: usize, act: Act, lead: &[usize], c: &[usize], mean: f64, deviation: f64) -> Case {
+    let form = if c.len() == 2 { Given::Halves } else { Given::Stats };
+    let (mut r, all) = (Small::new(c[0] as u64), c.iter().sum::<usize>());
+    let x = |&c: &usize| t([lead, &[c]].concat().as_slice()).normal(mean, deviation);
+    let mut args: Vec<_> = c.iter().map(x).collect();
+    args.push(t([all]).normal(1.0, 0.2));
+    args.push(t([all]));
+    for c in c {
+        let mut entry = || {
+            let squares = SLAB as f64 * (deviation * (0.6 + 0.1 * r.below(9) as f64)).powi(2);
+            [mean + 0.3 * deviation * r.normal(), squares]
+        };
+        // Prime, so that slabs and channels differ when it is repeated.
+        let values = (0..1009).flat_map(|_| entry()).collect();
+        args.push(f32s([lead.iter().product::<usize>() / SLAB, *c, 2]).values(values));
+    }
+    Case::new(GroupNorm { groups, eps: 1e-5, act, given: form }, args)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Concat, GroupStats};
+    use super::*;
+
+    #[test]
+    fn from_true_statistics_the_specification_is_the_same() {
+        let halves = Case::new(Concat, [t([2, 8, 16, 24]).normal(3.0, 0.5), t([2, 8, 16, 16]).normal(-1.0, 2.0)]);
+        let mut x = halves.inputs(DType::F32, 3);
+        let wb = Case::new(Concat, [t([40]), t([40])]).inputs(DType::F32, 4);
+        let whole = Concat.spec(&x).remove(0);
+        let norm = GroupNorm::new(4, 1e-5, Act::Silu);
+        let want = norm.spec(&[whole.clone(), wb[0].clone(), wb[1].clone()]).remove(0);
+        let given = |given, x: Vec<Array>| {
+            let stats: Vec<_> = x.iter().flat_map(|x| GroupStats.spec(std::slice::from_ref(x))).collect();
+            let inputs = [x, wb.clone(), stats].concat();
+            GroupNorm { given, ..norm.clone() }.spec(&inputs).remove(0)
+        };
+        for got in [given(Given::Stats, vec![whole]), given(Given::Halves, std::mem::take(&mut x))] {
+            let off = got.zip(&want, |a, b| (a - b).abs()).data.into_iter().fold(0.0, f64::max);
+            assert!(got.shape == want.shape && off < 1e-12, "{off}");
+        }
+    }
+
+    #[test]
+    fn blocks_and_slabs_for_the_real_shapes() {
+        // (batch, HW, C): pixels of a block, slabs that it merges.
+        let of = |[b, hw, c]: [usize; 3]| (rows_per_block(hw, b * c.div_ceil(apply::STRIP)), slabs_kept(hw / SLAB));
+        let sd15 = [[2, 4096, 320], [2, 1024, 640], [2, 256, 1280], [2, 64, 1280], [2, 64, 2560]];
+        assert_eq!(sd15.map(of), [(512, 64), (256, 16), (128, 4), (64, 1), (64, 1)]);
+        let decoder = [[1, 4096, 512], [1, 16384, 512], [1, 65536, 256], [1, 262144, 128]];
+        assert_eq!(decoder.map(of), [(256, 64), (512, 16), (512, 16), (1024, 16)]);
+        // 768×768, a prime number of slabs, and one image of one slab.
+        assert_eq!([144, 67, 1].map(slabs_kept), [16, 1, 1]);
     }
 }

@@ -36,6 +36,14 @@ impl LayerNorm {
     }
 }
 
+/// The variant of the kernel for rows of `c` elements: the narrowest that holds the row in registers; the one that reads
+/// the row three times where it is wider than all, or no whole number of 16-byte vectors.
+fn variant(c: usize, dtype: DType) -> &'static str {
+    let widths = [(320, "W=320"), (640, "W=640"), (1280, "W=1280"), (2048, "W=2048")];
+    let fits = widths.into_iter().find(|(w, _)| c <= *w && c.is_multiple_of(16 / dtype.size()));
+    fits.map_or("W=0", |(_, name)| name)
+}
+
 impl Operation for LayerNorm {
     const NAME: &'static str = "layer_norm";
 
@@ -85,7 +93,12 @@ impl Operation for LayerNorm {
             eps: self.eps,
         };
         let grid = [s.rows().div_ceil(k::BLOCK / 32), 1, 1];
-        io.launch(k::LAYER_NORM_FWD, io.x_spec(0).dtype, "", grid, k::BLOCK, p)
+        let dtype = io.x_spec(0).dtype;
+        io.launch(k::LAYER_NORM_FWD, dtype, variant(s.last(), dtype), grid, k::BLOCK, p)
+    }
+
+    fn variant(&self, x: &[Spec]) -> &'static str {
+        variant(x[0].shape.last(), x[0].dtype)
     }
 
     fn cpu_scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
@@ -101,12 +114,14 @@ impl Operation for LayerNorm {
             let c = x[x.len() - 1];
             Case::new(LayerNorm { eps: 1e-5 }, [t(x), t([c]).normal(1.0, 0.2), t([c])])
         };
-        let mut far = norm(&[9, 64]);
-        far.args[0] = t([9, 64]).normal(100.0, 0.01);
-        let far = far.only(&[DType::F32]).loose(
-            8.0,
-            "the norm bound assumes |y| near |x|; here the input's own rounding is 1e-3 of its deviation",
-        );
+        let far = |x: &[usize]| {
+            let mut case = norm(x);
+            case.args[0] = t(x).normal(100.0, 0.01);
+            case.only(&[DType::F32]).loose(
+                8.0,
+                "the norm bound assumes |y| near |x|; here the input's own rounding is 1e-3 of its deviation",
+            )
+        };
         let mut small = vec![
             norm(&[1, 2]),
             norm(&[3, 7]),
@@ -116,7 +131,17 @@ impl Operation for LayerNorm {
             norm(&[3, 33]),
             norm(&[1, 1280]),
             norm(&[5, 9, 100]),
-            far,
+            // Each variant, with its widest row, and with rows that leave most lanes of its last vectors without one.
+            norm(&[6, 640]),
+            norm(&[3, 2048]),
+            norm(&[2, 328]),
+            norm(&[5, 768]),
+            norm(&[2, 1288]),
+            norm(&[2, 2056]),
+            norm(&[7, 8]),
+            far(&[9, 64]),
+            far(&[3, 1280]),
+            far(&[2, 33]),
         ];
         // Tokens and widths of SD 1.5, SDXL and LDM 1.45B.
         let real = [[4096, 320], [4096, 640], [1024, 320], [1024, 640], [1024, 1280], [256, 640], [256, 1280]];
@@ -129,5 +154,21 @@ impl Operation for LayerNorm {
         let c = r.below(200) + 2;
         let x = t([r.below(20) + 1, c]).normal(-0.5, 2.0);
         Case::new(LayerNorm { eps: 1e-5 }, [x, t([c]).normal(1.0, 0.2), t([c])])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn real_rows_are_held_in_registers() {
+        let of = |c| [DType::F32, DType::F16, DType::BF16].map(|t| variant(c, t));
+        for (c, want) in [(64, "W=320"), (320, "W=320"), (640, "W=640"), (768, "W=1280"), (1024, "W=1280")] {
+            assert_eq!(of(c), [want; 3], "{c}");
+        }
+        assert_eq!([of(1280), of(2048)], [["W=1280"; 3], ["W=2048"; 3]]);
+        assert_eq!(of(100), ["W=320", "W=0", "W=0"], "100 elements of 16 bits are no whole vectors");
+        assert_eq!([of(33), of(2056)], [["W=0"; 3]; 2]);
     }
 }

@@ -11,7 +11,7 @@ pub use case::{Arg, Case, Fill, Ty, f32s, ids, t};
 
 use crate::backend::{cpu, cuda};
 use crate::error::{Error, Result};
-use crate::graph::{Graph, Rewrite, Target, Var};
+use crate::graph::{GivenStats, Graph, Rewrite, Target, Var};
 use crate::rng::Small;
 use crate::tensor::Spec;
 use std::fmt::Debug;
@@ -41,6 +41,7 @@ macro_rules! rooms {
             gaussian: Gaussian;
             geglu: Geglu;
             group_norm: GroupNorm;
+            group_stats: GroupStats;
             layer_norm: LayerNorm;
             quantize: Quantize;
             sampler: Prepare, Advance;
@@ -148,6 +149,17 @@ pub trait Operation: Clone + PartialEq + Debug + Into<Op> {
         None
     }
 
+    /// The same op that also emits the [`channel_stats`] of its first output, as its last one; `None` where its kernel for
+    /// these inputs cannot.
+    fn with_stats(&self, _x: &[Spec]) -> Option<Op> {
+        None
+    }
+
+    /// The same result from statistics that are given, where this op, with the inputs `x`, would compute them itself.
+    fn given_stats(&self, _g: &Graph, _x: &[Var]) -> Option<GivenStats> {
+        None
+    }
+
     /// Name of the kernel variant for these shapes, as listed in the `.cu`; empty where there is one only.
     fn variant(&self, _x: &[Spec]) -> &'static str {
         ""
@@ -250,6 +262,12 @@ macro_rules! define {
             pub fn fuse(&self, g: &Graph, at: Var, target: Target) -> Option<Rewrite> {
                 each!(self, op => op.fuse(g, at, target))
             }
+            /// [`Operation::with_stats`].
+            pub fn with_stats(&self, x: &[Spec]) -> Option<Op> { each!(self, op => op.with_stats(x)) }
+            /// [`Operation::given_stats`].
+            pub fn given_stats(&self, g: &Graph, x: &[Var]) -> Option<GivenStats> {
+                each!(self, op => op.given_stats(g, x))
+            }
             /// [`Operation::variant`].
             pub fn variant(&self, x: &[Spec]) -> &'static str { each!(self, op => op.variant(x)) }
         }
@@ -265,4 +283,6 @@ rooms!(define);
 pub use activation::Act;
 pub use cast::cast;
 pub use conv2d::{Epi, SLAB};
+pub use group_norm::Given;
+pub use group_stats::channel_stats;
 pub use sampler::TABLE;

@@ -27,13 +27,17 @@ pub struct Emulator {
     reset: unsafe extern "C" fn(),
     count: unsafe extern "C" fn(*const c_char) -> u64,
     poison: unsafe extern "C" fn(u64, u64) -> c_int,
+    sites: unsafe extern "C" fn() -> *const c_char,
+    banks: unsafe extern "C" fn() -> *const c_char,
     paths: &'static Built,
 }
 
 impl Emulator {
     /// Changes settings: `order=forward|reverse|random:SEED`, `async=late|early|random:SEED`,
     /// `fail=alloc:3,copy:2,load:1,launch:5,sync:1,host:1,graph:1` (the n-th such call from now on fails) or `fail=none`,
-    /// `uninit=error|ignore`, `threads=N`, `memory=BYTES`, `timeout=SECONDS` of one launch; several are joined by `;`. Panics on an unknown one.
+    /// `uninit=error|ignore`, `threads=N`, `memory=BYTES`, `timeout=SECONDS` of one launch, `banks=count|off`,
+    /// `drop=KIND:STEM:LINE` (that site of `sites` does nothing) or `drop=none`; several are joined by `;`. Panics on an
+    /// unknown one.
     pub fn configure(&self, settings: &str) {
         let text = CString::new(settings).unwrap();
         assert_eq!(unsafe { (self.configure)(text.as_ptr()) }, 0, "emulator: settings `{settings}`");
@@ -44,7 +48,7 @@ impl Emulator {
         unsafe { CStr::from_ptr((self.report)()) }.to_string_lossy().into_owned()
     }
 
-    /// Clears the sticky error, the report, and what is still queued. Memory, modules and streams stay.
+    /// Clears the sticky error, the report, what is still queued, `sites` and `banks`. Memory, modules and streams stay.
     pub fn reset(&self) {
         unsafe { (self.reset)() }
     }
@@ -56,6 +60,26 @@ impl Emulator {
         let n = unsafe { (self.count)(text.as_ptr()) };
         assert_ne!(n, u64::MAX, "emulator: no count of `{what}`");
         n
+    }
+
+    /// The barriers, waits, commits and fences that kernels have reached since the last `reset`, as `KIND:STEM:LINE`.
+    pub fn sites(&self) -> Vec<String> {
+        let text = unsafe { CStr::from_ptr((self.sites)()) }.to_string_lossy();
+        text.lines().map(str::to_string).collect()
+    }
+
+    /// The accesses to shared memory since the last `reset`, under `banks=count`: those by `load_shared`, `store_shared`,
+    /// `cp_async` and `ldmatrix`.
+    pub fn banks(&self) -> Vec<Banks> {
+        let text = unsafe { CStr::from_ptr((self.banks)()) }.to_string_lossy();
+        let row = |row: &str| {
+            let mut words = row.split(' ');
+            let mut word = || words.next().expect("six words a row");
+            let (unit, line, access) = (word().to_string(), word().parse().unwrap(), word().to_string());
+            let mut number = || word().parse().unwrap();
+            Banks { unit, line, access, count: number(), ideal: number(), actual: number() }
+        };
+        text.lines().map(row).collect()
     }
 
     /// What a child process needs in its environment to find the emulator as its driver.
@@ -70,6 +94,23 @@ impl Emulator {
     pub fn poison(&self, address: u64, bytes: u64) {
         assert_eq!(unsafe { (self.poison)(address, bytes) }, 0, "emulator: {}", self.report());
     }
+}
+
+/// How one source line uses the banks of shared memory.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Banks {
+    /// `STEM.TYPE.VARIANT`
+    pub unit: String,
+    /// Of the kernel file.
+    pub line: u32,
+    /// `load_shared`, `store_shared`, `cp_async` or `ldmatrix`.
+    pub access: String,
+    /// Accesses of whole warps.
+    pub count: u64,
+    /// Wavefronts that they would take without a conflict.
+    pub ideal: u64,
+    /// Wavefronts that they take.
+    pub actual: u64,
 }
 
 /// Loads the emulator with the engine's kernels. `None` where `LDM_TEST_DEVICE=cuda` asks for the real driver; `Err` says
@@ -345,6 +386,8 @@ fn load(built: &'static Built) -> Result<Emulator, String> {
         reset: get(driver, "ldm_emulator_reset")?,
         count: get(driver, "ldm_emulator_count")?,
         poison: get(driver, "ldm_emulator_poison")?,
+        sites: get(driver, "ldm_emulator_sites")?,
+        banks: get(driver, "ldm_emulator_banks")?,
         paths: built,
     };
     emulator.configure(&format!("units={}", built.units.display()));

@@ -28,10 +28,6 @@ const char* name_of(int op) {
     }
 }
 
-struct Waiting {
-    int op = 0, line = 0;
-};
-
 struct Warp {
     uint32_t all, ready, unstarted, arrived, done;
     int op, line;
@@ -45,7 +41,6 @@ struct Runner {
     Context main, dead, contexts[1024];
     Stack* held[1024];
     Stack* current_stack = nullptr;
-    Waiting waiting[1024];
     Warp warps[32];
     float values[1024];
     float block_result = 0;
@@ -58,6 +53,7 @@ struct Runner {
     bool running = false, failed = false;
     alignas(SMEM_ALIGN) unsigned char smem[SMEM_ALIGN + SMEM_MOST + BAND_BYTES];  // the block's part starts at SMEM_ALIGN
     unsigned smem_bytes = 0;
+    int drop_line = 0;  // of the kernel that runs, where one of its sites is dropped
 };
 
 thread_local Runner* runner = nullptr;
@@ -110,11 +106,15 @@ void take(unsigned t) {
     std::string text = "deadlock: no thread can go on;";
     int shown = 0, last_op = -1, last_line = -1;
     for (unsigned t = 0; t < R.threads && shown < 6; t++) {
-        const Waiting& wait = R.waiting[t];
-        if (wait.line == 0 || (wait.op == last_op && wait.line == last_line)) continue;
-        text += format(" thread %u waits in %s of line %d;", t, name_of(wait.op), wait.line);
-        last_op = wait.op;
-        last_line = wait.line;
+        const Warp& warp = R.warps[t >> 5];
+        if (warp.done >> (t & 31) & 1) continue;
+        // Who does not wait for its warp waits for the block.
+        const bool in_warp = warp.arrived >> (t & 31) & 1;
+        const int op = in_warp ? warp.op : R.barrier_op, line = in_warp ? warp.line : R.barrier_line;
+        if (op == last_op && line == last_line) continue;
+        text += format(" thread %u waits in %s of line %d;", t, name_of(op), line);
+        last_op = op;
+        last_line = line;
         shown++;
     }
     kernel_violation(LAUNCH_FAILED, 0, text);
@@ -124,15 +124,23 @@ void run_threads();
 
 // Goes on with another thread; returns when this one was released and chosen again.
 void wait_as(unsigned t) {
-    const int next = pick();
-    if (next < 0) deadlock();
-    take(unsigned(next));
-    Stack* mine = R.current_stack;
-    R.held[t] = mine;
-    Warp& warp = R.warps[unsigned(next) >> 5];
-    const uint32_t bit = 1u << (next & 31);
-    set_current(unsigned(next));
-    if (warp.unstarted & bit) {
+    Warp* warp = &R.warps[t >> 5];
+    unsigned next;
+    if (warp->ready && settings.order == Order::Forward) {
+        // What `pick` and `take` do here: the first lane of the same warp.
+        next = (t & ~31u) + unsigned(__builtin_ctz(warp->ready));
+        warp->ready &= warp->ready - 1;
+        if (!warp->ready) R.ready_warps &= ~(1u << (t >> 5));
+    } else {
+        const int chosen = pick();
+        if (chosen < 0) deadlock();
+        next = unsigned(chosen);
+        take(next);
+        warp = &R.warps[next >> 5];
+    }
+    R.held[t] = R.current_stack;
+    set_current(next);
+    if (warp->unstarted >> (next & 31) & 1) {
         Context fresh;
         R.current_stack = R.stacks.take(&fresh, run_threads);
         ldm_switch(&R.contexts[t], &fresh);
@@ -235,7 +243,7 @@ void complete(Warp& warp) {
 bool arrive_warp(unsigned t, int op, int line) {
     Warp& warp = R.warps[t >> 5];
     const uint32_t bit = 1u << (t & 31);
-    if (warp.done)
+    if (__builtin_expect(warp.done != 0, 0))
         kernel_violation(LAUNCH_FAILED, line, format("%s with inactive lanes: lane %d of warp %u has exited", name_of(op),
                                                      __builtin_ctz(warp.done), t >> 5));
     if (op != SYNC_WARP && warp.all != ~0u)
@@ -253,8 +261,6 @@ bool arrive_warp(unsigned t, int op, int line) {
     if (warp.arrived != warp.all) return false;
     complete(warp);
     warp.arrived = 0;
-    for (uint32_t others = warp.all & ~bit; others; others &= others - 1)
-        R.waiting[(t & ~31u) + unsigned(__builtin_ctz(others))].line = 0;
     set_ready(t >> 5, warp.all & ~bit);
     return true;
 }
@@ -275,15 +281,8 @@ bool arrive_block(unsigned t, int op, int line) {
     if (++R.arrived != R.threads) return false;
     R.arrived = 0;
     for (unsigned w = 0; w < R.warp_count; w++) set_ready(w, R.warps[w].all);
-    for (unsigned i = 0; i < R.threads; i++) R.waiting[i].line = 0;
     take(t);
     return true;
-}
-
-void wait_in(unsigned t, int op, int line) {
-    R.waiting[t].op = op;
-    R.waiting[t].line = line;
-    wait_as(t);
 }
 
 // A plain pointer went astray: say where, and end the block instead of the process.
@@ -321,8 +320,15 @@ void catch_faults() {
 
 bool in_kernel() { return runner && runner->running; }
 
+bool dropped(Site kind, int line) {
+    uint8_t& seen = R.launch->kernel->sites->kinds[unsigned(line) % LINES];
+    const uint8_t bit = uint8_t(1u << int(kind));
+    if (!(__atomic_load_n(&seen, __ATOMIC_RELAXED) & bit)) __atomic_fetch_or(&seen, bit, __ATOMIC_RELAXED);
+    return line == R.drop_line && kind == settings.drop;
+}
+
 bool warp_arrives(int op, int line) { return arrive_warp(ldm_thread.thread, op, line); }
-void warp_waits(int op, int line) { wait_in(ldm_thread.thread, op, line); }
+void warp_waits() { wait_as(ldm_thread.thread); }
 
 unsigned shared_offset(const void* p, unsigned bytes, const char* what, int line) {
     const uintptr_t at = uintptr_t(p) - uintptr_t(R.smem + SMEM_ALIGN);
@@ -364,6 +370,7 @@ bool block_run(const Launch& launch, uint64_t index) {
     R.arrived = R.finished = 0;
     R.ready_warps = 0;
     R.failed = false;
+    R.drop_line = settings.drop != Site::COUNT && settings.drop_stem == launch.kernel->stem ? settings.drop_line : 0;
     copies_start(index);
     for (unsigned w = 0; w < R.warp_count; w++) {
         Warp& warp = R.warps[w];
@@ -372,7 +379,6 @@ bool block_run(const Launch& launch, uint64_t index) {
         warp.ready = warp.arrived = warp.done = 0;
         set_ready(w, warp.all);
     }
-    for (unsigned t = 0; t < launch.block; t++) R.waiting[t].line = 0;
     R.last_warp = choose(R.ready_warps);
     const unsigned first = unsigned(pick());
     take(first);
@@ -382,6 +388,7 @@ bool block_run(const Launch& launch, uint64_t index) {
     R.running = true;
     ldm_switch(&R.main, &start);
     R.stacks.give_all();
+    if (settings.banks) banks_end(*launch.kernel);
     return !R.failed;
 }
 
@@ -410,21 +417,26 @@ API void* ldm_emu_smem_dynamic(const void* key, unsigned long long bytes, unsign
 }
 
 API void ldm_emu_shared(const void* p, unsigned bytes, int write, int line) {
-    shared_offset(p, bytes, write ? "store_shared" : "load_shared", line);
+    const unsigned at = shared_offset(p, bytes, write ? "store_shared" : "load_shared", line);
+    if (settings.banks) banks_access(write ? Access::Store : Access::Load, at, bytes, line);
 }
 
-API void ldm_emu_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+API void ldm_emu_fence(int line) {
+    if (!dropped(Site::Fence, line)) __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
 
 API void ldm_emu_sync_block(int line) {
     const unsigned t = ldm_thread.thread;
     copies_play();
+    if (dropped(Site::SyncBlock, line)) return;
     if (arrive_block(t, SYNC_BLOCK, line)) check_smem();
-    else wait_in(t, SYNC_BLOCK, line);
+    else wait_as(t);
 }
 
 API void ldm_emu_sync_warp(int line) {
     const unsigned t = ldm_thread.thread;
-    if (!arrive_warp(t, SYNC_WARP, line)) wait_in(t, SYNC_WARP, line);
+    if (dropped(Site::SyncWarp, line)) return;
+    if (!arrive_warp(t, SYNC_WARP, line)) wait_as(t);
 }
 
 API unsigned ldm_emu_warp(int what, unsigned value, int argument, int line) {
@@ -432,7 +444,7 @@ API unsigned ldm_emu_warp(int what, unsigned value, int argument, int line) {
     Warp& warp = R.warps[t >> 5];
     warp.values[t & 31] = value;
     warp.arguments[t & 31] = argument;
-    if (!arrive_warp(t, what, line)) wait_in(t, what, line);
+    if (!arrive_warp(t, what, line)) wait_as(t);
     return warp.results[t & 31];
 }
 
@@ -443,7 +455,7 @@ API float ldm_emu_block(int what, float value, float* scratch, unsigned block, i
         kernel_violation(LAUNCH_FAILED, line, format("%s<%u> in a block of %u threads", name_of(op), block, R.threads));
     R.values[t] = value;
     if (!arrive_block(t, op, line)) {
-        wait_in(t, op, line);
+        wait_as(t);
         return R.block_result;
     }
     float result = 0;

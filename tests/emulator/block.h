@@ -12,10 +12,20 @@ enum { OP_LDMATRIX = 110, OP_LDMATRIX_TRANS, OP_MMA };
 // The running lane comes to an operation of its warp: true for the lane that comes last, which computes for all and goes
 // on. The others wait, and find their results when they are back.
 bool warp_arrives(int op, int line);
-void warp_waits(int op, int line);
+void warp_waits();
 
 // Where `p` lies in the block's shared memory. An access that leaves it or is not aligned to its size is a violation.
 unsigned shared_offset(const void* p, unsigned bytes, const char* what, int line);
+
+// A site is reached: true where the setting `drop` says that it does nothing.
+bool dropped(Site kind, int line);
+
+// Bank conflicts, where the setting `banks` asks for them: one lane's access; the rows that a warp's ldmatrix reads, eight
+// of 16 bytes per matrix; and the end of a block.
+enum class Access { Load, Store, Copy, Matrix, COUNT };
+void banks_access(Access what, unsigned offset, unsigned bytes, int line);
+void banks_matrix(const unsigned* offsets, unsigned matrices, int line);
+void banks_end(const Kernel& kernel);
 
 // Asynchronous copies: a new block has none; a thread that exits may leave none behind; and the adversary's move when a
 // thread comes to a barrier.

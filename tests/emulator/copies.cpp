@@ -62,7 +62,8 @@ void copies_exit() {
 API void ldm_emu_cp_async(void* to, const void* from, int in, int line) {
     if (uintptr_t(from) % 16)
         kernel_violation(MISALIGNED_ADDRESS, line, format("misaligned cp_async of 16 bytes from %p", from));
-    shared_offset(to, 16, "cp_async", line);
+    const unsigned at = shared_offset(to, 16, "cp_async", line);
+    if (settings.banks) banks_access(Access::Copy, at, 16, line);
     Queue& queue = mine();
     queue.copies.push_back({to, in ? from : nullptr, queue.open, line, false});
     copies->in_flight++;
@@ -70,12 +71,14 @@ API void ldm_emu_cp_async(void* to, const void* from, int in, int line) {
     else memset(to, POISON, 16);
 }
 
-API void ldm_emu_cp_async_commit(int) {
+API void ldm_emu_cp_async_commit(int line) {
+    if (dropped(Site::CopyCommit, line)) return;
     mine().open++;
     copies_play();
 }
 
-API void ldm_emu_cp_async_wait(int pending, int) {
+API void ldm_emu_cp_async_wait(int pending, int line) {
+    if (dropped(Site::CopyWait, line)) return;
     Queue& queue = mine();
     size_t n = 0;
     while (n < queue.copies.size() && queue.copies[n].group + unsigned(pending) < queue.open) land(queue.copies[n++]);

@@ -47,6 +47,8 @@ constexpr unsigned char POISON = 0xff;
 
 enum class Order { Forward, Reverse, Random };
 enum class Async { Late, Early, Random };
+// What orders the accesses of threads: each source line with one is a site, which the setting `drop` can take away.
+enum class Site { SyncBlock, SyncWarp, CopyWait, CopyCommit, Fence, COUNT };
 
 struct Settings {
     Order order = Order::Forward;
@@ -58,6 +60,10 @@ struct Settings {
     uint64_t memory = 16ull << 30;     // what the device says it has
     unsigned timeout = 300;            // seconds that one launch may take before the process is ended; 0: for ever
     std::string units;                 // folder of the compiled kernels
+    bool banks = false;                // count bank conflicts
+    Site drop = Site::COUNT;           // with stem and line of a kernel file: this site does nothing
+    std::string drop_stem;
+    int drop_line = 0;
 };
 extern Settings settings;
 
@@ -124,8 +130,18 @@ bool host_is_pinned(const void* at, size_t bytes);
 
 // -------------------------------------------------------------------------------------------------------- kernels
 
+// The sites of a kernel file that were reached: a bit per kind, by line.
+constexpr unsigned LINES = 1024;
+struct Sites {
+    uint8_t kinds[LINES] = {};
+};
+Sites* sites_of(const std::string& stem);
+bool sites_drop(const std::string& value);          // parses the setting; false if it is not understood
+void sites_forget();
+
 struct Kernel {
-    std::string name, unit, file;
+    std::string name, unit, stem, file;
+    Sites* sites = nullptr;
     void (*entry)(const void* params) = nullptr;
     unsigned params = 0, bounds = 1024, dynamic = SMEM_STATIC;  // `dynamic`: bytes of shared memory that a launch may pass
 };
@@ -149,6 +165,8 @@ Result launch_run(const Launch& launch);
 
 // Reports a violation of the kernel thread that runs now, and leaves its block. Does not return.
 [[noreturn]] void kernel_violation(Result code, int line, const std::string& text);
+// What the setting `banks` has counted is forgotten.
+void banks_forget();
 // Is a kernel thread running on this OS thread?
 bool in_kernel();
 

@@ -25,7 +25,9 @@ impl Bench {
         match emulator::start_on(&["tests/emulator/bad", "tests/emulator/own"]) {
             Ok(Some(emulator)) => {
                 emulator.reset();
-                emulator.configure("order=forward;async=late;fail=none;uninit=error;threads=0");
+                emulator.configure(
+                    "order=forward;async=late;fail=none;uninit=error;threads=0;banks=off;drop=none",
+                );
                 unsafe {
                     ok(sys::cuInit(0));
                     let mut context = std::ptr::null_mut();
@@ -160,12 +162,46 @@ pub fn launch<P>(
 /// Launches with one struct of parameters.
 pub fn launch_3d<P>(
     function: sys::CUfunction,
+    grid: [u32; 3],
+    block: u32,
+    stream: sys::CUstream,
+    params: P,
+) -> Step<()> {
+    launch_shared(function, grid, block, 0, stream, params)
+}
+
+/// Launches with dynamic shared memory.
+pub fn launch_shared<P>(
+    function: sys::CUfunction,
     [x, y, z]: [u32; 3],
     block: u32,
+    shared: u32,
     stream: sys::CUstream,
     mut params: P,
 ) -> Step<()> {
     let mut pointers = [(&raw mut params).cast::<c_void>()];
     let (pointers, extra) = (pointers.as_mut_ptr(), std::ptr::null_mut());
-    step(unsafe { sys::cuLaunchKernel(function, x, y, z, block, 1, 1, 0, stream, pointers, extra) })
+    step(unsafe { sys::cuLaunchKernel(function, x, y, z, block, 1, 1, shared, stream, pointers, extra) })
+}
+
+const DYNAMIC: sys::CUfunction_attribute =
+    sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+
+/// Lets launches of a kernel pass this much dynamic shared memory.
+pub fn allow_shared(function: sys::CUfunction, bytes: i32) -> Step<()> {
+    step(unsafe { sys::cuFuncSetAttribute(function, DYNAMIC, bytes) })
+}
+
+/// How much dynamic shared memory launches of a kernel may pass.
+pub fn allowed_shared(function: sys::CUfunction) -> i32 {
+    let mut bytes = 0;
+    ok(unsafe { sys::cuFuncGetAttribute(&mut bytes, DYNAMIC, function) });
+    bytes
+}
+
+/// An answer of the device, by the number of the question.
+pub fn attribute(which: sys::CUdevice_attribute) -> i32 {
+    let mut value = 0;
+    ok(unsafe { sys::cuDeviceGetAttribute(&mut value, which, 0) });
+    value
 }

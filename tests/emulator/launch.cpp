@@ -171,7 +171,9 @@ Result module_kernel(Module* module, const char* name, Kernel** out) {
     auto kernel = std::make_unique<Kernel>();
     kernel->name = name;
     kernel->unit = module->unit;
+    kernel->stem = module->stem;
     kernel->file = module->stem + ".cu";
+    kernel->sites = sites_of(module->stem);
     kernel->entry = (void (*)(const void*))dlsym(module->library, ("ldm_entry_" + kernel->name).c_str());
     const unsigned* size = (const unsigned*)dlsym(module->library, ("ldm_size_" + kernel->name).c_str());
     const unsigned* bounds = (const unsigned*)dlsym(module->library, ("ldm_bounds_" + kernel->name).c_str());

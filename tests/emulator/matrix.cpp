@@ -2,13 +2,16 @@
 // the stacks of the lanes that wait. Most of the time of a kernel with tensor cores is spent here.
 
 #include <cstring>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 #include "block.h"
 #include "dev.cuh"
 
 namespace {
-// The fragments of one warp. Word r of a, over the lanes, is a block of 8×8 elements in row-major order; element pairs of d
-// are the same in float. b comes transposed, so it is turned as the lanes bring it.
+// The fragments of one warp. Word r of a, over the lanes, is 8×8 elements in row-major order; so are pairs of d, in float.
+// b comes transposed, so it is turned as the lanes bring it.
 struct Warp {
     alignas(64) unsigned a[4][32];
     alignas(64) unsigned short b[16][8];
@@ -16,6 +19,7 @@ struct Warp {
     float* to[32];
     unsigned* words[32];
     const char* rows[32];
+    unsigned offsets[32];
 };
 struct Warps {
     Warp of[32];
@@ -34,47 +38,48 @@ typedef unsigned short Narrow __attribute__((vector_size(16)));
 
 // Eight elements as doubles.
 template <bool BFLOAT>
-Row convert(const unsigned short* from) {
+inline Row convert(const void* from) {
     Narrow bits;
     memcpy(&bits, from, sizeof bits);
+#ifdef __F16C__
+    if (!BFLOAT) return __builtin_convertvector((Row32)_mm256_cvtph_ps((__m128i)bits), Row);
+#endif
     const Wide x = __builtin_convertvector(bits, Wide);
-    Wide word;
-    if (BFLOAT) {
-        word = x << 16;
-    } else {
-        // As `to_float` of dev_emu.cuh; scaling by a power of two is exact.
-        const Wide sign = (x & 0x8000u) << 16, magnitude = (x & 0x7fffu) << 13;
-        const Row32 scaled = (Row32)magnitude * 0x1p112f;
-        const Wide infinite = (Wide)(magnitude >= 0x0f800000u);
-        word = sign | (infinite & (magnitude | 0x70000000u)) | (~infinite & (Wide)scaled);
-    }
+    if (BFLOAT) return __builtin_convertvector((Row32)(x << 16), Row);
+    // As `to_float` of dev_emu.cuh; scaling by a power of two is exact.
+    const Wide sign = (x & 0x8000u) << 16, magnitude = (x & 0x7fffu) << 13;
+    const Wide infinite = (Wide)(magnitude >= 0x0f800000u);
+    const Row32 scaled = (Row32)magnitude * 0x1p112f;
+    const Wide word = sign | (infinite & (magnitude | 0x70000000u)) | (~infinite & (Wide)scaled);
     return __builtin_convertvector((Row32)word, Row);
 }
 
-// d += a · b, with products and sums in double and one rounding at the end: the hardware does not round each sum either.
+// d += a · b, with exact products and sums in double, rounded once: the hardware does not round each sum either.
 template <bool BFLOAT>
 void multiply(Warp& w) {
     Row b[16];
     for (int k = 0; k < 16; k++) b[k] = convert<BFLOAT>(w.b[k]);
-    const unsigned short* blocks[4];
-    for (int r = 0; r < 4; r++) blocks[r] = (const unsigned short*)w.a[r];
-    for (int half = 0; half < 2; half++) {
-        Row sum[8];
-        double a[8][16];
-        for (int i = 0; i < 8; i++) {
-            Row32 before;
-            memcpy(&before, w.d[half] + 8 * i, sizeof before);
-            sum[i] = __builtin_convertvector(before, Row);
-            for (int part = 0; part < 2; part++) {
-                const Row x = convert<BFLOAT>(blocks[half + 2 * part] + 8 * i);
-                memcpy(a[i] + 8 * part, &x, sizeof x);
+    for (int i = 0; i < 8; i++) {
+        // Rows i and i + 8; even and odd products apart, so that sums need not wait for each other.
+        Row even[2], odd[2] = {};
+        double a[2][16];
+        for (int half = 0; half < 2; half++) {
+            const Row left = convert<BFLOAT>(w.a[half] + 4 * i), right = convert<BFLOAT>(w.a[half + 2] + 4 * i);
+            memcpy(a[half], &left, sizeof left);
+            memcpy(a[half] + 8, &right, sizeof right);
+            Row32 d;
+            memcpy(&d, w.d[half] + 8 * i, sizeof d);
+            even[half] = __builtin_convertvector(d, Row);
+        }
+        for (int k = 0; k < 16; k += 2) {
+            for (int half = 0; half < 2; half++) {
+                even[half] += a[half][k] * b[k];
+                odd[half] += a[half][k + 1] * b[k + 1];
             }
         }
-        for (int k = 0; k < 16; k++)
-            for (int i = 0; i < 8; i++) sum[i] += a[i][k] * b[k];
-        for (int i = 0; i < 8; i++) {
-            const Row32 after = __builtin_convertvector(sum[i], Row32);
-            memcpy(w.d[half] + 8 * i, &after, sizeof after);
+        for (int half = 0; half < 2; half++) {
+            const Row32 d = __builtin_convertvector(even[half] + odd[half], Row32);
+            memcpy(w.d[half] + 8 * i, &d, sizeof d);
         }
     }
     for (int l = 0; l < 32; l++) {
@@ -88,14 +93,15 @@ API void ldm_emu_mma(float* d, const unsigned* a, const unsigned* b, int bfloat,
     Warp& w = mine();
     const unsigned l = ldm_thread.lane;
     for (int r = 0; r < 4; r++) w.a[r][l] = a[r];
-    for (int r = 0; r < 2; r++) {
-        w.b[2 * (l % 4) + 8 * r][l / 4] = (unsigned short)b[r];
-        w.b[2 * (l % 4) + 8 * r + 1][l / 4] = (unsigned short)(b[r] >> 16);
-    }
+    unsigned short* column = &w.b[2 * (l % 4)][l / 4];
+    column[0] = (unsigned short)b[0];
+    column[8] = (unsigned short)(b[0] >> 16);
+    column[64] = (unsigned short)b[1];
+    column[72] = (unsigned short)(b[1] >> 16);
     memcpy(w.d[0] + 2 * l, d, 8);
     memcpy(w.d[1] + 2 * l, d + 2, 8);
     w.to[l] = d;
-    if (!warp_arrives(OP_MMA, line)) return warp_waits(OP_MMA, line);
+    if (!warp_arrives(OP_MMA, line)) return warp_waits();
     if (bfloat) multiply<true>(w);
     else multiply<false>(w);
 }
@@ -104,10 +110,11 @@ API void ldm_emu_ldmatrix(unsigned* r, const void* row, int count, int trans, in
     Warp& w = mine();
     const int op = trans ? OP_LDMATRIX_TRANS : OP_LDMATRIX;
     const unsigned lane = ldm_thread.lane;
-    if (lane < unsigned(8 * count)) shared_offset(row, 16, trans ? "ldmatrix_trans" : "ldmatrix", line);
+    if (lane < unsigned(8 * count)) w.offsets[lane] = shared_offset(row, 16, trans ? "ldmatrix_trans" : "ldmatrix", line);
     w.rows[lane] = (const char*)row;
     w.words[lane] = r;
-    if (!warp_arrives(op, line)) return warp_waits(op, line);
+    if (!warp_arrives(op, line)) return warp_waits();
+    if (settings.banks) banks_matrix(w.offsets, unsigned(count), line);
     for (int l = 0; l < 32; l++) {
         for (int i = 0; i < count; i++) {
             const char* const* rows = w.rows + 8 * i;

@@ -82,6 +82,11 @@ bool set(const std::string& key, const std::string& value) {
         settings.uninitialised_is_error = value == "error";
         return value == "error" || value == "ignore";
     }
+    if (key == "banks") {
+        settings.banks = value == "count";
+        return value == "count" || value == "off";
+    }
+    if (key == "drop") return sites_drop(value);
     if (key == "units") return settings.units = value, true;
     if (key == "threads" && number(value, &n)) return settings.threads = unsigned(n), true;
     if (key == "timeout" && number(value, &n)) return settings.timeout = unsigned(n), true;
@@ -137,7 +142,8 @@ __attribute__((constructor)) static void read_environment() {
     static const char* const names[][2] = {{"LDM_EMULATOR_ORDER", "order"}, {"LDM_EMULATOR_ASYNC", "async"},
                                            {"LDM_EMULATOR_FAIL", "fail"},   {"LDM_EMULATOR_UNINIT", "uninit"},
                                            {"LDM_EMULATOR_THREADS", "threads"}, {"LDM_EMULATOR_MEMORY", "memory"},
-                                           {"LDM_EMULATOR_UNITS", "units"}, {"LDM_EMULATOR_TIMEOUT", "timeout"}};
+                                           {"LDM_EMULATOR_UNITS", "units"}, {"LDM_EMULATOR_TIMEOUT", "timeout"},
+                                           {"LDM_EMULATOR_BANKS", "banks"}, {"LDM_EMULATOR_DROP", "drop"}};
     for (const auto& name : names) {
         const char* value = getenv(name[0]);
         if (value && *value && !set(name[1], value)) {
@@ -169,10 +175,12 @@ API const char* ldm_emulator_report() {
     return shown_report.c_str();
 }
 
-// Forgets the sticky error, its report, and what is still queued.
+// Forgets the sticky error, its report, what is still queued, the sites that were seen and the bank conflicts.
 API void ldm_emulator_reset() {
     LOCKED;
     streams_forget();
+    sites_forget();
+    banks_forget();
     std::lock_guard<std::mutex> lock(report_lock);
     sticky_error = SUCCESS;
     last_report.clear();

@@ -242,26 +242,38 @@ impl Context {
         started.and(done)
     }
 
+    /// The stream that work goes to: a recording's, if there is one.
+    fn stream(&self, recording: Option<&Recording>) -> sys::CUstream {
+        recording.map_or(self.stream, |r| r.stream)
+    }
+
     /// Copies `n` bytes on the device.
-    pub(super) fn copy(&self, from: DevicePtr, to: DevicePtr, n: usize) -> Result<()> {
+    pub(super) fn copy(
+        &self,
+        from: DevicePtr,
+        to: DevicePtr,
+        n: usize,
+        on: Option<&Recording>,
+    ) -> Result<()> {
         self.bind()?;
         // SAFETY: device memory only: nothing that Rust owns can be touched. The caller has checked the
         // bounds.
-        let code = unsafe { sys::cuMemcpyDtoDAsync_v2(to.0, from.0, n, self.stream) };
+        let code = unsafe { sys::cuMemcpyDtoDAsync_v2(to.0, from.0, n, self.stream(on)) };
         Ok(check("cuMemcpyDtoDAsync", code)?)
     }
 
     /// Sets `n` bytes.
-    pub(super) fn fill(&self, at: DevicePtr, n: usize, byte: u8) -> Result<()> {
+    pub(super) fn fill(&self, at: DevicePtr, n: usize, byte: u8, on: Option<&Recording>) -> Result<()> {
         self.bind()?;
         // SAFETY: device memory only, as in `copy`.
-        Ok(check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(at.0, byte, n, self.stream) })?)
+        Ok(check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(at.0, byte, n, self.stream(on)) })?)
     }
 
     /// Starts a kernel: grid of blocks of `block` threads, each block with the dynamic shared memory that the function was
     /// looked up for. The sizes must be within the device's limits.
     pub(super) fn launch<P: Params>(
         &self,
+        on: Option<&Recording>,
         function: &Function,
         [x, y, z]: [u32; 3],
         block: u32,
@@ -275,7 +287,7 @@ impl Context {
         // device memory only.
         let code = unsafe {
             let (arguments, smem, none) = (arguments.as_mut_ptr(), function.smem, ptr::null_mut());
-            sys::cuLaunchKernel(function.raw, x, y, z, block, 1, 1, smem, self.stream, arguments, none)
+            sys::cuLaunchKernel(function.raw, x, y, z, block, 1, 1, smem, self.stream(on), arguments, none)
         };
         check("cuLaunchKernel", code)
     }
@@ -385,6 +397,91 @@ pub(super) struct Function {
 unsafe impl Send for Function {}
 // SAFETY: as for `Module`.
 unsafe impl Sync for Function {}
+
+/// A stream that writes down what it is given instead of doing it, until it ends.
+pub(super) struct Recording {
+    stream: sys::CUstream,
+    context: Arc<Context>,
+}
+
+// SAFETY: as for `Module`.
+unsafe impl Send for Recording {}
+// SAFETY: as for `Module`.
+unsafe impl Sync for Recording {}
+
+impl Recording {
+    /// Begins. It has a stream of its own, so that what other threads ask of the device meanwhile is done, not recorded;
+    /// the calling thread must neither allocate nor wait before the end.
+    pub(super) fn begin(context: &Arc<Context>) -> std::result::Result<Recording, Failure> {
+        use sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as OTHERS_MAY;
+        context.bind()?;
+        let (mut stream, flags) = (ptr::null_mut(), sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32);
+        // SAFETY: the context is current; the stream is destroyed on drop.
+        check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut stream, flags) })?;
+        let this = Recording { stream, context: context.clone() };
+        // SAFETY: the stream was made above.
+        let code = unsafe { sys::cuStreamBeginCapture_v2(stream, OTHERS_MAY) };
+        check("cuStreamBeginCapture", code).map(|()| this)
+    }
+
+    /// Ends, and makes what was recorded ready to run.
+    pub(super) fn end(&self) -> std::result::Result<Graph, Failure> {
+        self.context.bind()?;
+        let (mut recorded, mut raw, mut nodes) = (ptr::null_mut(), ptr::null_mut(), 0);
+        // SAFETY: the stream captures since `begin`; takes a place for one handle.
+        check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(self.stream, &mut recorded) })?;
+        // SAFETY: `recorded` is a graph from here to its destruction below; without a place for nodes they are counted.
+        let made = unsafe {
+            check("cuGraphGetNodes", sys::cuGraphGetNodes(recorded, ptr::null_mut(), &mut nodes)).and_then(
+                |()| check("cuGraphInstantiate", sys::cuGraphInstantiateWithFlags(&mut raw, recorded, 0)),
+            )
+        };
+        // SAFETY: what is ready to run is a copy.
+        let _ = unsafe { sys::cuGraphDestroy(recorded) };
+        made.map(|()| Graph { raw, nodes, context: self.context.clone() })
+    }
+}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        // SAFETY: made by `begin`, destroyed once.
+        let _ = unsafe { sys::cuStreamDestroy_v2(self.stream) };
+    }
+}
+
+/// Recorded work, ready to run as often as one likes.
+pub(super) struct Graph {
+    raw: sys::CUgraphExec,
+    nodes: usize,
+    context: Arc<Context>,
+}
+
+// SAFETY: as for `Module`: launches of one graph follow each other in the stream.
+unsafe impl Send for Graph {}
+// SAFETY: as above.
+unsafe impl Sync for Graph {}
+
+impl Graph {
+    /// Kernels and fills in it.
+    pub(super) fn nodes(&self) -> usize {
+        self.nodes
+    }
+
+    /// Runs it after everything that was asked for before.
+    pub(super) fn launch(&self) -> std::result::Result<(), Failure> {
+        self.context.bind()?;
+        // SAFETY: the graph is alive. Its kernels' modules are loaded for as long as the device handle lives (`Graph` in
+        // mod.rs holds one), and they reach device memory only.
+        check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(self.raw, self.context.stream) })
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: made by `end`, destroyed once; the driver waits by itself for a launch that still runs.
+        let _ = unsafe { sys::cuGraphExecDestroy(self.raw) };
+    }
+}
 
 /// A mark in the stream, which the device stamps with the time.
 pub struct Event {

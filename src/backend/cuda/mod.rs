@@ -1,5 +1,5 @@
-//! The CUDA device: memory, copies, modules, launches. One stream per handle; everything in it happens in
-//! order.
+//! The CUDA device: memory, copies, modules, launches, recorded launches. One stream per handle; everything in it happens
+//! in order.
 
 mod call;
 mod driver;
@@ -9,7 +9,7 @@ pub use driver::Event;
 
 use crate::error::{Error, Result};
 use crate::kernels::{self, DevicePtr, Params, UNITS};
-use driver::{Context, Failure, Function, Memory, Module};
+use driver::{Context, Failure, Function, Memory, Module, Recording};
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -18,6 +18,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 #[derive(Clone)]
 pub struct Cuda {
     inner: Arc<Inner>,
+    /// Where kernels and fills are written down instead of run, inside [`Cuda::record_graph`].
+    recording: Option<Arc<Recording>>,
 }
 
 struct Inner {
@@ -27,6 +29,8 @@ struct Inner {
     driver: i32,
     /// `LDM_CUDA_SYNC=1`: wait after each launch.
     patient: bool,
+    /// Unless `LDM_CUDA_GRAPH=off`.
+    graphs: bool,
     functions: Mutex<HashMap<(usize, &'static str), Function>>,
     modules: Mutex<HashMap<usize, Arc<Module>>>,
     counters: Mutex<Option<Memory>>,
@@ -113,10 +117,27 @@ impl Cuda {
         let context = Arc::new(Context::open(ordinal)?);
         let (name, capability) = context.describe()?;
         let patient = std::env::var("LDM_CUDA_SYNC").is_ok_and(|v| !matches!(v.as_str(), "" | "0"));
+        let graphs = match std::env::var("LDM_CUDA_GRAPH").as_deref() {
+            Ok("off") => false,
+            Ok("" | "on") | Err(_) => true,
+            Ok(other) => {
+                return Err(Error::invalid(format!("LDM_CUDA_GRAPH: want on or off; got `{other}`")));
+            }
+        };
         let (functions, modules, counters) = Default::default();
-        let inner =
-            Inner { ordinal, name, capability, driver, patient, functions, modules, counters, context };
-        let cuda = Cuda { inner: Arc::new(inner) };
+        let inner = Inner {
+            ordinal,
+            name,
+            capability,
+            driver,
+            patient,
+            graphs,
+            functions,
+            modules,
+            counters,
+            context,
+        };
+        let cuda = Cuda { inner: Arc::new(inner), recording: None };
         // Whether one unit loads says whether the others will.
         if let Some(first) = UNITS.iter().position(|u| u.image(capability).is_some()) {
             cuda.module(first)?;
@@ -206,7 +227,7 @@ impl Cuda {
         n: usize,
     ) -> Result<()> {
         let (from, to) = (from.part("copy", from_offset, n)?, to.part("copy", to_offset, n)?);
-        if n == 0 { Ok(()) } else { self.inner.context.copy(from, to, n) }
+        if n == 0 { Ok(()) } else { self.inner.context.copy(from, to, n, self.on()) }
     }
 
     /// Sets `n` bytes from byte `offset` on, in order with other work.
@@ -215,7 +236,7 @@ impl Cuda {
     /// When they are not in the buffer, or the driver fails.
     pub fn fill(&self, buffer: &Buffer, offset: usize, n: usize, byte: u8) -> Result<()> {
         let at = buffer.part("fill", offset, n)?;
-        if n == 0 { Ok(()) } else { self.inner.context.fill(at, n, byte) }
+        if n == 0 { Ok(()) } else { self.inner.context.fill(at, n, byte, self.on()) }
     }
 
     /// Waits for all work that was asked for.
@@ -229,6 +250,32 @@ impl Cuda {
     fn explain_late(&self, failure: Failure) -> Error {
         let hint = if self.inner.patient { "" } else { "; LDM_CUDA_SYNC=1 tells which kernel it was" };
         Error::Cuda { call: "work on the device".into(), node: String::new(), what: failure.words() + hint }
+    }
+
+    fn on(&self) -> Option<&Recording> {
+        self.recording.as_deref()
+    }
+
+    /// Whether what is run again and again should be recorded: not with `LDM_CUDA_GRAPH=off`, nor with `LDM_CUDA_SYNC=1`,
+    /// which looks at each launch.
+    pub fn records_graphs(&self) -> bool {
+        self.inner.graphs && !self.inner.patient
+    }
+
+    /// Records the kernels and fills that `work` asks for of the handle that it is given, as one graph; none of them is
+    /// run. Their modules must have been loaded, that is, they must have run before: nothing can be loaded, allocated or
+    /// waited for in between.
+    ///
+    /// # Errors
+    /// Those of `work`; and the driver's, when something was asked for that cannot be recorded.
+    pub fn record_graph(&self, work: impl FnOnce(&Cuda) -> Result<()>) -> Result<Graph> {
+        let context = &self.inner.context;
+        let recording = Arc::new(Recording::begin(context).map_err(explain_graph)?);
+        let done = work(&Cuda { inner: self.inner.clone(), recording: Some(recording.clone()) });
+        // It ends in any case. An error of the work says more than what it does to the recording.
+        let graph = recording.end();
+        done?;
+        Ok(Graph { graph: graph.map_err(explain_graph)?, device: self.clone() })
     }
 
     /// Marks this point of the work, for timing.
@@ -339,8 +386,8 @@ impl Cuda {
         let name = P::KERNEL.name();
         let function = self.function(index, name)?;
         let context = &self.inner.context;
-        let mut done = context.launch(&function, grid, block, params);
-        if self.inner.patient {
+        let mut done = context.launch(self.on(), &function, grid, block, params);
+        if self.inner.patient && self.recording.is_none() {
             done = done.and_then(|()| context.synchronize());
         }
         done.map_err(|failure| {
@@ -358,13 +405,51 @@ impl Cuda {
         }
         let bytes = COUNTERS * size_of::<u32>();
         let memory = Memory::new(&self.inner.context, bytes).map_err(|f| self.explain_alloc(f, bytes))?;
-        self.inner.context.fill(memory.ptr(), bytes, 0)?;
+        self.inner.context.fill(memory.ptr(), bytes, 0, None)?;
         Ok(counters.insert(memory).ptr())
     }
 
     /// Sets memory that a call was given.
     fn fill_at(&self, at: DevicePtr, n: usize, byte: u8) -> Result<()> {
-        if n == 0 { Ok(()) } else { self.inner.context.fill(at, n, byte) }
+        if n == 0 { Ok(()) } else { self.inner.context.fill(at, n, byte, self.on()) }
+    }
+}
+
+/// Kernels and fills that run as one launch, on the memory that they were recorded with. That memory must outlive it: it
+/// holds none itself, but for what the driver keeps on the device for each kernel.
+pub struct Graph {
+    graph: driver::Graph,
+    device: Cuda,
+}
+
+impl Graph {
+    /// Kernels and fills in it.
+    pub fn nodes(&self) -> usize {
+        self.graph.nodes()
+    }
+
+    /// Runs it, in order with other work.
+    ///
+    /// # Errors
+    /// When the driver refuses; a fault of a kernel shows at the next synchronisation.
+    pub fn launch(&self) -> Result<()> {
+        self.graph.launch().map_err(explain_graph)
+    }
+}
+
+impl fmt::Debug for Graph {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Graph({} nodes on {:?})", self.nodes(), self.device)
+    }
+}
+
+fn explain_graph(failure: Failure) -> Error {
+    match failure.into() {
+        Error::Cuda { call, node, what } => {
+            let call = format!("{call} (a recorded evaluation)");
+            Error::Cuda { call, node, what: what + "; LDM_CUDA_GRAPH=off runs node by node" }
+        }
+        other => other,
     }
 }
 

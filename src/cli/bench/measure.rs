@@ -34,6 +34,14 @@ pub(super) struct Repeats {
     pub(super) iterations: usize,
 }
 
+impl Repeats {
+    /// Evaluations that do not count. On a GPU the first runs node by node, and the second records it: their times are
+    /// those of no other.
+    pub(super) fn warmup(&self, device: &Device) -> usize {
+        self.warmup.max(if matches!(device, Device::Cpu) { 0 } else { 2 })
+    }
+}
+
 /// Runs the subject. With `detail` every node is timed: on a CPU in the same evaluations, where that costs nothing that
 /// could be seen; on a GPU in further ones.
 pub(super) fn measure(subject: &mut Subject, device: &Device, n: Repeats, detail: bool) -> Result<Measured> {
@@ -47,12 +55,13 @@ pub(super) fn measure(subject: &mut Subject, device: &Device, n: Repeats, detail
         allocated: f64::INFINITY,
         live: 0,
     };
-    for i in 0..n.warmup + n.iterations {
+    let warmup = n.warmup(device);
+    for i in 0..warmup + n.iterations {
         subject.prepare()?;
         let before = heap().unwrap_or_default();
         let seconds = once(subject, &mut recorder)?;
         let after = heap().unwrap_or_default();
-        if i < n.warmup {
+        if i < warmup {
             continue;
         }
         m.seconds.push(seconds);

@@ -84,6 +84,9 @@ pub(super) struct Machine {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub(super) struct Time {
     pub(super) warmup: usize,
+    /// Kernels (and fills) of an evaluation, each program of which is one recorded launch: on a GPU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) kernels: Option<u64>,
     pub(super) evaluations: Vec<f64>,
     pub(super) p50: f64,
     pub(super) p95: f64,

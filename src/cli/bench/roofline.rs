@@ -2,9 +2,12 @@
 
 use super::record::{Ceilings, CopyRate, MultiplyRate, Row};
 use crate::backend::cpu::simd::{Arith, Block, Isa, Kernel, LDA, Panel, Simd, tile};
+use crate::backend::cuda::Cuda;
 use crate::error::Result;
-use crate::exec::Device;
-use crate::tensor::DType;
+use crate::exec::{Device, Program, Weights};
+use crate::graph::{Graph, Layout};
+use crate::ops::Linear;
+use crate::tensor::{DType, HostTensor, Spec};
 use rayon::prelude::*;
 use std::hint::black_box;
 use std::time::Instant;
@@ -92,7 +95,7 @@ const SETS: [usize; 3] = [1 << 19, 1 << 24, 1 << 29];
 
 /// Measures the ceilings of a device.
 ///
-/// A GPU's copying is measured; how fast it multiplies is not: that takes a kernel of its own.
+/// On a GPU, multiplying is that of the engine's own product, large and square, in each type.
 pub(super) fn measure(device: &Device) -> Result<Ceilings> {
     match device {
         Device::Cpu => Ok(Ceilings { copy: SETS.map(copy).to_vec(), multiply: multiply() }),
@@ -109,9 +112,52 @@ pub(super) fn measure(device: &Device) -> Result<Ceilings> {
             }
             let rate =
                 CopyRate { set_bytes: 2 * n as u64, bytes_per_second: 2.0 * n as f64 / best.max(1e-12) };
-            Ok(Ceilings { copy: vec![rate], multiply: vec![] })
+            let multiply = DType::FLOATS.iter().map(|&t| product(c, device, t)).collect::<Result<_>>()?;
+            Ok(Ceilings { copy: vec![rate], multiply })
         }
     }
+}
+
+/// Sides of the products that a GPU is measured with: up to where one takes a millisecond.
+const SIDES: [usize; 5] = [256, 512, 1024, 2048, 4096];
+
+/// The best rate at which a GPU runs a product in a type, of the sides that were tried.
+fn product(cuda: &Cuda, device: &Device, dtype: DType) -> Result<MultiplyRate> {
+    let (mut best, mut name) = (0.0, String::new());
+    for side in SIDES {
+        // Numbers of both signs and many sizes: zeros would take less power, and a faster clock.
+        let values =
+            (0..side * side).map(|i| ((i * 2_654_435_761) % 2001) as f64 / 1000.0 - 1.0).collect::<Vec<_>>();
+        let matrix = HostTensor::from_f64(Spec::new(dtype, [side, side]), &values)?;
+        let mut g = Graph::new();
+        let (x, w) = (g.input("x", dtype, [side, side]), g.weight("w", Layout::Linear, dtype, [side, side])?);
+        let y = g.push("product", Linear::default(), &[x, w])?;
+        g.output("y", y);
+        let mut weights = Weights::new(device);
+        weights.insert_as("w", &matrix, Layout::Linear)?;
+        let mut program = Program::new(g, &weights, device)?;
+        program.write("x", &matrix)?;
+        let mut least = f64::INFINITY;
+        for _ in 0..TRIES {
+            let start = cuda.record()?;
+            program.run(&mut ())?;
+            least = least.min(start.elapsed(&cuda.record()?)? / 1e3);
+        }
+        let rate = 2.0 * (side as f64).powi(3) / least.max(1e-12);
+        if rate > best {
+            (best, name) = (rate, format!("product {side}×{side}×{side}"));
+        }
+        if least > 1e-3 {
+            break;
+        }
+    }
+    let (set, dtypes) = (cuda.capability(), vec![dtype.to_string()]);
+    Ok(MultiplyRate {
+        name,
+        instruction_set: format!("sm_{}{}", set.0, set.1),
+        dtypes,
+        flops_per_second: best,
+    })
 }
 
 fn multiply() -> Vec<MultiplyRate> {

@@ -79,6 +79,9 @@ pub(super) fn summary(record: &Record, m: &Measured) -> String {
                 t.warmup
             ),
         );
+        if let Some(kernels) = t.kernels {
+            line("", format!("{kernels} kernels, recorded as CUDA graphs"));
+        }
         let unit = if s.component == "text" { "prompts" } else { "images" };
         let of = match &*s.component {
             "unet" | "step" => {

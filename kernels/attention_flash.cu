@@ -1,0 +1,271 @@
+// y = softmax(scale · q kᵀ) v per head on tensor cores, in one pass over blocks of BN keys (FlashAttention-2, Dao 2023).
+//
+// Grid: (ceil(T / BM), N, B). A block owns BM queries of one head, each of its four warps BM / 4 of them, in tiles of 16.
+// Operands of a warp: q is read once into registers (`qf`, left operand); the scores of 16 queries × BN keys (`sc`) and the
+// result (`o`) are f32 accumulators in registers; the weights p become 16 bits in registers, where the accumulator's
+// layout is that of a left operand. k and v lie in a ring of two stages in shared memory, one block of keys in each.
+//
+// Waits: each turn waits for its stage, which was asked for a whole turn before, and then passes the turn's only barrier:
+// behind it everybody's copies of this stage are visible, and everybody has left the other stage, which is filled again
+// at once. Before the first turn the same barrier frees stage 1, where q was staged; after the last one a further barrier
+// frees the ring for y.
+//
+// Shared memory: rows of PITCH chunks of 16 bytes, PITCH = 2^A · odd. Chunk c of row r lies at chunk r · PITCH + (c ^ x),
+// x = the A bits of r from bit 3 - A on (A at most 3). Without conflicts, since each eighth of a warp's access touches
+// each of the 8 chunk columns (mod 8) once:
+//   ldmatrix reads chunk c of rows 8i … 8i+7. Rows with different x differ in the low A bits of c ^ x, to which r · PITCH,
+//   a multiple of 2^A, adds nothing; the 2^(3-A) consecutive rows of one x differ in odd · r mod 2^(3-A).
+//   cp_async and the rows of y move 8 chunks from a multiple of 8 on in the order of r · PITCH + c; the exclusive or
+//   permutes them within aligned groups of 2^A. The words of y are written as ldmatrix reads.
+//
+// Softmax, in base 2: p = 2^(s·c - m), c = scale · log2 e. m is the row's maximum at some time, and moves only when a
+// score passes it by more than 8: till then p stays below 2^8, which 16 bits hold, and the last division undoes any common
+// factor. So most turns have neither shuffles nor a rescaling. What m does depends on its own row alone, so a row's result
+// has the same bits whatever its neighbours are, and in blocks of either size. m starts at a large finite value, so that
+// -inf scores give p = 0; a row whose scores are all -inf ends as 0 / 0, and a NaN in a row passes into its sum: both become
+// NaN in y.
+//
+// Edges: rows from S on (T for q) and columns from d on are zeros in shared memory; scores of keys that a query does not
+// see are -inf, set in those turns alone that have such keys. Columns from d on of y are not stored.
+// Occupancy: the BLOCKS that are asked for are what registers allow; shared memory (16 to 48 KB) allows as many on sm_80 and
+// sm_90, and on sm_86 and sm_89 two where D is 80 or 96.
+//
+// types: f16 bf16
+// variants: BM=64,D=32 BM=64,D=40 BM=64,D=64 BM=64,D=80 BM=64,D=96 BM=64,D=128 BM=64,D=160 BM=128,D=40 BM=128,D=64
+#include "dev.cuh"
+
+constexpr int WARPS = 4;
+constexpr int BLOCK = 128;
+constexpr int BN = D <= 96 ? 64 : 32;       // keys in a turn
+constexpr int TILES = BM / (16 * WARPS);    // tiles of 16 queries in a warp
+constexpr int STEPS = (D + 15) / 16;        // steps of 16 columns of q kᵀ
+constexpr int PITCH = 2 * STEPS;            // chunks in a row
+constexpr int A = PITCH % 8 == 0 ? 3 : PITCH % 4 == 0 ? 2 : 1;
+constexpr int BLOCKS = BM == 128 || D > 128 ? 2 : D < 64 ? 4 : 3;  // on a multiprocessor
+
+struct AttentionFlashFwd {
+    T* y;        // (B,T,N·d)
+    const T* q;  // (B,T,N·d)
+    const T* k;  // (B,S,N·d)
+    const T* v;  // (B,S,N·d)
+    int t, s, d;        // d <= D, a multiple of 8
+    int ldq, ldk, ldv;  // elements from a token to the next, multiples of 8
+    int ldy;
+    float scale;        // of the scores, times log2 e
+    int causal;         // query i sees keys up to i + S − T
+};
+
+struct alignas(128) FlashSmem {
+    T ring[2][2][BN * PITCH * 8];  // stage; k, v
+};
+static_assert(2 * BN >= BM && BN * PITCH % BLOCK == 0, "a stage holds q, and every thread copies alike");
+
+// Where chunk c of row r begins in a tile, in elements.
+DEV int chunk(int r, int c) {
+    constexpr int LOW = (1 << A) - 1;
+    return (r * PITCH + (c & ~LOW) + ((c ^ (r >> (3 - A))) & LOW)) * 8;
+}
+
+// Starts the copy of ROWS rows of a head; rows from `rows` on and columns from d on become zeros.
+template <int ROWS>
+DEV void copy_tile(T* tile, const T* from, int rows, int ld, int d) {
+    UNROLL
+    for (int i = 0; i < ROWS * PITCH / BLOCK; i++) {
+        const int at = i * BLOCK + int(thread_x()), r = at / PITCH, c = at % PITCH;
+        cp_async(tile + chunk(r, c), from + r * ld + c * 8, r < rows && c * 8 < d);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) attention_flash_fwd(const __grid_constant__ AttentionFlashFwd p) {
+    FlashSmem& s = smem<FlashSmem>();
+    const int l = lane(), quad = l % 4, t0 = block_x() * BM, own = warp() * (16 * TILES), head = block_y() * p.d;
+    const T* q = p.q + ((long long)block_z() * p.t + t0) * p.ldq + head;
+    const T* k = p.k + (long long)block_z() * p.s * p.ldk + head;
+    const T* v = p.v + (long long)block_z() * p.s * p.ldv + head;
+    const int rows = p.t - t0 < BM ? p.t - t0 : BM;
+    // Keys that the last query of the block sees, and those that all of them see.
+    const int visible = p.causal ? t0 + rows + p.s - p.t : p.s;
+    const int common = p.causal ? t0 + 1 + p.s - p.t : p.s;
+
+    T* staged = s.ring[1][0];
+    copy_tile<BM>(staged, q, rows, p.ldq, p.d);
+    cp_async_commit();
+    copy_tile<BN>(s.ring[0][0], k, p.s, p.ldk, p.d);
+    copy_tile<BN>(s.ring[0][1], v, p.s, p.ldv, p.d);
+    cp_async_commit();
+    cp_async_wait<1>();
+    sync_block();
+    unsigned qf[TILES][STEPS][4];
+    UNROLL
+    for (int i = 0; i < TILES; i++) {
+        UNROLL
+        for (int j = 0; j < STEPS; j++) ldmatrix(qf[i][j], staged + chunk(own + 16 * i + l % 16, 2 * j + l / 16));
+    }
+
+    float o[TILES][D / 8][4], m[TILES][2], sum[TILES][2];
+    UNROLL
+    for (int i = 0; i < TILES; i++) {
+        UNROLL
+        for (int n = 0; n < D / 8; n++) {
+            UNROLL
+            for (int e = 0; e < 4; e++) o[i][n][e] = 0.0f;
+        }
+        UNROLL
+        for (int h = 0; h < 2; h++) m[i][h] = -FLOAT_MAX, sum[i][h] = 0.0f;
+    }
+
+    for (int n0 = 0, stage = 0; n0 < visible; n0 += BN, stage ^= 1) {
+        cp_async_wait<0>();
+        sync_block();
+        const T *kt = s.ring[stage][0], *vt = s.ring[stage][1];
+        if (n0 + BN < visible) {
+            const int next = n0 + BN;
+            copy_tile<BN>(s.ring[stage ^ 1][0], k + (long long)next * p.ldk, p.s - next, p.ldk, p.d);
+            copy_tile<BN>(s.ring[stage ^ 1][1], v + (long long)next * p.ldv, p.s - next, p.ldv, p.d);
+            cp_async_commit();
+        }
+
+        float sc[TILES][BN / 8][4];
+        UNROLL
+        for (int i = 0; i < TILES; i++) {
+            UNROLL
+            for (int n = 0; n < BN / 8; n++) {
+                UNROLL
+                for (int e = 0; e < 4; e++) sc[i][n][e] = 0.0f;
+            }
+        }
+        UNROLL
+        for (int j = 0; j < STEPS; j++) {
+            UNROLL
+            for (int n = 0; n < BN / 16; n++) {
+                // 16 keys × 16 columns: words 0, 1 are keys 0 to 7, words 2, 3 keys 8 to 15.
+                unsigned kf[4];
+                ldmatrix(kf, kt + chunk(16 * n + l % 8 + l / 16 * 8, 2 * j + l / 8 % 2));
+                const unsigned low[2] = {kf[0], kf[1]}, high[2] = {kf[2], kf[3]};
+                UNROLL
+                for (int i = 0; i < TILES; i++) {
+                    mma<T>(sc[i][2 * n], qf[i][j], low);
+                    mma<T>(sc[i][2 * n + 1], qf[i][j], high);
+                }
+            }
+        }
+
+        if (n0 + BN > common) {
+            UNROLL
+            for (int i = 0; i < TILES; i++) {
+                UNROLL
+                for (int n = 0; n < BN / 8; n++) {
+                    UNROLL
+                    for (int e = 0; e < 4; e++) {
+                        const int key = n0 + 8 * n + 2 * quad + e % 2, row = own + 16 * i + l / 4 + e / 2 * 8;
+                        const bool seen = key < p.s && (!p.causal || key < common + row);
+                        if (!seen) sc[i][n][e] = -FLOAT_INF;
+                    }
+                }
+            }
+        }
+
+        float top[TILES][2];
+        bool grows = false;
+        UNROLL
+        for (int i = 0; i < TILES; i++) {
+            UNROLL
+            for (int h = 0; h < 2; h++) {
+                float a = -FLOAT_INF;
+                UNROLL
+                for (int n = 0; n < BN / 8; n++) a = max_f(a, max_f(sc[i][n][2 * h], sc[i][n][2 * h + 1]));
+                top[i][h] = a * p.scale;
+                grows = grows || top[i][h] > m[i][h] + 8.0f;
+            }
+        }
+        if (ballot(grows)) {
+            UNROLL
+            for (int i = 0; i < TILES; i++) {
+                UNROLL
+                for (int h = 0; h < 2; h++) {
+                    float a = top[i][h];
+                    a = max_f(a, shfl_xor(a, 1));
+                    a = max_f(a, shfl_xor(a, 2));
+                    if (!(a > m[i][h] + 8.0f)) a = m[i][h];
+                    const float factor = exp2_fast_f(m[i][h] - a);
+                    m[i][h] = a;
+                    sum[i][h] *= factor;
+                    UNROLL
+                    for (int n = 0; n < D / 8; n++) {
+                        o[i][n][2 * h] *= factor;
+                        o[i][n][2 * h + 1] *= factor;
+                    }
+                }
+            }
+        }
+        UNROLL
+        for (int i = 0; i < TILES; i++) {
+            UNROLL
+            for (int n = 0; n < BN / 8; n++) {
+                UNROLL
+                for (int e = 0; e < 4; e++) {
+                    sc[i][n][e] = exp2_fast_f(fma_f(sc[i][n][e], p.scale, -m[i][e / 2]));
+                    sum[i][e / 2] += sc[i][n][e];
+                }
+            }
+        }
+
+        UNROLL
+        for (int j = 0; j < BN / 16; j++) {
+            unsigned pf[TILES][4];
+            UNROLL
+            for (int i = 0; i < TILES; i++) {
+                UNROLL
+                for (int w = 0; w < 4; w++) {
+                    const float* pair = sc[i][2 * j + w / 2] + w % 2 * 2;
+                    pf[i][w] = pack2<T>(pair[0], pair[1]);
+                }
+            }
+            UNROLL
+            for (int n = 0; n < D / 16; n++) {
+                // 16 keys × 16 columns: words 0, 1 are columns 0 to 7, words 2, 3 columns 8 to 15.
+                unsigned vf[4];
+                ldmatrix_trans(vf, vt + chunk(16 * j + l % 16, 2 * n + l / 16));
+                const unsigned low[2] = {vf[0], vf[1]}, high[2] = {vf[2], vf[3]};
+                UNROLL
+                for (int i = 0; i < TILES; i++) {
+                    mma<T>(o[i][2 * n], pf[i], low);
+                    mma<T>(o[i][2 * n + 1], pf[i], high);
+                }
+            }
+            if (D % 16 != 0) {
+                unsigned vf[2];
+                ldmatrix_trans(vf, vt + chunk(16 * j + l % 16, D / 8 - 1));
+                UNROLL
+                for (int i = 0; i < TILES; i++) mma<T>(o[i][D / 8 - 1], pf[i], vf);
+            }
+        }
+    }
+
+    sync_block();
+    // y passes through shared memory, each warp's rows by themselves, so that it is stored in whole chunks.
+    T* tile = s.ring[0][0];
+    UNROLL
+    for (int i = 0; i < TILES; i++) {
+        UNROLL
+        for (int h = 0; h < 2; h++) {
+            float a = sum[i][h];
+            a += shfl_xor(a, 1);
+            a += shfl_xor(a, 2);
+            const float share = 1.0f / a;
+            UNROLL
+            for (int n = 0; n < D / 8; n++) {
+                const Vec<unsigned, 1> word = {pack2<T>(o[i][n][2 * h] * share, o[i][n][2 * h + 1] * share)};
+                T* at = tile + chunk(own + 16 * i + l / 4 + 8 * h, n) + 2 * quad;
+                store_shared(reinterpret_cast<unsigned*>(at), word);
+            }
+        }
+    }
+    sync_warp();
+    T* y = p.y + ((long long)block_z() * p.t + t0) * p.ldy + head;
+    UNROLL
+    for (int i = l; i < 16 * TILES * (D / 8); i += WARP) {
+        const int r = own + i / (D / 8), c = i % (D / 8);
+        if (r < rows && c * 8 < p.d) store(y + (long long)r * p.ldy + c * 8, load_shared<8>(tile + chunk(r, c)));
+    }
+}

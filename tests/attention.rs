@@ -1,0 +1,117 @@
+//! What attention does with values that are not numbers, in every kernel: whatever they reach says so, and nothing else
+//! changes.
+
+mod common;
+
+use ldm::exec::run_op;
+use ldm::ops::{Array, Attention, Case, Op, t};
+use ldm::tensor::{DType, HostTensor};
+
+/// Types and head sizes (two heads) that take, in turn, the kernels on tensor cores and the plain one.
+const KERNELS: [(DType, usize); 6] = [
+    (DType::F16, 40),
+    (DType::BF16, 64),
+    (DType::BF16, 160),
+    (DType::F16, 168),
+    (DType::BF16, 36),
+    (DType::F32, 40),
+];
+const QUERIES: usize = 70;
+const KEYS: usize = 83;
+
+struct Run {
+    case: Case,
+    dtype: DType,
+    x: Vec<Array>,
+}
+
+impl Run {
+    fn new(dtype: DType, d: usize, causal: bool) -> Run {
+        let (q, kv) = ([1, QUERIES, 2 * d], [1, KEYS, 2 * d]);
+        let case = Case::new(Attention { heads: 2, causal }, [t(q), t(kv), t(kv)]);
+        let x = case.inputs(dtype, 5);
+        Run { case, dtype, x }
+    }
+
+    /// The result with these elements (input, token, column) replaced.
+    fn result(&self, device: &ldm::backend::Device, replaced: &[(usize, usize, usize)], by: f64) -> Vec<f64> {
+        let mut x = self.x.clone();
+        for &(input, token, column) in replaced {
+            let width = x[input].shape.last();
+            x[input].data[token * width + column] = by;
+        }
+        let specs = self.case.specs(self.dtype);
+        let x: Vec<HostTensor> = x.iter().zip(specs).map(|(a, s)| a.to_tensor(s).unwrap()).collect();
+        let op: &Op = &self.case.op;
+        run_op(device, op, &x).unwrap().remove(0).to_f64()
+    }
+}
+
+#[test]
+fn a_nan_reaches_all_that_depends_on_it_and_nothing_else() {
+    common::on_cuda(|device| {
+        for (dtype, d) in KERNELS {
+            let run = Run::new(dtype, d, false);
+            let good = run.result(device, &[], 0.0);
+            assert!(good.iter().all(|v| v.is_finite()));
+            // All in the first of two heads: a query's whole row; with a key all queries; with a value one column.
+            let check = |what: (usize, usize, usize), hit: &dyn Fn(usize, usize) -> bool| {
+                let got = run.result(device, &[what], f64::NAN);
+                for (i, (got, good)) in got.iter().zip(&good).enumerate() {
+                    let (row, column) = (i / (2 * d), i % (2 * d));
+                    let as_wanted = if hit(row, column) { got.is_nan() } else { got == good };
+                    assert!(as_wanted, "{dtype:?}, d = {d}, NaN at {what:?}: y[{row},{column}] = {got}, was {good}");
+                }
+            };
+            check((0, 67, 3), &|row, column| row == 67 && column < d);
+            check((1, 0, d - 1), &|_, column| column < d);
+            check((1, KEYS - 1, 0), &|_, column| column < d);
+            check((2, 69, 5), &|_, column| column == 5);
+        }
+    });
+}
+
+#[test]
+fn a_nan_in_a_key_does_not_reach_the_queries_before_it() {
+    common::on_cuda(|device| {
+        for (dtype, d) in KERNELS {
+            let run = Run::new(dtype, d, true);
+            let good = run.result(device, &[], 0.0);
+            assert!(good.iter().all(|v| v.is_finite()), "{dtype:?}, d = {d}: no row without keys");
+            // Query i sees keys up to i + 13.
+            for key in [0, 13, 50, KEYS - 1] {
+                let got = run.result(device, &[(1, key, 2)], f64::NAN);
+                for (i, (got, good)) in got.iter().zip(&good).enumerate() {
+                    let (row, column) = (i / (2 * d), i % (2 * d));
+                    let hit = column < d && key <= row + KEYS - QUERIES;
+                    let as_wanted = if hit { got.is_nan() } else { got == good };
+                    assert!(as_wanted, "{dtype:?}, d = {d}, NaN in key {key}: y[{row},{column}] = {got}, was {good}");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn scores_that_overflow_are_no_weights() {
+    common::on_cuda(|device| {
+        for (dtype, d) in KERNELS {
+            // Beyond f32: -inf for all keys, or +inf for some. f16 holds no such operands.
+            if dtype == DType::F16 {
+                continue;
+            }
+            let run = Run::new(dtype, d, false);
+            let all: Vec<_> = (0..KEYS).map(|key| (1, key, 0)).chain([(0, 4, 0)]).collect();
+            let mut x = run.x.clone();
+            for &(input, token, column) in &all {
+                let width = x[input].shape.last();
+                x[input].data[token * width + column] = if input == 0 { -1e30 } else { 1e30 };
+            }
+            let run = Run { x, ..run };
+            let got = run.result(device, &[], 0.0);
+            assert!(got[4 * 2 * d..][..d].iter().all(|v| v.is_nan()), "{dtype:?}, d = {d}: all scores are -inf");
+            let got = run.result(device, &[(1, 50, 0)], -1e30);
+            assert!(got[4 * 2 * d..][..d].iter().all(|v| v.is_nan()), "{dtype:?}, d = {d}: one score is inf");
+        }
+    });
+}

@@ -1,0 +1,29 @@
+// Reverses each block through an asynchronous copy. Wrong: the wait comes after the read.
+#include "dev.cuh"
+// types: f32
+// variants: BAD=0 BAD=1
+
+constexpr int BLOCK = 256;
+
+struct Shared {
+    alignas(16) float x[BLOCK];
+};
+
+struct LateCopyWait {
+    float* y;        // (n)
+    const float* x;  // (n)
+    int n;
+};
+
+extern "C" __global__ void __launch_bounds__(BLOCK) late_copy_wait(const __grid_constant__ LateCopyWait p) {
+    Shared& s = smem<Shared>();
+    const int t = thread_x(), first = block_x() * BLOCK;
+    if (t < BLOCK / 4) cp_async(s.x + 4 * t, p.x + first + 4 * t, true);
+    cp_async_commit();
+#if !BAD
+    cp_async_wait<0>();
+#endif
+    sync_block();
+    store(p.y + first + t, s.x[BLOCK - 1 - t]);
+    cp_async_wait<0>();
+}

@@ -1,0 +1,175 @@
+//! Mutants of the kernels with asynchronous copies: each barrier, wait and commit of theirs is made to do nothing, in turn.
+//! Some case of the room must then break a rule or give another result, in some schedule; where none does, the site is
+//! redundant, and [`REDUNDANT`] says why, or the cases are too weak.
+//!
+//! The kernel files are found by what they contain. Fences are left out: the processor that runs the emulator shows a
+//! thread's stores to the others in their order, so that none is missed here.
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use common::emulator::{self, Emulator};
+use ldm::backend::{Device, DeviceName};
+use ldm::exec;
+use ldm::ops::{Op, ROOMS};
+use ldm::rng::Small;
+use ldm::tensor::{DType, HostTensor};
+
+/// Sites that no test can miss, as `KIND:STEM:LINE`, each with the proof that it is redundant.
+const REDUNDANT: &[(&str, &str)] = &[];
+
+/// Sites that are dropped in one run of the tests; `LDM_SOAK=1` drops all.
+const SAMPLE: usize = 12;
+
+/// Those first that miss most.
+const SCHEDULES: [&str; 5] = [
+    "order=forward;async=late",
+    "order=reverse;async=late",
+    "order=random:7;async=random:3",
+    "order=reverse;async=early",
+    "order=forward;async=early",
+];
+
+/// One case in one type: what it is given, the sites that it reaches, what one run takes, and its result per schedule.
+struct Subject {
+    name: String,
+    op: Op,
+    inputs: Vec<HostTensor>,
+    sites: Vec<String>,
+    cost: Duration,
+    right: [Option<Vec<Vec<u8>>>; SCHEDULES.len()],
+}
+
+impl Subject {
+    /// The bytes of the outputs, or what was broken.
+    fn run(&self, emulator: &Emulator, settings: &str) -> Result<Vec<Vec<u8>>, String> {
+        emulator.reset();
+        emulator.configure(&format!("threads=1;{settings}"));
+        let outputs = Device::open(DeviceName::Cuda(0))
+            .and_then(|device| exec::run_op(&device, &self.op, &self.inputs))
+            .map_err(|e| e.to_string());
+        let report = emulator.report();
+        emulator.configure("drop=none");
+        if !report.is_empty() {
+            emulator.reset();
+            return Err(report);
+        }
+        Ok(outputs?.iter().map(|y| y.bytes().to_vec()).collect())
+    }
+
+    /// Does dropping the site change anything under this schedule?
+    fn notices(&mut self, emulator: &Emulator, schedule: usize, site: &str) -> bool {
+        let settings = SCHEDULES[schedule];
+        if self.right[schedule].is_none() {
+            let right = self.run(emulator, settings);
+            self.right[schedule] =
+                Some(right.unwrap_or_else(|e| panic!("{}, nothing dropped, {settings}: {e}", self.name)));
+        }
+        self.run(emulator, &format!("{settings};drop={site}")).ok() != self.right[schedule]
+    }
+}
+
+/// The stems of the kernel files that use asynchronous copies.
+fn pipelined() -> Vec<String> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let files = files.filter(|path| path.extension().is_some_and(|e| e == "cu"));
+    let mut stems: Vec<String> = files
+        .filter(|path| std::fs::read_to_string(path).unwrap().contains("cp_async"))
+        .map(|path| path.file_stem().unwrap().to_str().unwrap().to_string())
+        .collect();
+    stems.sort();
+    stems
+}
+
+/// Every listed case of the rooms of these kernel files that reaches a site in one of them, cheapest first.
+fn subjects(emulator: &Emulator, stems: &[String]) -> Vec<Subject> {
+    let of_room = |room: &str| {
+        stems.iter().any(|stem| stem.strip_prefix(room).is_some_and(|r| r.is_empty() || r.starts_with('_')))
+    };
+    let mut all = Vec::new();
+    for room in ROOMS.iter().filter(|room| of_room(room.stem)) {
+        for (i, case) in (room.cases)().into_iter().filter(|case| !case.bench).enumerate() {
+            let types: Vec<DType> =
+                case.types.iter().copied().filter(|t| matches!(t, DType::F16 | DType::BF16)).collect();
+            let Some(&t) = types.get(i % types.len().max(1)) else { continue };
+            let arrays = case.inputs(t, i as u64);
+            let inputs = arrays.iter().zip(case.specs(t)).map(|(a, s)| a.to_tensor(s).unwrap()).collect();
+            let mut subject = Subject {
+                name: case.name(t),
+                op: case.op.clone(),
+                inputs,
+                sites: vec![],
+                cost: Duration::ZERO,
+                right: [const { None }; SCHEDULES.len()],
+            };
+            let start = Instant::now();
+            let right = subject.run(emulator, SCHEDULES[0]);
+            subject.cost = start.elapsed();
+            subject.right[0] = Some(right.unwrap_or_else(|e| panic!("{}: {e}", subject.name)));
+            subject.sites = emulator.sites();
+            subject.sites.retain(|site| {
+                let (kind, rest) = site.split_once(':').expect("KIND:STEM:LINE");
+                kind != "fence_gpu" && stems.iter().any(|s| rest.starts_with(&format!("{s}:")))
+            });
+            if !subject.sites.is_empty() {
+                all.push(subject);
+            }
+        }
+    }
+    all.sort_by_key(|subject| subject.cost);
+    all
+}
+
+#[test]
+fn every_barrier_wait_and_commit_is_needed() {
+    let emulator = match emulator::start() {
+        Ok(Some(emulator)) => emulator,
+        Ok(None) => {
+            println!("SKIPPED: LDM_TEST_DEVICE=cuda, and this is about the emulator");
+            return;
+        }
+        Err(why) => return common::skipped(&format!("no emulator: {why}")),
+    };
+    let stems = pipelined();
+    let mut subjects = subjects(&emulator, &stems);
+    let all: BTreeSet<String> = subjects.iter().flat_map(|s| s.sites.iter().cloned()).collect();
+    for stem in &stems {
+        assert!(all.iter().any(|site| site.contains(&format!(":{stem}:"))), "no listed case runs {stem}.cu");
+    }
+    for (site, _) in REDUNDANT {
+        assert!(all.contains(*site), "{site} is listed as redundant, and there is no such site");
+    }
+    let mut sites: Vec<String> = all.iter().cloned().collect();
+    if std::env::var_os("LDM_SOAK").is_none() {
+        let mut random = Small::new(0x5eed);
+        for i in 0..sites.len() {
+            let other = i + random.below(sites.len() - i);
+            sites.swap(i, other);
+        }
+        sites.truncate(SAMPLE);
+    }
+    let mut wrong = Vec::new();
+    for site in &sites {
+        let mut noticed = None;
+        'search: for schedule in 0..SCHEDULES.len() {
+            for subject in subjects.iter_mut().filter(|s| s.sites.contains(site)) {
+                if subject.notices(&emulator, schedule, site) {
+                    noticed = Some(format!("{}, {}", SCHEDULES[schedule], subject.name));
+                    break 'search;
+                }
+            }
+        }
+        println!("{site}: {}", noticed.as_deref().unwrap_or("no one notices"));
+        let redundant = REDUNDANT.iter().find(|(listed, _)| listed == site);
+        match (noticed, redundant) {
+            (None, None) => wrong.push(format!("{site} can be dropped, and no case in any schedule notices")),
+            (Some(by), Some(_)) => wrong.push(format!("{site} is listed as redundant, and is needed: {by}")),
+            _ => {}
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}

@@ -1,0 +1,235 @@
+//! What a program on a GPU runs again and again is one launch: the same results as node by node, and nothing else asked of
+//! the driver.
+
+mod common;
+
+use common::emulator::Emulator;
+use ldm::backend::Device;
+use ldm::backend::cuda::{COUNTERS, Call, Operand};
+use ldm::diffusion::{Sampling, Settings};
+use ldm::exec::{Hook, Program, Weights};
+use ldm::graph::{Graph, Node};
+use ldm::io::ModelFolder;
+use ldm::models::{Inventory, Model};
+use ldm::ops::{Act, Activation, Add, Op};
+use ldm::pipeline::{Blueprint, Request, load};
+use ldm::rng::Generator;
+use ldm::samplers::{Ladder, Method};
+use ldm::tensor::{DType, HostTensor, Spec};
+use std::path::Path;
+
+/// A hook that sees every node, and so keeps a program from being one launch.
+struct Watch(Vec<String>);
+
+impl Hook for Watch {
+    fn before(&mut self, _: usize, node: &Node) -> ldm::Result<()> {
+        self.0.push(node.label.clone());
+        Ok(())
+    }
+}
+
+fn random(shape: &[usize], seed: u64) -> HostTensor {
+    HostTensor::f32(shape, Generator::new(seed).randn(shape.iter().product())).unwrap()
+}
+
+/// The emulator, where the test runs on it.
+fn emulator() -> Option<Emulator> {
+    common::emulator::start().unwrap_or_default()
+}
+
+/// What the driver was asked for so far.
+#[derive(PartialEq, Debug, Clone, Copy)]
+struct Asked {
+    graphs: u64,
+    launches: u64,
+    allocations: u64,
+}
+
+fn asked(e: &Emulator) -> Asked {
+    let (graphs, launches, allocations) = (e.count("graph"), e.count("launch"), e.count("alloc"));
+    Asked { graphs, launches, allocations }
+}
+
+/// A model on a device, from which runs are made.
+struct Tiny {
+    blueprint: Blueprint,
+    weights: Weights,
+    method: Method,
+    ladder: Ladder,
+    device: Device,
+}
+
+impl Tiny {
+    fn on(device: &Device) -> Tiny {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/sd15-tiny");
+        let folder = ModelFolder::open(root).unwrap();
+        let blueprint = Blueprint::read(&folder).unwrap();
+        let inventory = Inventory::of(&blueprint.unet.inventory(DType::F32).unwrap());
+        let weights = load(folder.checkpoint("unet").unwrap(), &inventory, device).unwrap();
+        let (method, schedule) = blueprint.choose(&Request::default()).unwrap();
+        let ladder = method.ladder(&schedule, 5, 0).unwrap();
+        Tiny { blueprint, weights, method, ladder, device: device.clone() }
+    }
+
+    fn run(&self) -> Sampling {
+        let unet = &self.blueprint.unet;
+        let settings = Settings { batch: 1, size: [8, 8], tokens: 7, guidance: 3.0, dtype: DType::F32 };
+        let mut run =
+            Sampling::new(unet, &self.weights, &self.device, (self.method, &self.ladder), settings).unwrap();
+        run.set_context(&self.context(1)).unwrap();
+        self.start(&mut run);
+        run
+    }
+
+    fn context(&self, seed: u64) -> HostTensor {
+        random(&[2, 7, self.blueprint.unet.context], seed)
+    }
+
+    fn start(&self, run: &mut Sampling) {
+        run.start(&random(&[1, 8, 8, self.blueprint.unet.out_channels], 3)).unwrap();
+    }
+}
+
+#[test]
+fn an_evaluation_is_one_launch_with_the_results_of_its_nodes() {
+    common::on_cuda(|device| {
+        let tiny = Tiny::on(device);
+        let (mut run, mut watched) = (tiny.run(), tiny.run());
+        let mut nodes = 0;
+        for k in 0..run.evaluations() {
+            let before = emulator().map(|e| asked(&e));
+            run.step().unwrap();
+            if let (Some(before), Some(e)) = (before, emulator()) {
+                let now = asked(&e);
+                assert_eq!(now.graphs - before.graphs, u64::from(k > 0), "evaluation {k}");
+                assert!(k == 0 || now.allocations == before.allocations, "evaluation {k}");
+                assert!(k < 2 || now.launches == before.launches, "evaluation {k}");
+            }
+            let mut labels = Watch(vec![]);
+            watched.step_with(&mut labels).unwrap();
+            nodes = labels.0.len();
+            assert_eq!(run.state().unwrap(), watched.state().unwrap(), "evaluation {k}");
+            assert_eq!(run.guided().unwrap(), watched.guided().unwrap(), "evaluation {k}");
+        }
+        assert!(run.program().launches().unwrap() >= nodes, "{:?}, {nodes}", run.program().launches());
+        assert_eq!(watched.program().launches(), None);
+
+        // Another prompt: its keys and values are computed, the launch is the same.
+        let mut states = vec![];
+        for run in [&mut run, &mut watched] {
+            run.set_context(&tiny.context(2)).unwrap();
+            tiny.start(run);
+        }
+        for k in 0..2 {
+            let before = emulator().map(|e| asked(&e));
+            run.step().unwrap();
+            if let (Some(before), Some(e)) = (before, emulator()) {
+                let now = asked(&e);
+                assert_eq!((now.graphs - before.graphs, now.allocations), (1, before.allocations));
+                assert_eq!(now.launches > before.launches, k == 0, "evaluation {k}");
+            }
+            watched.step_with(&mut Watch(vec![])).unwrap();
+            assert_eq!(run.state().unwrap(), watched.state().unwrap(), "evaluation {k} of another prompt");
+            states.push(run.state().unwrap());
+        }
+        assert_ne!(states[0], states[1]);
+    });
+}
+
+#[test]
+fn a_value_that_is_not_finite_names_its_node_after_a_replay() {
+    common::on_cuda_with(&common::SCHEDULES[..1], |device| {
+        let tiny = Tiny::on(device);
+        let mut run = tiny.run();
+        (0..3).for_each(|_| assert!(run.step().unwrap()));
+        let mut context = tiny.context(1).to_f32();
+        context[5] = f32::NAN;
+        run.set_context(&HostTensor::f32(tiny.context(1).shape(), context).unwrap()).unwrap();
+        let e = run.step().unwrap_err().to_string();
+        assert!(e.contains("\"context\"") && e.contains("NaN"), "{e}");
+        // The program is none the worse.
+        run.set_context(&tiny.context(1)).unwrap();
+        tiny.start(&mut run);
+        let mut fresh = tiny.run();
+        for _ in 0..2 {
+            run.step().unwrap();
+            fresh.step().unwrap();
+        }
+        assert_eq!(run.state().unwrap(), fresh.state().unwrap());
+    });
+}
+
+#[test]
+fn a_fault_of_the_driver_is_an_error_that_says_which_call() {
+    let Some(e) = emulator() else { return common::skipped("faults are the emulator's") };
+    common::on_cuda_with(&common::SCHEDULES[..1], |device| {
+        let tiny = Tiny::on(device);
+        for (fault, fails_at, says) in [
+            ("graph:1", 1, &["cuGraphLaunch", "LDM_CUDA_GRAPH=off"][..]),
+            ("graph:3", 3, &["cuGraphLaunch", "fails"]),
+            ("launch:4", 1, &["node"]),
+        ] {
+            let mut run = tiny.run();
+            run.step().unwrap();
+            e.configure(&format!("fail={fault}"));
+            for _ in 1..fails_at {
+                run.step().unwrap();
+            }
+            let error = run.step().expect_err(fault).to_string();
+            assert!(says.iter().all(|word| error.contains(word)), "{fault}: {error}");
+            let error = run.step().unwrap_err().to_string();
+            assert!(error.contains("start again"), "{fault}: {error}");
+            e.configure("fail=none");
+            e.reset();
+            // Nothing is left behind that would stop another try.
+            let mut fresh = tiny.run();
+            tiny.start(&mut run);
+            for _ in 0..3 {
+                run.step().unwrap();
+                fresh.step().unwrap();
+            }
+            assert_eq!(run.state().unwrap(), fresh.state().unwrap(), "{fault}");
+        }
+    });
+}
+
+#[test]
+fn a_program_without_states_replays_with_the_inputs_of_each_run() {
+    common::on_cuda(|device| {
+        let mut g = Graph::new();
+        let x = g.input("x", DType::F32, [3, 40]);
+        let y = g.push("silu", Activation(Act::Silu), &[x]).unwrap();
+        let y = g.push("sum", Add, &[y, x]).unwrap();
+        g.output("y", y);
+        let make = || Program::new(g.clone(), &Weights::new(device), device).unwrap();
+        let (mut program, mut watched) = (make(), make());
+        for seed in 0..4 {
+            for program in [&mut program, &mut watched] {
+                program.write("x", &random(&[3, 40], seed)).unwrap();
+            }
+            program.run(&mut ()).unwrap();
+            watched.run(&mut Watch(vec![])).unwrap();
+            assert_eq!(program.read("y").unwrap(), watched.read("y").unwrap());
+            assert_eq!(program.launches(), (seed > 0).then_some(2));
+        }
+    });
+}
+
+#[test]
+fn counters_are_zero_and_the_same_for_all() {
+    common::on_cuda(|device| {
+        let Device::Cuda(cuda) = device else { panic!("a CUDA device") };
+        let spec = Spec::new(DType::F32, [COUNTERS]);
+        let sum = cuda.alloc(spec.bytes()).unwrap();
+        let operand = |ptr| Operand { spec, ptr };
+        let y = [operand(sum.ptr())];
+        let call =
+            |x| Call { device: cuda, node: "add", x, y: &y, scratch: Default::default(), scratch_bytes: 0 };
+        let counters = call(&[]).counters().unwrap();
+        assert_eq!(call(&[]).counters().unwrap(), counters);
+        Op::from(Add).cuda(&call(&[operand(counters), operand(counters)])).unwrap();
+        let mut bytes = vec![1; spec.bytes()];
+        cuda.download(&sum, 0, &mut bytes).unwrap();
+        assert!(bytes.iter().all(|b| *b == 0));
+    });
+}

@@ -1,0 +1,193 @@
+//! The emulator's asynchronous copies, matrices, bank conflicts and sites, each on a kernel of `tests/emulator/own` whose
+//! answer is known.
+
+#[path = "emulator/harness.rs"]
+#[allow(dead_code)]
+mod harness;
+
+use cudarc::driver::sys::{CUdevice_attribute, CUresult};
+use harness::{
+    Bench, Memory, allow_shared, allowed_shared, attribute, kernel, kernel_of, launch, launch_shared, stream,
+};
+
+const SCHEDULES: [&str; 4] = [
+    "order=forward;async=late",
+    "order=reverse;async=early",
+    "order=random:1;async=random:1",
+    "order=reverse;async=late",
+];
+
+#[repr(C)]
+struct Params {
+    y: u64,
+    x: u64,
+    n: i32,
+}
+
+#[test]
+fn matrices_are_multiplied_as_documented() {
+    let Some(bench) = Bench::new("matrices_are_multiplied_as_documented") else { return };
+    #[repr(C)]
+    struct Matrices {
+        d: u64,
+        zeroed: u64,
+        before: u64,
+        a: u64,
+        b: u64,
+        c: u64,
+        x: u64,
+        counter: u64,
+    }
+    const SMEM_BYTES: u32 = 131_072;
+    let stream = stream();
+    // Exact in both types; a subnormal of f16 and an overflow are among them.
+    let value = |i: usize| ((i * 37 % 61) as f32 - 30.0) / 8.0;
+    let mut a: Vec<f32> = (0..256).map(value).collect();
+    let b: Vec<f32> = (0..128).map(|i| value(i * i + 3)).collect();
+    let mut c: Vec<f32> = (0..128).map(|i| value(i + 7) * 100.0).collect();
+    a[5] = 2f32.powi(-24);
+    c[127] = f32::INFINITY;
+    let x: Vec<f32> = (0..128).map(|i| i as f32 + 1.0).collect();
+    for dtype in ["f16", "bf16"] {
+        for schedule in SCHEDULES {
+            bench.emulator.configure(schedule);
+            let given: Vec<Memory> = [&a, &b, &c, &x].map(|v| Memory::with(v, stream).unwrap()).into();
+            let (d, zeroed) = (Memory::new(4 * 3 * 128).unwrap(), Memory::new(4 * 128).unwrap());
+            let (before, counter) = (Memory::new(128).unwrap(), Memory::with(&[0.0], stream).unwrap());
+            let p = Matrices {
+                d: d.0,
+                zeroed: zeroed.0,
+                before: before.0,
+                a: given[0].0,
+                b: given[1].0,
+                c: given[2].0,
+                x: given[3].0,
+                counter: counter.0,
+            };
+            let function = kernel_of("matrices", dtype, "").unwrap();
+            allow_shared(function, SMEM_BYTES as i32).unwrap();
+            launch_shared(function, [1; 3], 32, SMEM_BYTES, stream, p).unwrap();
+            let got = d.read(3 * 128, stream).unwrap();
+            for (i, got) in got.iter().enumerate() {
+                let (row, column) = (i % 128 / 8, i % 8);
+                let products = (0..16).map(|k| f64::from(a[16 * row + k]) * f64::from(b[8 * k + column]));
+                let want = (f64::from(c[i % 128]) + products.sum::<f64>()) as f32;
+                assert_eq!(*got, want, "{dtype}, way {}, row {row}, column {column}", i / 128);
+            }
+            let zeroed = zeroed.read(128, stream).unwrap();
+            let want: Vec<f32> = (0..128).map(|i| if i / 4 % 2 == 0 { x[i] } else { 0.0 }).collect();
+            assert_eq!(zeroed, want);
+            let mut seen = before.read(32, stream).unwrap();
+            seen.sort_by(f32::total_cmp);
+            let mut want: Vec<f32> = (0..32).map(|i| (i % 5) as f32).collect();
+            want.sort_by(f32::total_cmp);
+            assert_eq!(seen, want);
+            assert_eq!(counter.read(1, stream).unwrap()[0].to_bits(), 32 % 5);
+        }
+    }
+    assert_eq!(bench.emulator.report(), "");
+}
+
+#[test]
+fn dynamic_shared_memory_must_be_allowed() {
+    let Some(bench) = Bench::new("dynamic_shared_memory_must_be_allowed") else { return };
+    use CUdevice_attribute::{
+        CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK as STATIC,
+        CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as MOST,
+    };
+    let (stream, most) = (stream(), attribute(MOST));
+    assert_eq!((attribute(STATIC), most), (49152, 232_448));
+    let function = kernel("dynamic_size", "BAD=0").unwrap();
+    let x = Memory::with(&[1.0; 256], stream).unwrap();
+    let y = Memory::new(1024).unwrap();
+    let attempt =
+        |shared| launch_shared(function, [1; 3], 256, shared, stream, Params { y: y.0, x: x.0, n: 256 });
+    assert_eq!(allowed_shared(function), 49152);
+    assert_eq!(attempt(65536), Err(CUresult::CUDA_ERROR_INVALID_VALUE));
+    assert!(bench.emulator.report().contains("allowed 49152"), "{}", bench.emulator.report());
+    assert_eq!(allow_shared(function, most + 1), Err(CUresult::CUDA_ERROR_INVALID_VALUE));
+    allow_shared(function, most).unwrap();
+    assert_eq!(allowed_shared(function), most);
+    attempt(65536).unwrap();
+    assert_eq!(y.read(256, stream).unwrap(), [1.0; 256]);
+}
+
+#[test]
+fn bank_conflicts_are_counted_by_line() {
+    let Some(bench) = Bench::new("bank_conflicts_are_counted_by_line") else { return };
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/emulator/own/banks.cu");
+    let source = std::fs::read_to_string(path).unwrap();
+    let access = |line: &str| {
+        ["load_shared", "store_shared", "cp_async(", "ldmatrix"].into_iter().find(|name| line.contains(name))
+    };
+    let mut want = Vec::new();
+    for (i, line) in source.lines().enumerate() {
+        let (Some(access), Some((_, numbers))) = (access(line), line.split_once("// ")) else { continue };
+        let numbers: Vec<u64> = numbers.split(' ').map_while(|n| n.parse().ok()).collect();
+        let [ideal, actual] = numbers[..] else { continue };
+        // A block of two warps.
+        want.push((i as u32 + 1, access.trim_end_matches('(').to_string(), 2, 2 * ideal, 2 * actual));
+    }
+    assert!(want.len() >= 20, "{want:?}");
+    let stream = stream();
+    let x = Memory::with(&[1.0; 256], stream).unwrap();
+    let y = Memory::new(256).unwrap();
+    let function = kernel("banks", "").unwrap();
+    for (schedule, counts) in SCHEDULES.iter().flat_map(|s| [(s, "count"), (s, "off")]) {
+        bench.emulator.reset();
+        bench.emulator.configure(&format!("{schedule};banks={counts}"));
+        launch(function, 1, 64, stream, Params { y: y.0, x: x.0, n: 256 }).unwrap();
+        y.read(64, stream).unwrap();
+        let rows = bench.emulator.banks();
+        assert!(rows.iter().all(|row| row.unit == "banks.f32.base"), "{rows:?}");
+        let got: Vec<_> = rows.into_iter().map(|r| (r.line, r.access, r.count, r.ideal, r.actual)).collect();
+        assert_eq!(got, if counts == "count" { want.clone() } else { vec![] }, "{schedule}");
+    }
+    bench.emulator.configure("banks=off");
+    assert_eq!(bench.emulator.report(), "");
+}
+
+#[test]
+fn a_dropped_site_is_noticed_where_it_is_needed() {
+    let Some(bench) = Bench::new("a_dropped_site_is_noticed_where_it_is_needed") else { return };
+    let stream = stream();
+    let x: Vec<f32> = (0..256).map(|i| 1.0 + (i * 37 % 101) as f32).collect();
+    let want: Vec<f32> = (0..256)
+        .map(|i| (0..8).map(|k| (k + 1) as f32 * x[(i / 64 + k) % 4 * 64 + 63 - i % 64]).sum())
+        .collect();
+    let attempt = |variant: &str| {
+        let (input, y) = (Memory::with(&x, stream)?, Memory::new(1024)?);
+        let launched =
+            launch(kernel("pipeline", variant)?, 4, 64, stream, Params { y: y.0, x: input.0, n: 256 });
+        let result = launched.and_then(|()| y.read(256, stream));
+        bench.emulator.reset();
+        result
+    };
+    // The sites of a variant, and those that no schedule misses.
+    let survivors = |variant: &str| {
+        bench.emulator.configure("drop=none;order=forward;async=late");
+        let input = Memory::with(&x, stream).unwrap();
+        let y = Memory::new(1024).unwrap();
+        launch(kernel("pipeline", variant).unwrap(), 4, 64, stream, Params { y: y.0, x: input.0, n: 256 })
+            .unwrap();
+        assert_eq!(y.read(256, stream).unwrap(), want);
+        let mut sites = bench.emulator.sites();
+        sites.retain(|site| site.contains(":pipeline:"));
+        let all = sites.len();
+        sites.retain(|site| {
+            SCHEDULES.iter().all(|schedule| {
+                bench.emulator.configure(&format!("{schedule};drop={site}"));
+                attempt(variant) == Ok(want.clone())
+            })
+        });
+        bench.emulator.configure("drop=none");
+        (all, sites)
+    };
+    let (all, missed) = survivors("EXTRA=0");
+    assert_eq!((all, missed), (3, vec![]));
+    let (all, missed) = survivors("EXTRA=1");
+    assert_eq!(all, 4);
+    let source = include_str!("emulator/own/pipeline.cu");
+    let extra = source.lines().position(|line| line == "#if EXTRA").unwrap() + 2;
+    assert_eq!(missed, [format!("sync_block:pipeline:{extra}")]);
+}
