@@ -157,7 +157,7 @@ impl Case {
         let mut list = false;
         for line in format!("{:#?}", self.op).lines().map(|l| l.trim().trim_end_matches(',')) {
             match line.split_once(": ") {
-                Some((_, "false" | "None")) => {}
+                Some((_, "false" | "None" | "0")) => {}
                 Some((name, "true")) => words.push(name.into()),
                 Some((name, "[")) => {
                     list = true;
