@@ -278,7 +278,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) conv2d_mma(const __grid_c
     const int m = m0 + thread_x() / 4, n = n0 + thread_x() / 4;  // first rows that this thread copies
     const int part = p.part ? block_y() * BN / p.part : 0;
     const int row = weight_row(p, n - part * p.part), step = p.glu ? LOAD_ROWS / 2 : LOAD_ROWS;
-    const int rows_left = p.glu ? p.o - row % p.o : (p.part ? p.part : p.o) - row;  // of values or of gates
+    // Rows of w from there on: of values, or of gates.
+    const int rows_left = p.glu ? p.o - (n / 16 * 8 + n % 8) : (p.part ? p.part : p.o) - row;
 
     Walk k;
     UNROLL

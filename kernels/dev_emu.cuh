@@ -28,6 +28,7 @@ void ldm_emu_cp_async_wait(int pending, int line);
 void ldm_emu_ldmatrix(unsigned* r, const void* row, int count, int trans, int line);
 void ldm_emu_mma(float* d, const unsigned* a, const unsigned* b, int bfloat, int line);
 void ldm_emu_fence(int line);
+void ldm_emu_atomic(int done);
 }
 #pragma GCC visibility pop
 // What `ldm_emu_warp` and `ldm_emu_block` are asked for.
@@ -192,8 +193,14 @@ DEV float round_even_f(float x) { return __builtin_rintf(x); }
 DEV float mul_rn_f(float a, float b) { return a * b; }
 DEV double exp_d(double x) { return __builtin_exp(x); }
 
+// The emulator learns of an atomic operation before and after.
+struct LdmAtomic {
+    LdmAtomic() { ldm_emu_atomic(0); }
+    ~LdmAtomic() { ldm_emu_atomic(1); }
+};
 DEV unsigned long long atomic_min_u64(unsigned long long* p, unsigned long long v LDM_LINE) {
     ldm_check<8>(p, false, line);
+    const LdmAtomic around;
     unsigned long long old = __atomic_load_n(p, __ATOMIC_RELAXED);
     while (v < old && !__atomic_compare_exchange_n(p, &old, v, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
@@ -201,10 +208,12 @@ DEV unsigned long long atomic_min_u64(unsigned long long* p, unsigned long long 
 }
 DEV unsigned atomic_or_u32(unsigned* p, unsigned v LDM_LINE) {
     ldm_check<4>(p, false, line);
+    const LdmAtomic around;
     return __atomic_fetch_or(p, v, __ATOMIC_RELAXED);
 }
 DEV unsigned atomic_add_u32(unsigned* p, unsigned v LDM_LINE) {
     ldm_check<4>(p, false, line);
+    const LdmAtomic around;
     return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
 }
 
@@ -272,6 +281,7 @@ DEV float rcp_fast_f(float x) { return abs_f(x) > 0x1p126f ? 0.0f * x : 1.0f / x
 
 DEV unsigned atomic_inc_u32(unsigned* p, unsigned limit LDM_LINE) {
     ldm_check<4>(p, false, line);
+    const LdmAtomic around;
     unsigned old = __atomic_load_n(p, __ATOMIC_RELAXED);
     while (!__atomic_compare_exchange_n(p, &old, old >= limit ? 0 : old + 1, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }

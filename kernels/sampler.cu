@@ -12,7 +12,7 @@ struct PrepareFwd {
     T* x;                // (copies·B,H,W,C)
     const float* slots;  // (S,n)
     const float* table;  // (R,COLUMNS)
-    int* counter;        // row in use, next row, flag, unused
+    int* counter;        // row in use, next row, 1 + first row with a non-finite m, unused
     long long n;
     int copies;
 };
@@ -33,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) prepare_fwd(const __grid_con
 
 struct AdvanceFwd {
     float* slots;        // (S,n), updated
-    int* counter;        // row in use, next row, flag for a non-finite m, unused
+    int* counter;        // row in use, next row, 1 + first row with a non-finite m, unused
     float* guided;       // (n): m
     const T* model;      // (copies·n), unconditional half first
     const float* table;  // (R,COLUMNS)
@@ -42,15 +42,21 @@ struct AdvanceFwd {
     int copies, count;   // count: slots that c_s may name
 };
 
-// m = u + guidance · (c - u); d = clamp(dx · X + dm · m); next = sum c_s slots_s + cm m + cd d + cz noise.
+// m = u + guidance · (c - u); d = clamp(dx · X + dm · m); next = sum c_s slots_s + cm m + cd d + cz noise. After a row with a
+// non-finite m, slots and counter stay as that row left them: whoever looks later can repeat it.
 extern "C" __global__ void __launch_bounds__(BLOCK) advance_fwd(const __grid_constant__ AdvanceFwd p) {
     const long long i = (long long)block_x() * BLOCK + thread_x();
     const int k = load(p.counter);
+    // Blocks of this launch may have marked row k already.
+    const int bad = load(p.counter + 2);
+    const bool stopped = bad != 0 && bad != k + 1;
     const float* row = p.table + (long long)k * COLUMNS;
     if (i < p.n) {
         float m = to_float(load(p.model + i));
         if (p.copies == 2) m = fma_f(load(row + GUIDANCE), to_float(load(p.model + p.n + i)) - m, m);
-        if (!is_finite_f(m)) atomic_or_u32((unsigned*)p.counter + 2, 1u);
+        store(p.guided + i, m);
+        if (stopped) return;
+        if (!is_finite_f(m)) atomic_or_u32((unsigned*)p.counter + 2, unsigned(k + 1));
         const float x = load(p.slots + (long long)load(row + X_SLOT) * p.n + i);
         float d = load(row + DX) * x + load(row + DM) * m;
         const float clip = load(row + CLIP);
@@ -66,7 +72,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK) advance_fwd(const __grid_con
         if (keep_m >= 0.0f) store(p.slots + (long long)keep_m * p.n + i, m);
         if (keep_d >= 0.0f) store(p.slots + (long long)keep_d * p.n + i, d);
         store(p.slots + (long long)load(row + NEXT) * p.n + i, next);
-        store(p.guided + i, m);
     }
-    if (i == 0) store(p.counter + 1, k + 1);
+    if (i == 0 && !stopped) store(p.counter + 1, k + 1);
 }

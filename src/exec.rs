@@ -216,6 +216,11 @@ impl Program {
         &self.graph
     }
 
+    /// Where it runs.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// The plan.
     pub fn plan(&self) -> &Plan {
         &self.plan

@@ -170,11 +170,14 @@ impl Pipeline {
                 run.set_noise(&rest)?;
             }
             drop((first, rest));
-            while {
-                let more = run.step()?;
-                observer.step(run.done(), run.evaluations())?;
-                more
-            } {}
+            let (mut more, mut told) = (true, 0);
+            while more {
+                more = run.step()?;
+                for k in told..run.finished() {
+                    observer.step(k + 1, run.evaluations())?;
+                }
+                told = run.finished();
+            }
             run.state()?
         };
         self.pictures(r, &latents, observer)

@@ -28,7 +28,7 @@ struct Run {
 impl Run {
     fn new(dtype: DType, d: usize, causal: bool) -> Run {
         let (q, kv) = ([1, QUERIES, 2 * d], [1, KEYS, 2 * d]);
-        let case = Case::new(Attention { heads: 2, causal }, [t(q), t(kv), t(kv)]);
+        let case = Case::new(Attention { heads: 2, causal, joined: false }, [t(q), t(kv), t(kv)]);
         let x = case.inputs(dtype, 5);
         Run { case, dtype, x }
     }
@@ -60,7 +60,10 @@ fn a_nan_reaches_all_that_depends_on_it_and_nothing_else() {
                 for (i, (got, good)) in got.iter().zip(&good).enumerate() {
                     let (row, column) = (i / (2 * d), i % (2 * d));
                     let as_wanted = if hit(row, column) { got.is_nan() } else { got == good };
-                    assert!(as_wanted, "{dtype:?}, d = {d}, NaN at {what:?}: y[{row},{column}] = {got}, was {good}");
+                    assert!(
+                        as_wanted,
+                        "{dtype:?}, d = {d}, NaN at {what:?}: y[{row},{column}] = {got}, was {good}"
+                    );
                 }
             };
             check((0, 67, 3), &|row, column| row == 67 && column < d);
@@ -85,7 +88,10 @@ fn a_nan_in_a_key_does_not_reach_the_queries_before_it() {
                     let (row, column) = (i / (2 * d), i % (2 * d));
                     let hit = column < d && key <= row + KEYS - QUERIES;
                     let as_wanted = if hit { got.is_nan() } else { got == good };
-                    assert!(as_wanted, "{dtype:?}, d = {d}, NaN in key {key}: y[{row},{column}] = {got}, was {good}");
+                    assert!(
+                        as_wanted,
+                        "{dtype:?}, d = {d}, NaN in key {key}: y[{row},{column}] = {got}, was {good}"
+                    );
                 }
             }
         }
@@ -109,7 +115,10 @@ fn scores_that_overflow_are_no_weights() {
             }
             let run = Run { x, ..run };
             let got = run.result(device, &[], 0.0);
-            assert!(got[4 * 2 * d..][..d].iter().all(|v| v.is_nan()), "{dtype:?}, d = {d}: all scores are -inf");
+            assert!(
+                got[4 * 2 * d..][..d].iter().all(|v| v.is_nan()),
+                "{dtype:?}, d = {d}: all scores are -inf"
+            );
             let got = run.result(device, &[(1, 50, 0)], -1e30);
             assert!(got[4 * 2 * d..][..d].iter().all(|v| v.is_nan()), "{dtype:?}, d = {d}: one score is inf");
         }

@@ -60,14 +60,14 @@ struct Tiny {
 }
 
 impl Tiny {
-    fn on(device: &Device) -> Tiny {
+    fn on(device: &Device, steps: usize) -> Tiny {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/sd15-tiny");
         let folder = ModelFolder::open(root).unwrap();
         let blueprint = Blueprint::read(&folder).unwrap();
         let inventory = Inventory::of(&blueprint.unet.inventory(DType::F32).unwrap());
         let weights = load(folder.checkpoint("unet").unwrap(), &inventory, device).unwrap();
         let (method, schedule) = blueprint.choose(&Request::default()).unwrap();
-        let ladder = method.ladder(&schedule, 5, 0).unwrap();
+        let ladder = method.ladder(&schedule, steps, 0).unwrap();
         Tiny { blueprint, weights, method, ladder, device: device.clone() }
     }
 
@@ -81,8 +81,12 @@ impl Tiny {
         run
     }
 
+    fn width(&self) -> usize {
+        self.blueprint.unet.context
+    }
+
     fn context(&self, seed: u64) -> HostTensor {
-        random(&[2, 7, self.blueprint.unet.context], seed)
+        random(&[2, 7, self.width()], seed)
     }
 
     fn start(&self, run: &mut Sampling) {
@@ -93,7 +97,7 @@ impl Tiny {
 #[test]
 fn an_evaluation_is_one_launch_with_the_results_of_its_nodes() {
     common::on_cuda(|device| {
-        let tiny = Tiny::on(device);
+        let tiny = Tiny::on(device, 5);
         let (mut run, mut watched) = (tiny.run(), tiny.run());
         let mut nodes = 0;
         for k in 0..run.evaluations() {
@@ -136,38 +140,74 @@ fn an_evaluation_is_one_launch_with_the_results_of_its_nodes() {
     });
 }
 
-#[test]
-fn a_value_that_is_not_finite_names_its_node_after_a_replay() {
-    common::on_cuda_with(&common::SCHEDULES[..1], |device| {
-        let tiny = Tiny::on(device);
-        let mut run = tiny.run();
-        (0..3).for_each(|_| assert!(run.step().unwrap()));
-        let mut context = tiny.context(1).to_f32();
-        context[5] = f32::NAN;
-        run.set_context(&HostTensor::f32(tiny.context(1).shape(), context).unwrap()).unwrap();
-        let e = run.step().unwrap_err().to_string();
-        assert!(e.contains("\"context\"") && e.contains("NaN"), "{e}");
-        // The program is none the worse.
-        run.set_context(&tiny.context(1)).unwrap();
-        tiny.start(&mut run);
-        let mut fresh = tiny.run();
-        for _ in 0..2 {
-            run.step().unwrap();
-            fresh.step().unwrap();
+/// The evaluation after the second has no finite context: steps until that is an error, and the error.
+fn broken(run: &mut Sampling, tiny: &Tiny) -> (usize, String) {
+    (0..2).for_each(|_| assert!(run.step().unwrap()));
+    let mut context = tiny.context(1).to_f32();
+    context[5] = f32::NAN;
+    run.set_context(&HostTensor::f32(tiny.context(1).shape(), context).unwrap()).unwrap();
+    loop {
+        match run.step() {
+            Ok(more) => assert!(more, "the end, and no error"),
+            Err(e) => return (run.done(), e.to_string()),
         }
-        assert_eq!(run.state().unwrap(), fresh.state().unwrap());
-    });
+    }
+}
+
+fn names_what_is_not_finite(device: &Device, late: usize) {
+    let tiny = Tiny::on(device, 12);
+    let mut run = tiny.run();
+    let n = run.evaluations();
+    let (done, e) = broken(&mut run, &tiny);
+    assert!(e.contains("attn2.to_k\" made NaN") && e.contains(&format!("in evaluation 3 of {n}")), "{e}");
+    assert_eq!(done, 3 + late);
+    assert!(run.state().unwrap_err().to_string().contains("start again"));
+    // The program is none the worse.
+    run.set_context(&tiny.context(1)).unwrap();
+    tiny.start(&mut run);
+    let mut fresh = tiny.run();
+    for _ in 0..2 {
+        run.step().unwrap();
+        fresh.step().unwrap();
+    }
+    assert_eq!(run.state().unwrap(), fresh.state().unwrap());
+
+    // Whoever reads, or changes what is read, hears of it at once.
+    for read in [
+        |run: &mut Sampling, _: &Tiny| run.state().map(|_| ()),
+        |run: &mut Sampling, _: &Tiny| run.guided().map(|_| ()),
+        |run: &mut Sampling, tiny: &Tiny| run.set_context(&tiny.context(1)),
+    ] {
+        tiny.start(&mut run);
+        run.set_context(
+            &HostTensor::f32(tiny.context(1).shape(), vec![f32::INFINITY; 14 * tiny.width()]).unwrap(),
+        )
+        .unwrap();
+        let e = run.step().and_then(|_| read(&mut run, &tiny)).unwrap_err().to_string();
+        assert!(e.contains("attn2.to_k\" made") && e.contains("in evaluation 1 of"), "{e}");
+        run.set_context(&tiny.context(1)).unwrap();
+    }
+}
+
+#[test]
+fn a_value_that_is_not_finite_names_its_node_on_a_cpu_at_once() {
+    names_what_is_not_finite(&Device::Cpu, 0);
+}
+
+#[test]
+fn a_value_that_is_not_finite_names_its_node_after_eight_replays_at_most() {
+    common::on_cuda_with(&common::SCHEDULES[..1], |device| names_what_is_not_finite(device, 7));
 }
 
 #[test]
 fn a_fault_of_the_driver_is_an_error_that_says_which_call() {
     let Some(e) = emulator() else { return common::skipped("faults are the emulator's") };
     common::on_cuda_with(&common::SCHEDULES[..1], |device| {
-        let tiny = Tiny::on(device);
+        let tiny = Tiny::on(device, 5);
         for (fault, fails_at, says) in [
             ("graph:1", 1, &["cuGraphLaunch", "LDM_CUDA_GRAPH=off"][..]),
-            ("graph:3", 3, &["cuGraphLaunch", "fails"]),
-            ("launch:4", 1, &["node"]),
+            ("graph:3", 3, &["cuGraphLaunch", "failed"]),
+            ("launch:4", 1, &["failed \""]),
         ] {
             let mut run = tiny.run();
             run.step().unwrap();

@@ -2,6 +2,7 @@
 //! state; a table on the device says what each evaluation does.
 
 use crate::error::{Error, Result};
+use crate::exec::timing::Mark;
 use crate::exec::{CheckFinite, Device, Hook, Program, Weights};
 use crate::graph::Graph;
 use crate::models::UNet2DCondition;
@@ -31,13 +32,27 @@ impl Settings {
     }
 }
 
+/// Evaluations between two looks at the device's word on whether all values were finite. Each look lets a GPU idle for a
+/// moment.
+const LOOK: usize = 8;
+
 /// A sampling run: a program for its evaluations, and where it stands.
+///
+/// A GPU is always given the next evaluation before the last one is over. So what [`Sampling::step`] has asked for may be
+/// unfinished, by one evaluation, and a value that is not finite is an error up to 8 evaluations later, but before anything
+/// can be read.
 pub struct Sampling {
     program: Program,
     table: Table,
     settings: Settings,
     channels: usize,
     done: usize,
+    /// Evaluations known to be over.
+    finished: usize,
+    /// Evaluations known to have been finite.
+    looked: usize,
+    /// After the last evaluation.
+    mark: Option<Mark>,
     /// An evaluation went wrong: the states are not to be used any more.
     broken: bool,
 }
@@ -110,7 +125,8 @@ impl Sampling {
         program.write("timesteps", &HostTensor::f32([table.rows.len()], timesteps)?)?;
         program.write("noise", &HostTensor::zeros(program.spec("noise")?))?;
         let channels = unet.out_channels;
-        Ok(Sampling { program, table, settings, channels, done: 0, broken: false })
+        let (done, finished, looked, mark, broken) = (0, 0, 0, None, false);
+        Ok(Sampling { program, table, settings, channels, done, finished, looked, mark, broken })
     }
 
     /// Axes of the latents, (B,H,W,C).
@@ -146,24 +162,27 @@ impl Sampling {
     /// The context (copies·B,S,E) f32, unconditional half first.
     ///
     /// # Errors
-    /// When the axes differ.
+    /// When the axes differ; and as [`Sampling::step`].
     pub fn set_context(&mut self, context: &HostTensor) -> Result<()> {
+        self.settle()?;
         self.program.write("context", context)
     }
 
     /// Channels beside the latents (copies·B,H,W,X) f32: mask and masked image of an inpainting model.
     ///
     /// # Errors
-    /// When the model has none, or the axes differ.
+    /// When the model has none, or the axes differ; and as [`Sampling::step`].
     pub fn set_condition(&mut self, condition: &HostTensor) -> Result<()> {
+        self.settle()?;
         self.program.write("condition", condition)
     }
 
     /// The noises (Z,B,H,W,C) f32, Z = max(1, [`Sampling::noises`]).
     ///
     /// # Errors
-    /// When the axes differ.
+    /// When the axes differ; and as [`Sampling::step`].
     pub fn set_noise(&mut self, noise: &HostTensor) -> Result<()> {
+        self.settle()?;
         self.program.write("noise", noise)
     }
 
@@ -182,15 +201,16 @@ impl Sampling {
         let [b, h, w, c] = self.latents();
         self.program.write("slots", &HostTensor::f32([self.table.slots, b, h, w, c], slots)?)?;
         self.program.write("counter", &HostTensor::i32([4], vec![0; 4])?)?;
-        self.done = 0;
+        (self.done, self.finished, self.looked, self.mark) = (0, 0, 0, None);
         self.broken = false;
         Ok(())
     }
 
-    /// Runs the next evaluation; `false` when there is none left.
+    /// Runs the next evaluation, on a GPU until the one before is over; `false` when there is none left.
     ///
     /// # Errors
-    /// From the device; [`Error::NonFinite`] naming the first node whose result is not finite.
+    /// From the device; [`Error::NonFinite`] naming the first node whose result was not finite, on a GPU perhaps some
+    /// evaluations ago.
     pub fn step(&mut self) -> Result<bool> {
         self.step_with(&mut ())
     }
@@ -203,47 +223,89 @@ impl Sampling {
         if self.done == self.table.rows.len() {
             return Ok(false);
         }
-        if std::mem::replace(&mut self.broken, true) {
-            return Err(Error::invalid("sampling: an evaluation failed; start again"));
-        }
+        self.unbroken()?;
+        self.broken = true;
         self.program.run(hook)?;
-        let mut counter = [0; 3];
-        self.program.read_i32("counter", &mut counter)?;
-        if counter[2] != 0 {
-            // A row never writes a slot that it reads, so the evaluation can be repeated with a check after each node.
-            let k = self.done as i32;
-            self.program.write("counter", &HostTensor::i32([4], vec![k, k, 0, 0])?)?;
-            self.program.unsettle();
-            self.program.run(&mut CheckFinite)?;
-            return Err(Error::NonFinite {
-                op: "unet".into(),
-                node: String::new(),
-                what: format!("a value that was not finite at evaluation {k} and is when repeated"),
-            });
-        }
-        self.broken = false;
         self.done += 1;
+        let mark = Mark::now(self.program.device())?;
+        if let Some(last) = self.mark.replace(mark) {
+            last.wait()?;
+        }
+        self.finished = self.done - 1;
+        self.broken = false;
+        let at_once = matches!(self.program.device(), Device::Cpu);
+        if at_once || self.done == self.table.rows.len() || self.done - self.looked >= LOOK {
+            self.wait()?;
+        }
         Ok(self.done < self.table.rows.len())
     }
 
-    /// Evaluations that are done.
+    fn unbroken(&self) -> Result<()> {
+        if self.broken { Err(Error::invalid("sampling: an evaluation failed; start again")) } else { Ok(()) }
+    }
+
+    /// Before an input changes: an evaluation that went wrong is repeated with what it had.
+    fn settle(&mut self) -> Result<()> {
+        if self.broken { Ok(()) } else { self.wait() }
+    }
+
+    /// Waits for all evaluations that were asked for.
+    ///
+    /// # Errors
+    /// As [`Sampling::step`].
+    pub fn wait(&mut self) -> Result<()> {
+        self.unbroken()?;
+        if self.looked == self.done {
+            return Ok(());
+        }
+        self.broken = true;
+        let mut counter = [0; 3];
+        self.program.read_i32("counter", &mut counter)?;
+        if counter[2] != 0 {
+            // Nothing has changed since that row, and a row never writes a slot that it reads: so its evaluation can be
+            // repeated, with a check after each node.
+            let k = counter[2] - 1;
+            self.program.write("counter", &HostTensor::i32([4], vec![k, k, 0, 0])?)?;
+            self.program.unsettle();
+            let at = format!("evaluation {} of {}", k + 1, self.table.rows.len());
+            self.program.run(&mut CheckFinite).map_err(|e| match e {
+                Error::NonFinite { op, node, what } => {
+                    Error::NonFinite { op, node, what: format!("{what} in {at}") }
+                }
+                other => other,
+            })?;
+            let what = format!("a value that was not finite in {at} and is when repeated");
+            return Err(Error::NonFinite { op: "unet".into(), node: String::new(), what });
+        }
+        (self.finished, self.looked, self.broken) = (self.done, self.done, false);
+        Ok(())
+    }
+
+    /// Evaluations that were asked for.
     pub fn done(&self) -> usize {
         self.done
+    }
+
+    /// Evaluations that are known to be over: on a GPU one less than were asked for, but at the end.
+    pub fn finished(&self) -> usize {
+        self.finished
     }
 
     /// The model's prediction after guidance at the last evaluation, (B,H,W,C) f32.
     ///
     /// # Errors
-    /// From the device.
-    pub fn guided(&self) -> Result<HostTensor> {
+    /// As [`Sampling::step`].
+    pub fn guided(&mut self) -> Result<HostTensor> {
+        self.wait()?;
         self.program.read("guided")
     }
 
     /// The state after the last evaluation, (B,H,W,C) f32, in the sampler's own scale.
     ///
     /// # Errors
-    /// From the device.
-    pub fn state(&self) -> Result<HostTensor> {
+    /// As [`Sampling::step`].
+    pub fn state(&mut self) -> Result<HostTensor> {
+        self.wait()?;
         // The state between two evaluations is what the next one reads.
         let slot = self.table.rows.get(self.done).map_or(self.table.last_slot, |next| next.x_slot as usize);
         let slots = self.program.read("slots")?.to_f32();

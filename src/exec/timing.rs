@@ -7,17 +7,34 @@ use crate::graph::Node;
 use crate::tensor::HostTensor;
 use std::time::Instant;
 
-/// A point of time of a device.
-enum Mark {
+/// A point in the work of a device.
+pub enum Mark {
+    /// By the host's clock.
     Host(Instant),
+    /// In the stream of a GPU.
     Device(Event),
 }
 
 impl Mark {
-    fn now(device: &Device) -> Result<Mark> {
+    /// After all that the device was asked for.
+    ///
+    /// # Errors
+    /// When the driver fails.
+    pub fn now(device: &Device) -> Result<Mark> {
         match device {
             Device::Cpu => Ok(Mark::Host(Instant::now())),
             Device::Cuda(c) => c.record().map(Mark::Device),
+        }
+    }
+
+    /// Waits until the device has come this far.
+    ///
+    /// # Errors
+    /// When work before it failed.
+    pub fn wait(&self) -> Result<()> {
+        match self {
+            Mark::Host(_) => Ok(()),
+            Mark::Device(event) => event.wait(),
         }
     }
 

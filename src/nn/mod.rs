@@ -109,7 +109,7 @@ pub fn add(g: &mut Graph, at: &str, a: Var, b: Var) -> Result<Var> {
 /// # Errors
 /// When the widths do not fit the heads.
 pub fn attention(g: &mut Graph, at: &str, qkv: [Var; 3], heads: usize, causal: bool) -> Result<Var> {
-    g.push(at, Attention { heads, causal }, &qkv)
+    g.push(at, Attention { heads, causal, joined: false }, &qkv)
 }
 
 /// How the residual blocks of one model are made.

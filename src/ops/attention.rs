@@ -4,6 +4,7 @@
 //! PyTorch: `F.scaled_dot_product_attention`. Kernels: `kernels/attention_flash.cu` and `kernels/attention_wide.cu` on
 //! tensor cores, `kernels/attention.cu` for all that those do not take.
 use super::prelude::*;
+use std::borrow::Cow;
 use crate::kernels::attention as plain;
 use crate::kernels::attention_flash as flash;
 use crate::kernels::attention_wide as wide;
@@ -16,6 +17,8 @@ pub struct Attention {
     pub heads: usize,
     /// Query i sees keys up to i + S − T.
     pub causal: bool,
+    /// One input (B,…,3·N·D) holds q, k and v side by side: 16-bit types on tensor cores.
+    pub joined: bool,
 }
 
 struct Sizes {
@@ -25,7 +28,25 @@ struct Sizes {
     d: usize,
 }
 
+/// The shapes of q, k, v inside a joined input, or those that came.
+fn separate(joined: bool, x: &[Spec]) -> Vec<Spec> {
+    if !joined || x.len() != 1 || x[0].shape.is_empty() {
+        return x.to_vec();
+    }
+    vec![Spec::new(x[0].dtype, x[0].shape.with_last(x[0].shape.last() / 3)); 3]
+}
+
 impl Attention {
+    /// q, k and v by themselves.
+    fn arrays<'a>(&self, x: &'a [Array]) -> Cow<'a, [Array]> {
+        if !self.joined {
+            return Cow::Borrowed(x);
+        }
+        let width = x[0].shape.last() / 3;
+        let part = |i: usize| x[0].data.chunks(3 * width).flat_map(|row| row[i * width..][..width].to_vec()).collect();
+        Cow::Owned((0..3).map(|i| Array { shape: x[0].shape.with_last(width), data: part(i) }).collect())
+    }
+
     fn sizes(&self, q: Shape, keys: Shape) -> Sizes {
         let b = q[0];
         Sizes { b, t: q.rows() / b.max(1), s: keys.rows() / b.max(1), d: q.last() / self.heads }
@@ -90,7 +111,9 @@ impl Operation for Attention {
             self.heads,
             if self.causal { ", no fewer keys than queries" } else { "" }
         );
-        let [q, keys, values] = args(Self::NAME, &want, x)?;
+        let thirds = !self.joined || x.len() == 1 && !x[0].shape.is_empty() && x[0].shape.last() % 3 == 0;
+        ensure!(thirds, Self::NAME, want, x);
+        let [q, keys, values] = args(Self::NAME, &want, &separate(self.joined, x))?;
         let width = q.shape.last();
         let fits = q.shape.len() >= 2
             && keys.shape.len() >= 2
@@ -105,15 +128,19 @@ impl Operation for Attention {
         ensure!(fits, Self::NAME, want, x);
         let Sizes { t, s, .. } = self.sizes(q.shape, keys.shape);
         ensure!(s > 0 && (!self.causal || s >= t), Self::NAME, want, x);
+        let tensor_cores = || !matches!(choose(q.dtype, width / self.heads, t, self.heads).kernel, Kernel::Plain);
+        ensure!(!self.joined || tensor_cores(), Self::NAME, want, x);
         Ok(vec![q])
     }
 
     fn spec(&self, x: &[Array]) -> Vec<Array> {
-        vec![self.weighted(x, |v| v)]
+        vec![self.weighted(&self.arrays(x), |v| v)]
     }
 
     /// Σ p|v|, times what an error of the scores costs: their rounding moves p by a share of Σ|q||k|·scale.
     fn magnitude(&self, x: &[Array]) -> Vec<Array> {
+        let x = self.arrays(x);
+        let x = &*x;
         let d = x[0].shape.last() / self.heads;
         let largest = |a: &Array| a.data.iter().fold(0.0f64, |m, v| m.max(v.abs()));
         let norm = |a: &Array| a.data.chunks(d).map(|r| r.iter().map(|v| v * v).sum::<f64>()).fold(0.0, f64::max).sqrt();
@@ -122,6 +149,10 @@ impl Operation for Attention {
     }
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
+        if self.joined {
+            super::conv2d::by_specification(io, |x| self.spec(x));
+            return Ok(());
+        }
         let Sizes { t, s, d, .. } = self.sizes(io.x[0].shape, io.x[1].shape);
         use cpu::attention::{Heads, attention};
         let (q, keys, values) = (io.slice(0), io.slice(1), io.slice(2));
@@ -134,18 +165,21 @@ impl Operation for Attention {
     }
 
     fn cpu_scratch(&self, x: &[Spec], _y: &[Spec]) -> usize {
-        cpu::attention::working_bytes(x[0].dtype, &self.on_cpu(x))
+        cpu::attention::working_bytes(x[0].dtype, &self.on_cpu(&separate(self.joined, x)))
     }
 
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
-        let Sizes { b, t, s, d } = self.sizes(io.x_spec(0).shape, io.x_spec(1).shape);
-        let dtype = io.x_spec(0).dtype;
+        let x = separate(self.joined, &io.x.iter().map(|x| x.spec).collect::<Vec<_>>());
+        let Sizes { b, t, s, d } = self.sizes(x[0].shape, x[1].shape);
+        let dtype = x[0].dtype;
         let Choice { kernel, variant, queries } = choose(dtype, d, t, self.heads * b);
         let grid = [t.div_ceil(queries), self.heads, b];
-        let (y, [q, k, v]) = (io.y(0), [io.x(0), io.x(1), io.x(2)]);
-        let width = io.int(self.heads * d)?;
+        let width = self.heads * d;
+        let third = |i: usize| io.x(0).offset(i * width * dtype.size());
+        let (y, [q, k, v]) = (io.y(0), [0, 1, 2].map(|i| if self.joined { third(i) } else { io.x(i) }));
+        let pitch = io.int(if self.joined { 3 * width } else { width })?;
         let (t, s, d, heads) = (io.int(t)?, io.int(s)?, io.int(d)?, io.int(self.heads)?);
-        let [ldq, ldk, ldv, ldy] = [width; 4];
+        let ([ldq, ldk, ldv], ldy) = ([pitch; 3], io.int(width)?);
         let causal = i32::from(self.causal);
         match kernel {
             Kernel::Plain => {
@@ -167,6 +201,7 @@ impl Operation for Attention {
     }
 
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
+        let x = &separate(self.joined, x);
         let Sizes { b, t, s, d } = self.sizes(x[0].shape, x[1].shape);
         // In f64: the product of two counts of pixels outgrows an integer long before a picture outgrows memory.
         let [b, t, s, d, heads] = [b, t, s, d, self.heads].map(|n| n as f64);
@@ -177,6 +212,7 @@ impl Operation for Attention {
     /// The model: products by `mma.sync` on whole tiles of 16 columns and 8 keys, and seven tenths of the exponentials, 16 in
     /// a clock, which the products do not hide; as long as the multiprocessor with most blocks takes.
     fn launches(&self, x: &[Spec]) -> Vec<LaunchPlan> {
+        let x = &separate(self.joined, x);
         let Sizes { b, t, s, d } = self.sizes(x[0].shape, x[1].shape);
         let Choice { kernel, variant, queries } = choose(x[0].dtype, d, t, self.heads * b);
         let grid = [t.div_ceil(queries), self.heads, b];
@@ -197,7 +233,18 @@ impl Operation for Attention {
         }]
     }
 
+    /// Queries, keys and values that are plain products of one input become one product.
+    fn fuse(&self, g: &Graph, at: Var, target: Target) -> Option<Rewrite> {
+        let node = g.maker(at).filter(|_| target == Target::Cuda && !self.joined)?;
+        let (v, op, x) = super::conv2d::together(g, [node.x[0], node.x[1], node.x[2]])?;
+        let joined = Attention { joined: true, ..self.clone() };
+        let q = g.spec(node.x[0]);
+        let qkv = Spec::new(q.dtype, q.shape.with_last(3 * q.shape.last()));
+        joined.infer(&[qkv]).is_ok().then(|| Rewrite { op: joined.into(), x: vec![v], made: vec![(v, op, x)] })
+    }
+
     fn variant(&self, x: &[Spec]) -> &'static str {
+        let x = separate(self.joined, x);
         let Sizes { b, t, d, .. } = self.sizes(x[0].shape, x[1].shape);
         choose(x[0].dtype, d, t, self.heads * b).variant
     }
@@ -205,16 +252,23 @@ impl Operation for Attention {
     fn cases() -> Vec<Case> {
         let heads = |heads, d: usize, b, tq: usize, s: usize, causal| {
             let kv = [b, s, heads * d];
-            Case::new(Attention { heads, causal }, [t([b, tq, heads * d]), t(kv), t(kv)])
+            Case::new(Attention { heads, causal, joined: false }, [t([b, tq, heads * d]), t(kv), t(kv)])
         };
         let of = |mut case: Case, queries: fn(super::Arg) -> super::Arg| {
             case.args[0] = queries(case.args[0].clone());
             case
         };
+        let joined = |heads, d: usize, b, tokens: usize, causal| {
+            let qkv = t([b, tokens, 3 * heads * d]);
+            Case::new(Attention { heads, causal, joined: true }, [qkv]).only(&SIXTEEN)
+        };
         let mut image = heads(2, 40, 2, 1, 9, false);
         image.args[0] = t([2, 5, 7, 80]);
         vec![
             heads(1, 1, 1, 1, 1, false),
+            joined(2, 40, 2, 70, false),
+            joined(3, 16, 1, 33, true),
+            joined(1, 320, 2, 20, false),
             heads(8, 4, 2, 65, 77, false),
             heads(4, 8, 2, 77, 77, true),
             heads(2, 40, 3, 33, 64, false),
@@ -233,7 +287,7 @@ impl Operation for Attention {
             heads(2, 32, 1, 65, 128, false),
             heads(1, 48, 2, 40, 70, false),
             heads(1, 64, 3, 100, 130, true),
-            heads(1, 104, 1, 66, 64, true),
+            heads(1, 104, 1, 66, 70, true),
             heads(1, 136, 1, 20, 33, false),
             heads(2, 160, 1, 65, 70, true),
             heads(2, 168, 3, 17, 33, false),
@@ -278,7 +332,7 @@ impl Operation for Attention {
         let causal = r.below(3) == 0;
         let tq = if causal { r.below(s) + 1 } else { r.below(60) + 1 };
         let kv = [r.below(2) + 1, s, heads * d];
-        Case::new(Attention { heads, causal }, [t([kv[0], tq, heads * d]), t(kv), t(kv)])
+        Case::new(Attention { heads, causal, joined: false }, [t([kv[0], tq, heads * d]), t(kv), t(kv)])
     }
 }
 

@@ -10,7 +10,7 @@ mod fold;
 mod tensor_cores;
 
 pub use epi::{Epi, SLAB};
-pub(super) use fold::{absorb_residual, gates};
+pub(super) use fold::{absorb_residual, gates, together};
 
 use super::Op;
 use super::activation::code;
@@ -69,7 +69,7 @@ impl Epi {
         let residual = self.residual.then(|| io.slice(at.residual));
         cpu::optional(bias, |bias| {
             cpu::optional(time, |time| {
-                let batch = time.map(|data| BatchAdd { data: &data[step * o..], rows });
+                let batch = time.map(|all| BatchAdd { data: if self.step { &all[step * o..][..o] } else { all }, rows });
                 f(w, &Epilogue { bias, batch, act: self.act, residual }, io.out(0));
             });
         });
@@ -97,7 +97,7 @@ impl Epi {
 }
 
 /// Computes the outputs by a specification: for the forms that only graphs for a GPU hold, so that every graph runs on a CPU.
-fn by_specification(io: &mut cpu::Call, spec: impl Fn(&[Array]) -> Vec<Array>) {
+pub(super) fn by_specification(io: &mut cpu::Call, spec: impl Fn(&[Array]) -> Vec<Array>) {
     let array = |i: usize| Array { shape: io.x[i].shape, data: io.f32(i).iter().map(|&v| v as f64).collect() };
     let x: Vec<Array> = (0..io.x.len()).map(array).collect();
     for (j, y) in spec(&x).iter().enumerate() {

@@ -9,7 +9,8 @@ use super::group_stats::{SLAB, VECTOR, channel_stats};
 use super::prelude::*;
 use crate::graph::GivenStats;
 use crate::kernels::group_norm as k;
-use crate::kernels::{group_norm_apply as apply, group_norm_merge as merge};
+use crate::kernels::group_norm_apply as apply;
+use crate::kernels::group_norm_merge as merge;
 
 /// What a group norm has as inputs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -263,8 +264,8 @@ impl GroupNorm {
     }
 }
 
-/// Most slabs of an image that every block of the apply kernel merges itself. It then reads as many bytes of statistics
-/// as of x where it has 512 pixels; more would cost more than a launch.
+/// Most slabs of an image that every block of the apply kernel merges itself. In a 16-bit type it then reads half as many
+/// bytes of statistics as of x, where it has 512 pixels; of more slabs, more than a launch costs.
 const MERGED_IN_PLACE: usize = 64;
 
 /// How many slabs of equal size are left to the apply kernel of `slabs`: all of them, or the most that divide them and are
@@ -276,9 +277,9 @@ fn slabs_kept(slabs: usize) -> usize {
     (1..=16).rev().find(|&n| slabs.is_multiple_of(n)).unwrap_or(1)
 }
 
-/// Pixels of a block of the apply kernel, of `hw` in an image, where `strips` blocks lie side by side: 512, with which a
-/// block has all its loads in flight at once; fewer where there would not be a block for each multiprocessor of an H100
-/// (132), more while there are four.
+/// Pixels of a block of the apply kernel, of `hw` in an image, where `strips` blocks lie side by side: 512, of which a
+/// block of a 16-bit type has all loads in flight at once; fewer where there would not be a block for each of the 132
+/// multiprocessors of an H100; more, so that statistics are merged less often, while there are four for each.
 fn rows_per_block(hw: usize, strips: usize) -> usize {
     let blocks = |rows: usize| strips * hw.div_ceil(rows);
     let mut rows = 512;
@@ -288,7 +289,7 @@ fn rows_per_block(hw: usize, strips: usize) -> usize {
     while rows >= 512 && rows < hw && blocks(2 * rows) >= 4 * 132 {
         rows *= 2;
     }
-    rows
+    rows.min(hw)
 }
 
 impl Operation for GroupNorm {

@@ -27,7 +27,9 @@ pub struct Prepare {
 
 /// slots, model output (copies·B,H,W,C), table, counter, noise (Z,B,H,W,C) f32 to slots, counter, m (B,H,W,C) f32.
 ///
-/// The counter holds the current row, the next row, and a flag that is set once m is not finite.
+/// The counter holds the current row, the next row, and 1 + the first row whose m was not finite, or 0. After such a row
+/// slots and counter stay as it left them, so that whoever looks evaluations later can repeat it: a row never writes a slot
+/// that it reads.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Advance {
     /// 2 with guidance (unconditional half first), else 1.
@@ -211,6 +213,7 @@ impl Operation for Advance {
         let row = Row::at(&table, k);
         let count = io.x[0].shape[0];
         let n = io.x[0].shape.numel() / count;
+        let stopped = io.i32_at(3, 2) != 0;
         let coefficient = |i| row.f(i) as f32;
         let (g, clip) = (coefficient(GUIDANCE), coefficient(CLIP));
         let bad = cpu::with_scratch(4 * n, |buffer| {
@@ -221,6 +224,10 @@ impl Operation for Advance {
             if self.copies == 2 {
                 model.read(n, conditional);
                 guided.iter_mut().zip(conditional).for_each(|(u, c)| *u = g.mul_add(*c - *u, *u));
+            }
+            io.write(2, |y| y.copy_from_slice(guided));
+            if stopped {
+                return false;
             }
             // The slots' new value is in their own memory.
             io.write(0, |slots| {
@@ -246,12 +253,13 @@ impl Operation for Advance {
                     }
                 }
             });
-            io.write(2, |y| y.copy_from_slice(guided));
             guided.iter().any(|v| !v.is_finite())
         });
-        let counter = io.i32_mut(1);
-        counter[1] = k as i32 + 1;
-        counter[2] |= bad as i32;
+        if !stopped {
+            let counter = io.i32_mut(1);
+            counter[1] = k as i32 + 1;
+            counter[2] = if bad { k as i32 + 1 } else { 0 };
+        }
         Ok(())
     }
 
@@ -284,7 +292,10 @@ impl Operation for Advance {
     fn cases() -> Vec<Case> {
         [(2, [3, 1, 2, 2, 4], 0), (1, [4, 3, 5, 3, 3], 2), (2, [8, 2, 8, 8, 4], 1), (1, [2, 1, 1, 1, 1], 0)]
             .into_iter()
-            .flat_map(|(copies, size, row)| [0.0, 0.5].map(|clip| advance_case(copies, size, 3, row, clip)))
+            .flat_map(|(copies, size, row)| {
+                // The last of each: an earlier row was not finite, if there is one.
+                [(0.0, 0), (0.5, 0), (0.0, row)].map(|(clip, bad)| advance_case(copies, size, 3, [row, bad], clip))
+            })
             .collect()
     }
 
@@ -292,7 +303,7 @@ impl Operation for Advance {
         let size = [r.below(7) + 2, r.below(3) + 1, r.below(9) + 1, r.below(9) + 1, r.below(5) + 1];
         let rows = r.below(4) + 1;
         let clip = [0.0, 0.7][r.below(2)];
-        advance_case(r.below(2) + 1, size, rows, r.below(rows), clip)
+        advance_case(r.below(2) + 1, size, rows, [r.below(rows), 0], clip)
     }
 }
 
@@ -320,6 +331,9 @@ impl Advance {
                 }
             }
             guided.data[i] = m;
+        }
+        if x[3].data[2] != 0.0 {
+            return vec![x[0].clone(), counter, guided];
         }
         counter.data[1] = k + 1.0;
         vec![slots, counter, guided]
@@ -350,12 +364,12 @@ fn counter(mut args: [super::Arg; 3]) -> Vec<super::Arg> {
     args.to_vec()
 }
 
-fn advance_case(copies: usize, size: [usize; 5], rows: usize, row: usize, clip: f64) -> Case {
+fn advance_case(copies: usize, size: [usize; 5], rows: usize, [row, bad]: [usize; 2], clip: f64) -> Case {
     let [_, b, h, w, c] = size;
     let mut table = table(rows, size[0]);
     if let super::Fill::Values(v) = &mut table.fill {
         v.chunks_mut(TABLE).for_each(|r| r[CLIP] = clip);
     }
-    let counter = super::Arg { ty: super::Ty::I32, ..f32s([4]).values(vec![row as f64, 0.0, 0.0, 0.0]) };
+    let counter = super::Arg { ty: super::Ty::I32, ..f32s([4]).values(vec![row as f64, 0.0, bad as f64, 0.0]) };
     Case::new(Advance { copies }, [f32s(size), t([copies * b, h, w, c]), table, counter, f32s([2, b, h, w, c])])
 }

@@ -281,6 +281,10 @@ fn unit_jobs(
 ) {
     // Hidden, so that a kernel's name never meets one of the C library's; only what the emulator asks for is exported.
     let mut text = format!("#include \"{}\"\n#pragma GCC visibility push(default)\n", path.display());
+    text += &format!(
+        "extern \"C\" {{ extern const unsigned ldm_combines; const unsigned ldm_combines = {}; }}\n",
+        u32::from(source.contains("atomic_"))
+    );
     for kernel in &unit.kernels {
         let (name, params) = (&kernel.name, &kernel.params_struct);
         text += &format!(

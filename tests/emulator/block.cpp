@@ -260,6 +260,7 @@ bool arrive_warp(unsigned t, int op, int line) {
     warp.arrived |= bit;
     if (warp.arrived != warp.all) return false;
     complete(warp);
+    if (op == SYNC_WARP) visibility_warp(t >> 5);
     warp.arrived = 0;
     set_ready(t >> 5, warp.all & ~bit);
     return true;
@@ -279,6 +280,7 @@ bool arrive_block(unsigned t, int op, int line) {
                                                      name_of(R.barrier_op), R.barrier_line, name_of(op)));
     }
     if (++R.arrived != R.threads) return false;
+    visibility_barrier();
     R.arrived = 0;
     for (unsigned w = 0; w < R.warp_count; w++) set_ready(w, R.warps[w].all);
     take(t);
@@ -372,6 +374,7 @@ bool block_run(const Launch& launch, uint64_t index) {
     R.failed = false;
     R.drop_line = settings.drop != Site::COUNT && settings.drop_stem == launch.kernel->stem ? settings.drop_line : 0;
     copies_start(index);
+    visibility_start(launch);
     for (unsigned w = 0; w < R.warp_count; w++) {
         Warp& warp = R.warps[w];
         const unsigned lanes = launch.block - w * 32 < 32 ? launch.block - w * 32 : 32;
@@ -388,6 +391,7 @@ bool block_run(const Launch& launch, uint64_t index) {
     R.running = true;
     ldm_switch(&R.main, &start);
     R.stacks.give_all();
+    visibility_end();
     if (settings.banks) banks_end(*launch.kernel);
     return !R.failed;
 }
@@ -419,10 +423,6 @@ API void* ldm_emu_smem_dynamic(const void* key, unsigned long long bytes, unsign
 API void ldm_emu_shared(const void* p, unsigned bytes, int write, int line) {
     const unsigned at = shared_offset(p, bytes, write ? "store_shared" : "load_shared", line);
     if (settings.banks) banks_access(write ? Access::Store : Access::Load, at, bytes, line);
-}
-
-API void ldm_emu_fence(int line) {
-    if (!dropped(Site::Fence, line)) __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 
 API void ldm_emu_sync_block(int line) {

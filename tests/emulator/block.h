@@ -32,3 +32,9 @@ void banks_end(const Kernel& kernel);
 void copies_start(uint64_t block);
 void copies_exit();
 void copies_play();
+
+// Which stores other blocks may rely on: a block starts, its threads or those of a warp come to a barrier, it ends.
+void visibility_start(const Launch& launch);
+void visibility_barrier();
+void visibility_warp(unsigned warp);
+void visibility_end();

@@ -142,6 +142,7 @@ void sites_forget();
 struct Kernel {
     std::string name, unit, stem, file;
     Sites* sites = nullptr;
+    bool combines = false;  // its file has atomic operations
     void (*entry)(const void* params) = nullptr;
     unsigned params = 0, bounds = 1024, dynamic = SMEM_STATIC;  // `dynamic`: bytes of shared memory that a launch may pass
 };
@@ -165,6 +166,11 @@ Result launch_run(const Launch& launch);
 
 // Reports a violation of the kernel thread that runs now, and leaves its block. Does not return.
 [[noreturn]] void kernel_violation(Result code, int line, const std::string& text);
+// A store writes these bytes of a word (by the bits of its shadow) for the first time: true if it is held back from other
+// blocks. Why a load may not have such bytes, which the shadow does not show; null if it may. And the end of a launch.
+bool visibility_holds(uint64_t word, unsigned bytes);
+const char* visibility_objection(uint64_t word, unsigned bytes);
+void visibility_finish();
 // What the setting `banks` has counted is forgotten.
 void banks_forget();
 // Is a kernel thread running on this OS thread?

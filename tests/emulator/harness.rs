@@ -1,5 +1,5 @@
 //! The driver, called directly, for the tests of the emulator.
-#![allow(unsafe_code)]
+#![allow(unsafe_code, dead_code)]
 
 #[path = "../common/emulator.rs"]
 mod emulator;

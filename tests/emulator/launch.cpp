@@ -141,6 +141,7 @@ Result launch_run(const Launch& launch) {
         p.idle.wait(hold, [&] { return p.busy == 0; });
     }
     set_watched(nullptr);
+    visibility_finish();
     if (job.failed) return sticky();
     const MemoryUse use = memory_use();
     if (use.live > 256) return SUCCESS;
@@ -180,6 +181,8 @@ Result module_kernel(Module* module, const char* name, Kernel** out) {
     if (!kernel->entry || !size) return refuse(NOT_FOUND, format("unit %s has no kernel `%s`", module->unit.c_str(), name));
     kernel->params = *size;
     if (bounds) kernel->bounds = *bounds;
+    const unsigned* combines = (const unsigned*)dlsym(module->library, "ldm_combines");
+    kernel->combines = combines && *combines;
     *out = kernel.get();
     module->kernels.push_back(std::move(kernel));
     return SUCCESS;

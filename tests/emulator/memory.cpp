@@ -263,11 +263,12 @@ API void ldm_emu_access(const void* p, unsigned bytes, unsigned align, int write
                              format("%s of %u bytes at %#llx, out of bounds: it %s", what, bytes, (unsigned long long)at,
                                     memory_describe(at + i).c_str()));
         if (write) {
-            if ((marks & low) != low) __atomic_fetch_or(s, (unsigned char)low, __ATOMIC_RELAXED);
+            if ((marks & low) != low && !visibility_holds((offset + i) >> 2, low)) __atomic_fetch_or(s, (unsigned char)low, __ATOMIC_RELAXED);
         } else if ((marks & low) != low && settings.uninitialised_is_error) {
-            kernel_violation(ASSERT, line,
-                             format("load of %u bytes at %#llx, which nothing has written: it %s", bytes, (unsigned long long)at,
-                                    memory_describe(at + i).c_str()));
+            if (const char* why = visibility_objection((offset + i) >> 2, low & ~marks))
+                kernel_violation(ASSERT, line,
+                                 format("load of %u bytes at %#llx, which %s: it %s", bytes, (unsigned long long)at, why,
+                                        memory_describe(at + i).c_str()));
         }
         i += n;
     }

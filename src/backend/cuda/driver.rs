@@ -507,15 +507,23 @@ impl Event {
         Ok(this)
     }
 
+    /// Waits until the device has come this far.
+    ///
+    /// # Errors
+    /// When work before it failed.
+    pub fn wait(&self) -> Result<()> {
+        self.context.bind()?;
+        // SAFETY: the event is recorded.
+        Ok(check("cuEventSynchronize", unsafe { sys::cuEventSynchronize(self.raw) })?)
+    }
+
     /// Milliseconds on the device from this mark to `later`; waits for `later`.
     ///
     /// # Errors
     /// When the two are marks of different devices, or work between them failed.
     pub fn elapsed(&self, later: &Event) -> Result<f64> {
-        self.context.bind()?;
+        later.wait()?;
         let mut ms = 0.0;
-        // SAFETY: both events are recorded.
-        check("cuEventSynchronize", unsafe { sys::cuEventSynchronize(later.raw) })?;
         // SAFETY: both events are recorded; takes a place for one number.
         check("cuEventElapsedTime", unsafe { sys::cuEventElapsedTime_v2(&mut ms, self.raw, later.raw) })?;
         Ok(f64::from(ms))

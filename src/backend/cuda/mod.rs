@@ -444,7 +444,7 @@ impl fmt::Debug for Graph {
 }
 
 fn explain_graph(failure: Failure) -> Error {
-    match failure.into() {
+    match Error::from(failure) {
         Error::Cuda { call, node, what } => {
             let call = format!("{call} (a recorded evaluation)");
             Error::Cuda { call, node, what: what + "; LDM_CUDA_GRAPH=off runs node by node" }

@@ -369,8 +369,11 @@ impl Subject {
     }
 
     /// [`Error::NonFinite`] where a result is not finite: then the times are those of another computation.
-    pub(super) fn check(&self) -> Result<()> {
-        for stage in &self.stages {
+    pub(super) fn check(&mut self) -> Result<()> {
+        for stage in &mut self.stages {
+            if let Run::Sampling(run, _) = &mut stage.run {
+                run.wait()?;
+            }
             let program = stage.program();
             for (name, v) in program.graph().outputs() {
                 if program.graph().spec(*v).dtype != DType::I32 {

@@ -6,7 +6,7 @@
 constexpr int BLOCK = 256;
 
 struct Shared {
-    alignas(16) float x[BLOCK];
+    alignas(16) float x[BLOCK + 4];
 };
 
 struct MisalignedShared {

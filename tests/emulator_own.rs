@@ -2,7 +2,6 @@
 //! answer is known.
 
 #[path = "emulator/harness.rs"]
-#[allow(dead_code)]
 mod harness;
 
 use cudarc::driver::sys::{CUdevice_attribute, CUresult};
@@ -130,12 +129,12 @@ fn bank_conflicts_are_counted_by_line() {
     }
     assert!(want.len() >= 20, "{want:?}");
     let stream = stream();
-    let x = Memory::with(&[1.0; 256], stream).unwrap();
-    let y = Memory::new(256).unwrap();
     let function = kernel("banks", "").unwrap();
     for (schedule, counts) in SCHEDULES.iter().flat_map(|s| [(s, "count"), (s, "off")]) {
         bench.emulator.reset();
         bench.emulator.configure(&format!("{schedule};banks={counts}"));
+        let x = Memory::with(&[1.0; 256], stream).unwrap();
+        let y = Memory::new(256).unwrap();
         launch(function, 1, 64, stream, Params { y: y.0, x: x.0, n: 256 }).unwrap();
         y.read(64, stream).unwrap();
         let rows = bench.emulator.banks();
@@ -190,4 +189,48 @@ fn a_dropped_site_is_noticed_where_it_is_needed() {
     let source = include_str!("emulator/own/pipeline.cu");
     let extra = source.lines().position(|line| line == "#if EXTRA").unwrap() + 2;
     assert_eq!(missed, [format!("sync_block:pipeline:{extra}")]);
+}
+
+#[test]
+fn what_another_block_wrote_needs_a_fence_and_an_atomic_operation() {
+    let Some(bench) = Bench::new("what_another_block_wrote_needs_a_fence_and_an_atomic_operation") else {
+        return;
+    };
+    #[repr(C)]
+    struct LastBlock {
+        y: u64,
+        parts: u64,
+        x: u64,
+        counter: u64,
+    }
+    let stream = stream();
+    let values: Vec<f32> = (0..256).map(|i| (i * 37 % 101) as f32).collect();
+    let want: Vec<f32> = (0..64).map(|t| (0..4).map(|b| values[64 * b + t]).sum()).collect();
+    for (way, schedule) in (0..6).flat_map(|way| SCHEDULES.map(|schedule| (way, schedule))) {
+        for threads in [1, 2] {
+            bench.emulator.configure(&format!("{schedule};threads={threads}"));
+            let (x, counter) =
+                (Memory::with(&values, stream).unwrap(), Memory::with(&[0.0], stream).unwrap());
+            let (y, parts) = (Memory::new(256).unwrap(), Memory::new(1024).unwrap());
+            let p = LastBlock { y: y.0, parts: parts.0, x: x.0, counter: counter.0 };
+            let function = kernel("last_block", &format!("WAY={way}")).unwrap();
+            let got = launch(function, 4, 64, stream, p).and_then(|()| y.read(64, stream));
+            let report = bench.emulator.report();
+            if way < 2 {
+                assert_eq!(got.as_ref(), Ok(&want), "way {way}, {schedule}: {report}");
+                // The next launch may read all of it.
+                assert_eq!(parts.read(256, stream).unwrap(), values);
+            } else {
+                assert_eq!(got, Err(CUresult::CUDA_ERROR_ASSERT), "way {way}, {schedule}");
+                // Where blocks run side by side, the one that wrote may not be over.
+                let says = match (way, threads) {
+                    (5, _) => "the reader lacks a fence",
+                    (_, 1) => "without a fence",
+                    _ => "written",
+                };
+                assert!(report.contains(says), "way {way}, {schedule}: {report}");
+            }
+            bench.emulator.reset();
+        }
+    }
 }
