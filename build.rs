@@ -43,6 +43,10 @@ fn build() -> Result<(), String> {
         Some(_) => units::Arch::list(&env::var("LDM_CUDA_ARCH").unwrap_or_default())?,
         None => vec![],
     };
+    if let Some(nvcc) = &nvcc {
+        // For the test that reads the machine code: the disassembler lies beside the compiler.
+        println!("cargo:rustc-env=LDM_NVCC_PATH={}", nvcc.path.display());
+    }
     let cache = nvcc::cache(&out);
     let built = match &nvcc {
         Some(nvcc) => nvcc::compile(nvcc, &root.join("kernels"), &files, &archs, &cache)?,

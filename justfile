@@ -27,17 +27,23 @@ bench-counts:
 steps:
     cargo bench --bench steps
 
-# Compile the kernels with nvcc and list what each needs; fails without nvcc, or where one spills
+# Compile the kernels with nvcc; list what each needs, and the launch that is planned for every real shape; fails without
+# nvcc, or where one spills
 kernels:
     cargo run --release --example kernels | tee /dev/stderr | tail -n 1 | grep -q 'no spill, no stack$'
+
+# Record what is planned for every real shape: after a change that predicts a better time
+plans:
+    LDM_RECORD_PLANS=1 cargo test --test plans no_shape_is_planned_worse_than_recorded
 
 # Fill dist/gpu with what a machine with a GPU and no Rust needs
 gpu-pack: kernels
     tools/gpu.sh pack
 
-# Run dist/gpu here; on another machine: ./gpu.sh in a copy of it. Not measured on a GPU yet
-gpu:
-    dist/gpu/gpu.sh
+# Run dist/gpu here, or a part of it (test, step, probe, bench, torch); on another machine: ./gpu.sh in a copy of it. Not
+# measured on a GPU yet
+gpu *part:
+    dist/gpu/gpu.sh {{part}}
 
 # What CI runs
 ci:

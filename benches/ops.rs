@@ -31,7 +31,7 @@ fn main() {
         for room in of_a_file {
             for case in (room.cases)().into_iter().filter(|c| c.bench) {
                 for t in types(&device, &case) {
-                    let id = BenchmarkId::new(format!("{} {t} {short}", room.name), title(&case));
+                    let id = BenchmarkId::new(format!("{} {t} {short}", room.name), case.title());
                     run(&mut group, id, &device, &case, t);
                 }
             }
@@ -49,29 +49,6 @@ fn types(device: &Device, case: &Case) -> Vec<DType> {
         Device::Cpu => all.filter(on_cpu).collect(),
         Device::Cuda(_) => all.collect(),
     }
-}
-
-/// `2x64x64x320 320x3x3x320 320 stride=1 pad=1,1,1,1 bias`: the shapes, and the fields of the operation that are set.
-fn title(case: &Case) -> String {
-    let join = |shape: &[usize]| shape.iter().map(usize::to_string).collect::<Vec<_>>().join("x");
-    let mut words: Vec<String> = case.args.iter().map(|a| join(&a.shape)).collect();
-    let mut list = false;
-    for line in format!("{:#?}", case.op).lines().map(|l| l.trim().trim_end_matches(',')) {
-        match line.split_once(": ") {
-            Some((_, "false" | "None")) => {}
-            Some((name, "true")) => words.push(name.into()),
-            Some((name, "[")) => {
-                list = true;
-                words.push(format!("{name}="));
-            }
-            Some((_, value)) if value.ends_with(['{', '(']) => {}
-            Some((name, value)) => words.push(format!("{name}={value}")),
-            None if line.ends_with(['{', '(', '}', ')', ']']) => list = false,
-            None if list => words.iter_mut().last().into_iter().for_each(|w| *w += &format!("{line},")),
-            None => words.push(line.into()),
-        }
-    }
-    words.iter().map(|w| w.trim_end_matches(',')).collect::<Vec<_>>().join(" ")
 }
 
 fn run(group: &mut BenchmarkGroup<WallTime>, id: BenchmarkId, device: &Device, case: &Case, t: DType) {

@@ -196,7 +196,8 @@ fn units(files: &[File], built: &[Built], bytes: &mut Vec<u8>) -> Result<Vec<Uni
     for (i, file) in files.iter().enumerate() {
         let stem = &file.scan.stem;
         for (n, (types, variant)) in file.scan.images().into_iter().enumerate() {
-            let smem = file.scan.smem(n % file.scan.variants.len());
+            let number = n % file.scan.variants.len();
+            let (smem, loops) = (file.scan.smem(number), file.scan.loops(number));
             let mut images: Vec<(String, &[u8])> = built
                 .iter()
                 .filter(|b| b.file == i && b.types == types && b.variant == variant)
@@ -217,7 +218,8 @@ fn units(files: &[File], built: &[Built], bytes: &mut Vec<u8>) -> Result<Vec<Uni
                 list.push(format!("Image {{ arch: {arch}, bytes: part({start}, {size}) }}"));
             }
             let line = format!(
-                "    Unit {{ stem: {stem:?}, types: {types:?}, variant: {variant:?}, smem: {smem}, images: &[{}] }},\n",
+                "    Unit {{ stem: {stem:?}, types: {types:?}, variant: {variant:?}, smem: {smem}, \
+                 loops: &{loops:?}, images: &[{}] }},\n",
                 list.join(", ")
             );
             lines.push((stem.clone(), types.clone(), variant, line));

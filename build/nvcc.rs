@@ -25,7 +25,8 @@ const KEEP: Duration = Duration::from_secs(14 * 24 * 3600);
 
 /// A working compiler.
 pub struct Nvcc {
-    path: PathBuf,
+    /// The program.
+    pub path: PathBuf,
     /// Such as `13.0.88`.
     pub version: String,
     flags: Vec<String>,

@@ -93,6 +93,16 @@ impl Unit {
         own.map_or(0, |(_, values)| values[variant] as u32)
     }
 
+    /// What the file says of its main loop in one variant: how many instructions of a kind its body holds, from the
+    /// constants `LOOP_<INSTRUCTION>` (`LOOP_HMMA`). A test counts them in the machine code.
+    pub fn loops(&self, variant: usize) -> Vec<(&str, i64)> {
+        let own = self
+            .constants
+            .iter()
+            .filter_map(|(name, values)| Some((name.strip_prefix(LOOP)?, values[variant])));
+        own.collect()
+    }
+
     /// C++ that does not compile unless the compiler gives each constant the value that it was read to have.
     pub fn asserts(&self, variant: usize) -> String {
         let line = |(name, values): &(String, Vec<i64>)| {
@@ -113,6 +123,9 @@ impl Unit {
 /// The constant by which a file asks for dynamic shared memory, and the most that any device gives a block.
 const SMEM_BYTES: &str = "SMEM_BYTES";
 const SMEM_MOST: i64 = 227 * 1024;
+
+/// How the constants begin that count the instructions of the main loop.
+const LOOP: &str = "LOOP_";
 
 /// `group_norm_fwd` → `GroupNormFwd`.
 pub fn camel_case(name: &str) -> String {
@@ -327,6 +340,14 @@ impl Source {
                 let got = own.map_or("no such value".into(), |(_, bytes)| format!("{bytes:?}"));
                 return self
                     .error(token.line, format!("`constexpr int {SMEM_BYTES}`: want {want}; got {got}"));
+            }
+        }
+        for token in self.tokens.iter().filter(|t| t.text.starts_with(LOOP)) {
+            if !all.iter().any(|(name, counts)| *name == token.text && counts.iter().all(|n| *n >= 0)) {
+                return self.error(
+                    token.line,
+                    format!("`constexpr int {}`: want a count in each variant", token.text),
+                );
             }
         }
         Ok(all)

@@ -42,6 +42,9 @@ constexpr int STEPS = (D + 15) / 16;        // steps of 16 columns of q kᵀ
 constexpr int PITCH = 2 * STEPS;            // chunks in a row
 constexpr int A = PITCH % 8 == 0 ? 3 : PITCH % 4 == 0 ? 2 : 1;
 constexpr int BLOCKS = BM == 128 || D > 128 ? 2 : D < 64 ? 4 : 3;  // on a multiprocessor
+// Instructions of a turn, which a test counts in the machine code.
+constexpr int LOOP_HMMA = TILES * (STEPS * BN / 8 + BN / 16 * D / 8), LOOP_LDGSTS = 2 * BN * PITCH / BLOCK;
+constexpr int LOOP_LDSM = BN / 16 * (STEPS + (D + 15) / 16);
 
 struct AttentionFlashFwd {
     T* y;        // (B,T,N·d)

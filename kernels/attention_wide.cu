@@ -39,6 +39,8 @@ constexpr int BN = 32;
 constexpr int KEY_PITCH = D / 16;  // chunks in a row of a piece of k
 constexpr int PITCH = D / 8;       // chunks in a row of q, v, y
 constexpr int SMEM_BYTES = 2 * BM * D + 2 * BN * D + 16 * BLOCK / 2 + 4 * 2 * BM;
+// Instructions of a turn, which a test counts in the machine code.
+constexpr int LOOP_HMMA = D / 4, LOOP_LDSM = D / 16 * 3, LOOP_LDGSTS = 2 * BN * PITCH / BLOCK;
 
 struct AttentionWideFwd {
     T* y;        // (B,T,N·d)

@@ -115,9 +115,8 @@ DEV void tap(Walk& k, const Conv2dMma& p, int m) {
     }
 }
 
-DEV void enter(Walk& k, const Conv2dMma& p, int segment, int n) {
-    // With parts, which of the weights this tile's columns belong to.
-    const int part = p.part ? block_y() * BN / p.part : segment;
+// `which` of the weights: those of the segment, or with parts those that this tile's columns belong to.
+DEV void enter(Walk& k, const Conv2dMma& p, int segment, int which, int n) {
     k.segment = segment;
     k.kh = k.kw = k.c = 0;
     k.x = segment == 0 ? p.x : segment == 1 ? p.x1 : p.x2;
@@ -125,7 +124,7 @@ DEV void enter(Walk& k, const Conv2dMma& p, int segment, int n) {
     k.w_row = segment == 0 ? p.w_row : segment == 1 ? p.w_row1 : p.w_row2;
     k.w_tap = segment == 0 ? p.w_tap : p.w_tap1;
     k.flat = segment == 0 ? p.flat : segment == 1 ? p.flat1 : 1;
-    k.w = (part == 0 ? p.w : part == 1 ? p.w1 : p.w2) + n * k.w_row;
+    k.w = (which == 0 ? p.w : which == 1 ? p.w1 : p.w2) + n * k.w_row;
 }
 
 DEV void next(Walk& k, const Conv2dMma& p, int m, int n) {
@@ -135,7 +134,7 @@ DEV void next(Walk& k, const Conv2dMma& p, int m, int n) {
     k.w += k.w_tap;
     if (++k.kw == p.kw || k.flat) {
         k.kw = 0;
-        if (++k.kh == p.kh || k.flat) enter(k, p, k.segment + 1, n);
+        if (++k.kh == p.kh || k.flat) enter(k, p, k.segment + 1, k.segment + 1, n);
     }
     if (k.segment < p.segments) tap(k, p, m);
 }
@@ -277,7 +276,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) conv2d_mma(const __grid_c
     ConvRing& s = smem_dynamic<ConvRing>();
     const int m0 = block_x() * BM, n0 = block_y() * BN, warp_m = warp() / WARPS_N, warp_n = warp() % WARPS_N;
     const int m = m0 + thread_x() / 4, n = n0 + thread_x() / 4;  // first rows that this thread copies
-    const int row = weight_row(p, p.part ? n - block_y() * BN / p.part * p.part : n), step = p.glu ? LOAD_ROWS / 2 : LOAD_ROWS;
+    const int part = p.part ? block_y() * BN / p.part : 0;
+    const int row = weight_row(p, n - part * p.part), step = p.glu ? LOAD_ROWS / 2 : LOAD_ROWS;
     // Rows of w from there on: of values, or of gates.
     const int rows_left = p.glu ? p.o - (n / 16 * 8 + n % 8) : (p.part ? p.part : p.o) - row;
 
@@ -295,13 +295,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) conv2d_mma(const __grid_c
     }
     const int first = int((long long)p.blocks * block_z() / grid_z());
     const int count = int((long long)p.blocks * (block_z() + 1) / grid_z()) - first;
-    enter(k, p, 0, row);
+    enter(k, p, 0, part, row);
     for (int skip = first;;) {
         // Whole segments, then whole taps, then blocks of channels.
         const int per_tap = ceil_div(k.channels, BK), taps = k.flat ? 1 : p.kh * p.kw;
         if (skip >= per_tap * taps && k.segment + 1 < p.segments) {
             skip -= per_tap * taps;
-            enter(k, p, k.segment + 1, row);
+            enter(k, p, k.segment + 1, k.segment + 1, row);
             continue;
         }
         const int t = skip / per_tap;

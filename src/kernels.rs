@@ -165,6 +165,9 @@ pub struct Unit {
     pub variant: &'static str,
     /// Dynamic shared memory that each launch of its kernels gives a block, in bytes: the file's `SMEM_BYTES`, or 0.
     pub smem: usize,
+    /// What the body of its main loop holds: kind of instruction (`HMMA`) and count, from the file's `LOOP_HMMA` and the
+    /// like; empty where the file has none.
+    pub loops: &'static [(&'static str, u32)],
     /// One per architecture, at least one.
     pub images: &'static [Image],
 }
@@ -258,10 +261,10 @@ pub fn spilling() -> Vec<&'static Resource> {
     RESOURCES.iter().filter(|r| r.spills()).collect()
 }
 
-/// [`RESOURCES`] as a table; its last line is a summary.
+/// [`RESOURCES`] as a table; empty without `nvcc`.
 pub fn report() -> String {
     if !COMPILED {
-        return "built without nvcc: no kernel is compiled\n".into();
+        return String::new();
     }
     let unit = |r: &Resource| match r.variant {
         "" => r.types.to_string(),
@@ -277,16 +280,20 @@ pub fn report() -> String {
         let _ = write!(text, "{:a$}  {:b$}  {:6}  {registers:9}", r.kernel, unit(r), r.arch);
         let _ = writeln!(text, "  {smem:5}  {stack:5}  {spill:5}{mark}");
     }
-    let (bad, most) = (spilling().len(), RESOURCES.iter().map(|r| r.registers).max().unwrap_or(0));
-    let _ = writeln!(
-        text,
-        "{} kernels in {} units for {}, nvcc {NVCC}; at most {most} registers; {}",
-        RESOURCES.len(),
-        UNITS.len(),
-        ARCHS.join(", "),
-        if bad == 0 { "no spill, no stack".into() } else { format!("{bad} use local memory") }
-    );
     text
+}
+
+/// One line about all of [`RESOURCES`]; it ends in `no spill, no stack` where that is so.
+pub fn summary() -> String {
+    if !COMPILED {
+        return "built without nvcc: no kernel is compiled\n".into();
+    }
+    let (bad, most) = (spilling().len(), RESOURCES.iter().map(|r| r.registers).max().unwrap_or(0));
+    let local = if bad == 0 { "no spill, no stack".into() } else { format!("{bad} use local memory") };
+    let (kernels, units, archs) = (RESOURCES.len(), UNITS.len(), ARCHS.join(", "));
+    format!(
+        "{kernels} kernels in {units} units for {archs}, nvcc {NVCC}; at most {most} registers; {local}\n"
+    )
 }
 
 #[repr(C, align(16))]

@@ -117,6 +117,19 @@ fn a_file_asks_for_dynamic_shared_memory_by_variant() {
 }
 
 #[test]
+fn a_file_says_what_its_main_loop_holds() {
+    let with = |line: &str| GOOD.replace("struct CopyFwd {", &format!("{line}\nstruct CopyFwd {{"));
+    let unit = scan("copy", &with("constexpr int LOOP_HMMA = BM / 16 * 8, LOOP_LDSM = 4;")).unwrap();
+    assert_eq!(unit.loops(0), [("HMMA", 64), ("LDSM", 4)]);
+    assert_eq!(unit.loops(1), [("HMMA", 32), ("LDSM", 4)]);
+    assert!(scan("copy", GOOD).unwrap().loops(0).is_empty());
+    for line in ["constexpr int LOOP_HMMA = int(sizeof(T));", "constexpr int LOOP_HMMA = BM - 128;"] {
+        let error = scan("copy", &with(line)).expect_err(line);
+        assert!(error.contains("`constexpr int LOOP_HMMA`: want a count in each variant"), "{error}");
+    }
+}
+
+#[test]
 fn refuses_what_a_kernel_may_not_do() {
     let body = |text: &str| GOOD.replace(" p) {}", &format!(" p) {{\n{text}\n}}"));
     for (source, says) in [

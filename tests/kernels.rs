@@ -8,7 +8,7 @@ fn no_kernel_spills_or_has_a_stack() {
         println!("SKIPPED: built without nvcc");
         return;
     }
-    println!("{}", kernels::report());
+    println!("{}\n{}", kernels::report(), kernels::summary());
     let bad: Vec<_> = kernels::spilling();
     assert!(bad.is_empty(), "these use local memory: {bad:#?}");
     assert!(!kernels::RESOURCES.is_empty());

@@ -2,82 +2,213 @@
 # The CUDA code on a real card, on a machine that has an NVIDIA driver and no Rust.
 #
 #   tools/gpu.sh pack    on the machine that builds (with nvcc): fills dist/gpu with stripped binaries and this script
-#   ./gpu.sh             in a copy of that folder, on the machine with the card: runs every test of a room or a model that
-#                        has CUDA code, then the benches; prints a table, writes results/results.json and the logs
+#
+# and in a copy of that folder, on the machine with the card, in this order:
+#
+#   ./gpu.sh test        every room against its specification, then the models, each test in a process of its own
+#   ./gpu.sh step        a step of Stable Diffusion 1.5 at 512×512 in bf16, its UNet, and the decoder, node by node
+#   ./gpu.sh probe       how fast the card multiplies and copies at most, and what a kernel costs that does nothing
+#   ./gpu.sh bench       every real shape of every room in bf16; of one room with `./gpu.sh bench conv2d`
+#   ./gpu.sh torch       the same shapes in PyTorch, eager and compiled, where python3 has it
+#   ./gpu.sh report      what there is, as a table and as results/results.json
+#   ./gpu.sh             all of that
+#
+# Results go to $OUT, or to `results` beside this script. A part that is done is not done again, so a call that was ended
+# is simply repeated. A call stops itself after LDM_GPU_SECONDS (540) with exit code 3 where something is left; a test that
+# failed is exit code 1.
 #
 # Not measured on a GPU yet: nothing here claims a speed.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+budget=${LDM_GPU_SECONDS:-540}
+code=0
 
 pack() {
     cd "$here/.."
     rm -rf dist/gpu
-    mkdir -p dist/gpu/bin
+    mkdir -p dist/gpu/bin dist/gpu/tests
     echo '*' >dist/.gitignore
     # Cargo says `Executable benches/ops.rs (target/release/deps/ops-0123)`; in the release profile it is stripped.
     local kind path
-    { cargo test --release --no-run --test ops --test models && cargo bench --no-run --bench ops --bench steps; } 2>&1 |
-        tee /dev/stderr | sed -nE 's/^ *Executable (tests|benches)\/.*\((.*)\)$/\1 \2/p' |
+    {
+        cargo test --release --no-run --test ops --test models
+        cargo bench --no-run --bench ops --bench steps
+    } 2>&1 | tee /dev/stderr | sed -nE 's/^ *Executable (tests|benches)\/.*\((.*)\)$/\1 \2/p' |
         while read -r kind path; do
             cp "$path" "dist/gpu/bin/$kind-$(basename "$path" | sed 's/-[0-9a-f]*$//')"
         done
-    mkdir -p dist/gpu/tests
+    cargo build --release --bin ldm
+    cp "${CARGO_TARGET_DIR:-target}/release/ldm" dist/gpu/bin/
     cp -r tests/golden dist/gpu/tests/
-    cp tools/gpu.sh dist/gpu/
+    cp tools/gpu.sh tools/gpu_torch.py dist/gpu/
     git describe --always --dirty --abbrev=12 >dist/gpu/commit
     du -sh dist/gpu
 }
 
-# Lines `name<TAB>ok|FAILED` of a test binary's log, and `name<TAB>ns<TAB>±ns` of a bench's.
-tests_of() { sed -nE 's/^test (.*) \.\.\. (ok|FAILED)$/\1\t\2/p' "$1"; }
+# Seconds that this call may still take.
+left() { echo $((budget - SECONDS)); }
+
+stop() {
+    report
+    echo "$1: call again"
+    exit 3
+}
+
+# once NAME COMMAND...: runs a command unless it has run before; its output goes to NAME.log. 0: done, now or before.
+once() {
+    local name=$1 status=0
+    shift
+    [ -e "$out/done/$name" ] && return 0
+    if [ "$(left)" -lt 20 ]; then
+        stop "out of time before $name"
+    fi
+    timeout "$(left)" "$@" >"$out/$name.log" 2>&1 || status=$?
+    if [ "$status" = 124 ] && [ "$(left)" -lt 5 ]; then
+        # With a whole call to itself it would take too long again.
+        if [ -e "$out/late/$name" ]; then
+            echo "$name: takes longer than $budget s" | tee -a "$out/$name.log"
+        else
+            touch "$out/late/$name"
+            stop "out of time in $name"
+        fi
+    fi
+    echo "$status" >"$out/done/$name"
+    [ "$status" = 0 ] || { code=1; printf '%s: exit code %s\n' "$name" "$status"; tail -n 20 "$out/$name.log"; }
+    return 0
+}
+
+run_test() {
+    local bin name test
+    for bin in ops models; do
+        while read -r test; do
+            name=test-$bin-${test//::/-}
+            once "$name" "bin/tests-$bin" "$test" --exact --test-threads=1
+            printf '%-60s %s\n' "$bin $test" "$([ "$(cat "$out/done/$name")" = 0 ] && echo ok || echo FAILED)"
+        done < <("bin/tests-$bin" cuda --list 2>/dev/null | sed -n 's/: test$//p')
+    done
+}
+
+# One file of `ldm bench` per part: time by events, memory, and every node.
+run_step() {
+    local part
+    for part in step unet vae-decoder; do
+        once "sd15-$part" bin/ldm bench --preset sd15 --component "$part" -W 512 -H 512 --dtype bf16 --device cuda \
+            --warmup 5 --iterations 50 --per-op --top 0 --json "$out/sd15-$part.json"
+        tail -n 40 "$out/sd15-$part.log"
+    done
+}
+
+# P-7, the peak of mma.sync as the engine's own product reaches it, is among the ceilings of the first. P-5, what lies
+# between two kernels: a model so small that its kernels do next to nothing, from one graph and launched one by one; the
+# time of an evaluation divided by `nodes` of the file.
+run_probe() {
+    local graph
+    once probe-peak bin/ldm bench -m tests/golden/sd15-tiny --component text --dtype bf16 --device cuda --roofline \
+        --json "$out/probe-peak.json"
+    for graph in on off; do
+        once "probe-launch-$graph" env LDM_CUDA_GRAPH=$graph bin/ldm bench -m tests/golden/sd15-tiny --component step \
+            --dtype bf16 --device cuda --warmup 10 --iterations 100 --json "$out/probe-launch-$graph.json"
+    done
+    cat "$out"/probe-*.log
+}
+
+run_bench() {
+    local room
+    while read -r room; do
+        [ -z "${1:-}" ] || [ "$room" = "$1" ] || continue
+        once "bench-$room" bin/benches-ops --bench --noplot --output-format bencher "^$room/.* bf16 "
+        benches_of "$out/bench-$room.log" | awk -F '\t' '{ printf "%-100s %12.3f us  ± %.3f\n", $1, $2 / 1e3, $3 / 1e3 }'
+    done < <(bin/benches-ops --bench --list 2>/dev/null | sed -n 's/\/.* bf16 .*: benchmark$//p' | uniq)
+    [ -n "${1:-}" ] || once bench-steps bin/benches-steps --bench --noplot --output-format bencher
+}
+
+run_torch() {
+    python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || { echo "no PyTorch with CUDA: left out"; return 0; }
+    local mode status
+    for mode in eager compiled; do
+        # It stops by itself, and goes on where it stopped.
+        status=0
+        python3 gpu_torch.py --shapes tests/golden/kernels/plans.tsv --mode $mode --out "$out/torch-$mode.jsonl" \
+            --seconds "$(left)" || status=$?
+        [ "$status" != 3 ] || stop "out of time in gpu_torch.py"
+        [ "$status" = 0 ] || code=1
+    done
+}
+
+# Lines `name<TAB>ns<TAB>±ns` of a bench's log.
 benches_of() {
     sed -nE 's/^test (.*) \.\.\. bench: +([0-9,]+) ns\/iter \(\+\/- ([0-9,]+)\)$/\1\t\2\t\3/p' "$1" | tr -d ,
 }
 
-run() {
-    cd "$here"
-    mkdir -p results
-    export LDM_TEST_DEVICE=cuda LDM_BENCH_DEVICE=cuda CRITERION_HOME=$here/results/criterion
-    export CARGO_MANIFEST_DIR=$here LDM_BENCH_MODEL=$here/tests/golden/sd15-tiny
-    : >results/tests.tsv
-    : >results/benches.tsv
-    local card bin name code=0
-    card=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -n 1)
-    printf '%s\n\n' "$card"
-    for bin in bin/tests-*; do
-        name=${bin#bin/tests-}
-        # A binary that crashes leaves no result for what it did not reach: its exit code counts too.
-        "$bin" cuda --test-threads=1 >"results/$name.log" 2>&1 || { code=1; tail -n 40 "results/$name.log"; }
-        tests_of "results/$name.log" | sed "s/^/$name: /" >>results/tests.tsv
-    done
-    awk -F '\t' '{ printf "%-60s %s\n", $1, $2 }' results/tests.tsv
-    for bin in bin/benches-*; do
-        name=${bin#bin/benches-}
-        "$bin" --bench --noplot --output-format bencher >"results/bench-$name.log" 2>&1 ||
-            { code=1; tail -n 40 "results/bench-$name.log"; }
-        benches_of "results/bench-$name.log" >>results/benches.tsv
-    done
-    echo
-    awk -F '\t' '{ printf "%-90s %12.3f us  ± %.3f\n", $1, $2 / 1e3, $3 / 1e3 }' results/benches.tsv
+# One JSON file of all there is. The names hold no quotes and no backslashes.
+report() {
+    local file name sep
     {
-        printf '{\n"card": "%s",\n"commit": "%s",\n"date": "%s",\n' "$card" "$(cat commit)" "$(date -u +%FT%TZ)"
-        awk -F '\t' 'BEGIN { printf "\"tests\": [" }
-            { printf "%s\n  {\"name\": \"%s\", \"ok\": %s}", sep, $1, $2 == "ok" ? "true" : "false"; sep = "," }
-            END { print "\n]," }' results/tests.tsv
-        awk -F '\t' 'BEGIN { printf "\"benches\": [" }
-            { printf "%s\n  {\"name\": \"%s\", \"ns\": %s, \"plus_minus\": %s}", sep, $1, $2, $3; sep = "," }
-            END { print "\n]\n}" }' results/benches.tsv
-    } >results/results.json
-    printf '\n%s tests, %s failed; %s\n' "$(wc -l <results/tests.tsv)" "$(grep -c FAILED results/tests.tsv || true)" \
-        "$here/results/results.json"
+        printf '{\n"card": "%s",\n"commit": "%s",\n"date": "%s",\n"tests": [' "$card" "$(cat commit)" "$(date -u +%FT%TZ)"
+        sep=
+        for file in "$out"/done/test-*; do
+            [ -e "$file" ] || continue
+            name=${file##*/test-}
+            printf '%s\n  {"name": "%s", "ok": %s}' "$sep" "$name" "$([ "$(cat "$file")" = 0 ] && echo true || echo false)"
+            sep=,
+        done
+        printf '\n],\n"benches": ['
+        for file in "$out"/bench-*.log; do
+            if [ -e "$file" ]; then benches_of "$file"; fi
+        done | awk -F '\t' '{ printf "%s\n  {\"name\": \"%s\", \"ns\": %s, \"plus_minus\": %s}", sep, $1, $2, $3; sep = "," }'
+        printf '\n],\n"torch": ['
+        for file in "$out"/torch-*.jsonl; do
+            if [ -e "$file" ]; then cat "$file"; fi
+        done | awk '{ printf "%s\n  %s", sep, $0; sep = "," }'
+        printf '\n]'
+        for file in "$out"/sd15-*.json "$out"/probe-*.json; do
+            [ -e "$file" ] || continue
+            name=$(basename "$file" .json)
+            printf ',\n"%s": ' "$name"
+            cat "$file"
+        done
+        printf '\n}\n'
+    } >"$out/results.json"
+    local failed tests
+    tests=$(find "$out/done" -name 'test-*' | wc -l)
+    failed=$(find "$out/done" -name 'test-*' -exec grep -Lx 0 {} + | wc -l)
+    printf '\n%s: %s tests, %s failed; %s benches; %s\n' "$card" "$tests" "$failed" \
+        "$(cat "$out"/bench-*.log 2>/dev/null | grep -c ' bench: ' || true)" "$out/results.json"
     # A list that is empty has found nothing wrong because it has tried nothing.
-    [ -s results/tests.tsv ] && [ -s results/benches.tsv ] && return "$code"
-    echo "no test or no bench left a result: see $here/results"
-    return 1
+    [ "$tests" -gt 0 ] || { echo "no test has run: ./gpu.sh test"; code=1; }
+    [ "$failed" = 0 ] || code=1
 }
 
-case ${1:-run} in
-pack) pack ;;
-run) run ;;
-*) sed -n '2,8s/^# \{0,1\}//p' "$0" && exit 2 ;;
+usage() { sed -n '2,/^set /p' "$0" | sed -n 's/^# \{0,1\}//p'; }
+
+prepare() {
+    cd "$here"
+    out=${OUT:-$here/results}
+    mkdir -p "$out/done" "$out/late"
+    export LDM_TEST_DEVICE=cuda LDM_BENCH_DEVICE=cuda CRITERION_HOME=$out/criterion
+    export CARGO_MANIFEST_DIR=$here LDM_BENCH_MODEL=$here/tests/golden/sd15-tiny
+    card=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -n 1)
+    printf '%s\n\n' "$card"
+}
+
+what=${1:-all}
+case $what in
+pack)
+    pack
+    ;;
+test | step | probe | bench | torch | report | all)
+    prepare
+    for part in test step probe bench torch; do
+        if [ "$what" = all ] || [ "$what" = $part ]; then "run_$part" "${2:-}"; fi
+    done
+    report
+    ;;
+-h | --help)
+    usage
+    ;;
+*)
+    usage
+    exit 2
+    ;;
 esac
+exit "$code"

@@ -209,6 +209,30 @@ impl Operation for Attention {
         Cost::streaming((4.0 * pairs * d) as usize, x, y)
     }
 
+    /// The model: products by `mma.sync` on whole tiles of 16 columns and 8 keys, and seven tenths of the exponentials, 16 in
+    /// a clock, which the products do not hide; as long as the multiprocessor with most blocks takes.
+    fn launches(&self, x: &[Spec]) -> Vec<LaunchPlan> {
+        let x = &separate(self.joined, x);
+        let Sizes { b, t, s, d } = self.sizes(x[0].shape, x[1].shape);
+        let Choice { kernel, variant, queries } = choose(x[0].dtype, d, t, self.heads * b);
+        let grid = [t.div_ceil(queries), self.heads, b];
+        let blocks = grid.iter().product::<usize>();
+        let each = blocks.div_ceil(launch::MULTIPROCESSORS) as f64;
+        let keys = if self.causal { (s - t) as f64 + t as f64 / 2.0 } else { s.next_multiple_of(8) as f64 };
+        let scores = queries as f64 * keys;
+        let products = 2.0 * scores * (d.next_multiple_of(16) + d.next_multiple_of(8)) as f64;
+        let one = |rate: f64| products / (rate / launch::MULTIPROCESSORS as f64);
+        let exponentials = 0.7 * scores / 16.0 / launch::CLOCK;
+        let bytes = (2 * x[0].bytes() + x[1].bytes() + x[2].bytes()) as f64;
+        let time = |rate| f64::max(each * (one(rate) + exponentials), launch::streaming(bytes, blocks) - launch::GAP);
+        let (dtype, [fast, slow]) = (x[0].dtype, [launch::MMA, launch::PLAIN].map(|rate| time(rate) + launch::GAP));
+        vec![match kernel {
+            Kernel::Plain => LaunchPlan::new(plain::ATTENTION_FWD, dtype, variant, grid, plain::BLOCK, slow),
+            Kernel::Flash => LaunchPlan::new(flash::ATTENTION_FLASH_FWD, dtype, variant, grid, flash::BLOCK, fast),
+            Kernel::Wide => LaunchPlan::new(wide::ATTENTION_WIDE_FWD, dtype, variant, grid, wide::BLOCK, fast),
+        }]
+    }
+
     /// Queries, keys and values that are plain products of one input become one product.
     fn fuse(&self, g: &Graph, at: Var, target: Target) -> Option<Rewrite> {
         let node = g.maker(at).filter(|_| target == Target::Cuda && !self.joined)?;

@@ -150,6 +150,29 @@ impl Case {
             .collect()
     }
 
+    /// `2x64x64x320 320x3x3x320 320 stride=1 pad=1,1,1,1 bias`: the shapes, and the fields of the operation that are set.
+    pub fn title(&self) -> String {
+        let join = |shape: &[usize]| shape.iter().map(usize::to_string).collect::<Vec<_>>().join("x");
+        let mut words: Vec<String> = self.args.iter().map(|a| join(&a.shape)).collect();
+        let mut list = false;
+        for line in format!("{:#?}", self.op).lines().map(|l| l.trim().trim_end_matches(',')) {
+            match line.split_once(": ") {
+                Some((_, "false" | "None" | "0")) => {}
+                Some((name, "true")) => words.push(name.into()),
+                Some((name, "[")) => {
+                    list = true;
+                    words.push(format!("{name}="));
+                }
+                Some((_, value)) if value.ends_with(['{', '(']) => {}
+                Some((name, value)) => words.push(format!("{name}={value}")),
+                None if line.ends_with(['{', '(', '}', ')', ']']) => list = false,
+                None if list => words.iter_mut().last().into_iter().for_each(|w| *w += &format!("{line},")),
+                None => words.push(line.into()),
+            }
+        }
+        words.iter().map(|w| w.trim_end_matches(',')).collect::<Vec<_>>().join(" ")
+    }
+
     /// One line: op, shapes, type.
     pub fn name(&self, t: DType) -> String {
         let x = self.specs(t).iter().map(Spec::to_string).collect::<Vec<_>>().join(" ");

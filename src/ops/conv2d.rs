@@ -253,6 +253,10 @@ impl Operation for Conv2d {
         Product::conv(self, x).map_or("", |product| product.variant())
     }
 
+    fn launches(&self, x: &[Spec]) -> Vec<LaunchPlan> {
+        Product::conv(self, x).map(|product| product.plan(x[0].dtype)).into_iter().collect()
+    }
+
     fn with_stats(&self, x: &[Spec]) -> Option<Op> {
         let op = Conv2d { epi: Epi { stats: true, ..self.epi.clone() }, ..self.clone() };
         op.infer(x).is_ok().then(|| op.into())
@@ -362,6 +366,10 @@ impl Operation for Linear {
 
     fn variant(&self, x: &[Spec]) -> &'static str {
         Product::linear(self, x).map_or("", |product| product.variant())
+    }
+
+    fn launches(&self, x: &[Spec]) -> Vec<LaunchPlan> {
+        Product::linear(self, x).map(|product| product.plan(x[0].dtype)).into_iter().collect()
     }
 
     fn with_stats(&self, x: &[Spec]) -> Option<Op> {

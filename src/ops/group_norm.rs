@@ -350,6 +350,29 @@ impl Operation for GroupNorm {
         }
     }
 
+    fn launches(&self, x: &[Spec]) -> Vec<LaunchPlan> {
+        let n = self.given.sources();
+        let (b, c) = (x[0].shape[0], x[..n].iter().map(|s| s.shape.last()).sum::<usize>());
+        let (dtype, hw, bytes) = (x[0].dtype, x[0].shape.rows() / b.max(1), x[..n].iter().map(Spec::bytes).sum::<usize>());
+        let time = |bytes: usize, grid: [usize; 3]| launch::streaming(bytes as f64, grid.iter().product());
+        if self.given == Given::Input {
+            let grid = [self.groups, b, 1];
+            return vec![LaunchPlan::new(k::GROUP_NORM_FWD, dtype, "", grid, k::BLOCK, time(3 * bytes, grid))];
+        }
+        let (slabs, count) = (hw / SLAB, slabs_kept(hw / SLAB));
+        let (entry, mut all) = (b * c * 2 * size_of::<f32>(), vec![]);
+        if count < slabs {
+            let grid = [c.div_ceil(32), count, b];
+            let time = time(entry * (slabs + count), grid);
+            all.push(LaunchPlan::new(merge::GROUP_NORM_MERGE, DType::F32, "", grid, merge::BLOCK, time));
+        }
+        let strips = c.div_ceil(apply::STRIP);
+        let grid = [strips, hw.div_ceil(rows_per_block(hw, b * strips)), b];
+        let time = time(2 * bytes + entry * count * grid[1], grid);
+        all.push(LaunchPlan::new(apply::GROUP_NORM_APPLY, dtype, "", grid, apply::BLOCK, time));
+        all
+    }
+
     fn scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
         let b = y[0].shape[0].max(1);
         let slabs = y[0].shape.rows() / b / SLAB;

@@ -87,6 +87,12 @@ impl Operation for GroupStats {
         io.launch(k::GROUP_STATS_FWD, x.dtype, "", [slabs * c.div_ceil(k::STRIP), 1, 1], k::BLOCK, p)
     }
 
+    fn launches(&self, x: &[Spec]) -> Vec<LaunchPlan> {
+        let blocks = x[0].shape.rows() / SLAB * x[0].shape.last().div_ceil(k::STRIP);
+        let time = launch::streaming(x[0].bytes() as f64, blocks);
+        vec![LaunchPlan::new(k::GROUP_STATS_FWD, x[0].dtype, "", [blocks, 1, 1], k::BLOCK, time)]
+    }
+
     fn cpu_scratch(&self, x: &[Spec], _y: &[Spec]) -> usize {
         cpu::working_bytes(SLAB * x[0].shape.last())
     }

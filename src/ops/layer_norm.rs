@@ -101,6 +101,13 @@ impl Operation for LayerNorm {
         variant(x[0].shape.last(), x[0].dtype)
     }
 
+    fn launches(&self, x: &[Spec]) -> Vec<LaunchPlan> {
+        let blocks = x[0].shape.rows().div_ceil(k::BLOCK / 32);
+        let time = launch::streaming(2.0 * x[0].bytes() as f64, blocks);
+        let (dtype, grid) = (x[0].dtype, [blocks, 1, 1]);
+        vec![LaunchPlan::new(k::LAYER_NORM_FWD, dtype, self.variant(x), grid, k::BLOCK, time)]
+    }
+
     fn cpu_scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
         cpu::working_bytes(y[0].shape.last())
     }

@@ -5,6 +5,7 @@
 
 mod array;
 mod case;
+pub mod launch;
 
 pub use array::Array;
 pub use case::{Arg, Case, Fill, Ty, f32s, ids, t};
@@ -14,10 +15,12 @@ use crate::error::{Error, Result};
 use crate::graph::{GivenStats, Graph, Rewrite, Target, Var};
 use crate::rng::Small;
 use crate::tensor::Spec;
+use launch::LaunchPlan;
 use std::fmt::Debug;
 
 /// What a room works with.
 pub(crate) mod prelude {
+    pub(crate) use super::launch::{self, LaunchPlan};
     pub(crate) use super::{Array, Case, Cost, Operation, args, f32s, ids, t};
     pub(crate) use crate::backend::{cpu, cuda};
     pub(crate) use crate::error::{Error, Result};
@@ -165,6 +168,12 @@ pub trait Operation: Clone + PartialEq + Debug + Into<Op> {
         ""
     }
 
+    /// The launches that [`Operation::cuda`] makes for these inputs, with their predicted times; empty where the room does
+    /// not say.
+    fn launches(&self, _x: &[Spec]) -> Vec<LaunchPlan> {
+        vec![]
+    }
+
     /// The shapes that tests and benches walk.
     fn cases() -> Vec<Case>;
 
@@ -270,6 +279,8 @@ macro_rules! define {
             }
             /// [`Operation::variant`].
             pub fn variant(&self, x: &[Spec]) -> &'static str { each!(self, op => op.variant(x)) }
+            /// [`Operation::launches`].
+            pub fn launches(&self, x: &[Spec]) -> Vec<LaunchPlan> { each!(self, op => op.launches(x)) }
         }
 
         fn name_of(op: &Op) -> &'static str {

@@ -128,6 +128,18 @@ impl Product {
         self.tile.name
     }
 
+    /// Blocks along x, y and z.
+    fn grid(&self) -> [usize; 3] {
+        [self.m.div_ceil(self.tile.rows), self.n.div_ceil(self.tile.columns), self.splits]
+    }
+
+    /// The launch, and its time by the model.
+    pub(super) fn plan(&self, dtype: DType) -> LaunchPlan {
+        let time = self.tile.microseconds(self.m, self.n, self.blocks, self.splits);
+        let plan = LaunchPlan::new(k::CONV2D_MMA, dtype, self.tile.name, self.grid(), k::BLOCK, time);
+        LaunchPlan { splits: self.splits, ..plan }
+    }
+
     pub(super) fn launch_conv(&self, op: &Conv2d, s: &ConvShape, io: &cuda::Call) -> Result<()> {
         let mut p = k::Conv2dMma {
             h: io.int(s.h)?,
@@ -200,9 +212,7 @@ impl Product {
         if self.splits > 1 {
             (p.partial, p.counters) = (io.scratch, io.counters()?);
         }
-        let Tile { name, rows, columns } = self.tile;
-        let grid = [self.m.div_ceil(rows), self.n.div_ceil(columns), self.splits];
-        io.launch(k::CONV2D_MMA, io.y_spec(0).dtype, name, grid, k::BLOCK, p)
+        io.launch(k::CONV2D_MMA, io.y_spec(0).dtype, self.tile.name, self.grid(), k::BLOCK, p)
     }
 }
 

@@ -1,0 +1,166 @@
+//! What the GPU's launches will be, without a GPU: the predicted efficiency of every real shape, against the recorded one,
+//! and of a whole step of Stable Diffusion 1.5. Predictions are those of a model (`ops::launch`), not measurements.
+
+use ldm::diffusion::{Settings, evaluation_graph};
+use ldm::graph::{Graph, Target, fuse};
+use ldm::ops::Cost;
+use ldm::ops::launch::{self, LaunchPlan, Planned, floor, mma_floor, planned};
+use ldm::pipeline::Parts;
+use ldm::presets::Preset;
+use ldm::samplers::Method;
+use ldm::tensor::{DType, Spec};
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+const HEAD: &str = "room\tshape\tkernels\tblocks\tsplits\tmicroseconds\tefficiency";
+
+/// `flash<D=40>`, with a comma between several.
+fn kernels(launches: &[LaunchPlan]) -> String {
+    let name = |p: &LaunchPlan| match p.variant {
+        "" => p.kernel.to_string(),
+        variant => format!("{}<{variant}>", p.kernel),
+    };
+    if launches.is_empty() { "-".into() } else { launches.iter().map(name).collect::<Vec<_>>().join(",") }
+}
+
+/// The share of its floor's speed that a shape is predicted to reach.
+fn efficiency(p: &Planned) -> f64 {
+    floor(p.cost) / p.microseconds
+}
+
+fn line(p: &Planned) -> String {
+    let last = p.launches.last();
+    let (blocks, splits) = (last.map_or(0, |l| l.blocks), last.map_or(1, |l| l.splits));
+    let kernels = kernels(&p.launches);
+    let (time, efficiency) = (p.microseconds, efficiency(p));
+    format!("{}\t{}\t{kernels}\t{blocks}\t{splits}\t{time:.2}\t{efficiency:.4}", p.room, p.shape)
+}
+
+/// `just plans` records what is planned now.
+#[test]
+fn no_shape_is_planned_worse_than_recorded() {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/kernels/plans.tsv");
+    let now = planned(DType::BF16).unwrap();
+    if std::env::var_os("LDM_RECORD_PLANS").is_some() {
+        let lines: Vec<String> = now.iter().map(line).collect();
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        return std::fs::write(&path, format!("{HEAD}\n{}\n", lines.join("\n"))).unwrap();
+    }
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let mut recorded: HashMap<(&str, &str), f64> = HashMap::new();
+    for line in text.lines().skip(1) {
+        let fields: Vec<&str> = line.split('\t').collect();
+        recorded.insert((fields[0], fields[1]), fields[6].parse().unwrap());
+    }
+    let mut wrong = worse(&now, &recorded);
+    let known = |(room, shape): &(&str, &str)| now.iter().any(|p| p.room == *room && p.shape == *shape);
+    wrong.extend(
+        recorded.keys().filter(|k| !known(k)).map(|(room, shape)| format!("{room} {shape}: is gone")),
+    );
+    assert!(wrong.is_empty(), "\n{}\n`just plans` records what is planned now", wrong.join("\n"));
+}
+
+/// The shapes whose efficiency is lower than recorded, by more than rounding, or is not recorded.
+fn worse(now: &[Planned], recorded: &HashMap<(&str, &str), f64>) -> Vec<String> {
+    let check = |p: &Planned| {
+        let (name, got) = (format!("{} {}", p.room, p.shape), efficiency(p));
+        match recorded.get(&(p.room, p.shape.as_str())) {
+            None => Some(format!("{name}: is not recorded")),
+            Some(want) if got < want - 1e-4 => {
+                Some(format!("{name}: efficiency {got:.4}; recorded {want:.4}"))
+            }
+            Some(_) => None,
+        }
+    };
+    now.iter().filter_map(check).collect()
+}
+
+#[test]
+fn a_shape_that_is_planned_worse_is_named() {
+    let now = planned(DType::BF16).unwrap();
+    let recorded =
+        |factor: f64| now.iter().map(|p| ((p.room, p.shape.as_str()), efficiency(p) * factor)).collect();
+    assert!(worse(&now, &recorded(1.0)).is_empty());
+    let all = worse(&now, &recorded(1.1));
+    assert!(all.len() > now.len() / 2 && all[0].starts_with(now[0].room), "{all:?}");
+    assert!(worse(&now, &HashMap::new())[0].ends_with("is not recorded"));
+}
+
+/// A step of SD 1.5 at 512×512 with guidance, in bf16, as a GPU runs it: without what is computed once per prompt.
+fn step() -> Graph {
+    let parts = Parts::preset(Preset::find("sd15").unwrap()).unwrap();
+    let (class, schedule) = parts.schedule.clone().unwrap();
+    let method: Method = class.parse().unwrap();
+    let ladder = method.ladder(&schedule, 30, 0).unwrap();
+    let settings = Settings { batch: 1, size: [64, 64], tokens: 77, guidance: 7.5, dtype: DType::BF16 };
+    let graph = evaluation_graph(parts.unet().unwrap(), &method.table(&ladder).unwrap(), &settings).unwrap();
+    fuse(&graph, Target::Cuda).unwrap()
+}
+
+/// Nodes of a step that are alike: their name, how many they are, and what each is.
+struct Alike {
+    name: String,
+    count: usize,
+    launches: usize,
+    microseconds: f64,
+    cost: Cost,
+}
+
+fn alike(g: &Graph) -> Vec<Alike> {
+    let (constant, mut all): (_, Vec<Alike>) = (g.constant(), vec![]);
+    for (node, _) in g.nodes().iter().zip(constant).filter(|(_, constant)| !constant) {
+        let x: Vec<Spec> = node.x.iter().map(|&v| g.spec(v)).collect();
+        let shapes: Vec<String> = x.iter().take(2).map(Spec::to_string).collect();
+        let name =
+            format!("{:16} {:34} {}", node.op.name(), kernels(&node.op.launches(&x)), shapes.join(" "));
+        let (launches, microseconds) = launch::predict(&node.op, &x).unwrap();
+        match all.iter_mut().find(|a| a.name == name && a.microseconds == microseconds) {
+            Some(a) => a.count += 1,
+            None => all.push(Alike { name, count: 1, launches, microseconds, cost: g.cost(node) }),
+        }
+    }
+    all
+}
+
+#[test]
+fn a_step_of_stable_diffusion_is_predicted() {
+    let mut all = alike(&step());
+    let total = |f: &dyn Fn(&Alike) -> f64| all.iter().map(|a| a.count as f64 * f(a)).sum::<f64>();
+    let kernels: usize = all.iter().map(|a| a.count * a.launches).sum();
+    let (ms, floors) = (total(&|a| a.microseconds) / 1e3, total(&|a| floor(a.cost)) / 1e3);
+    let by_mma = total(&|a| mma_floor(a.cost)) / 1e3;
+    println!(
+        "SD 1.5, 512x512, guidance: {kernels} kernels, {ms:.2} ms predicted; floor {floors:.2} ms, by mma.sync {by_mma:.2} ms"
+    );
+    let mut by_op: Vec<(&str, usize, f64)> = vec![];
+    for a in &all {
+        let op = a.name.split(' ').next().unwrap();
+        let (n, us) = (a.count * a.launches, a.count as f64 * a.microseconds);
+        match by_op.iter_mut().find(|(name, ..)| *name == op) {
+            Some(row) => (row.1, row.2) = (row.1 + n, row.2 + us),
+            None => by_op.push((op, n, us)),
+        }
+    }
+    by_op.sort_by(|a, b| b.2.total_cmp(&a.2));
+    for (op, n, us) in by_op {
+        println!("{op:16} {n:4} kernels {us:8.1} us");
+    }
+    all.sort_by(|a, b| (b.count as f64 * b.microseconds).total_cmp(&(a.count as f64 * a.microseconds)));
+    all.truncate(30);
+    let mut most = 0.0f64;
+    println!("the heaviest, with the time of one, and its ratio to what mma.sync and memory allow:");
+    for a in &all {
+        let ratio = a.microseconds / mma_floor(a.cost);
+        most = most.max(ratio);
+        println!("{:3} x {:7.1} us {ratio:5.2}  {}", a.count, a.microseconds, a.name);
+    }
+    assert!(kernels <= KERNELS, "{kernels} kernels; want at most {KERNELS}");
+    assert!(ms <= MILLISECONDS, "{ms:.2} ms; want at most {MILLISECONDS}");
+    assert!(most <= RATIO, "a ratio of {most:.2}; want at most {RATIO}");
+}
+
+/// Most kernels that a step launches, its predicted time, and the ratio of the worst of its heaviest shapes to what
+/// `mma.sync` and memory allow. To be lowered, not raised.
+const KERNELS: usize = 340;
+const MILLISECONDS: f64 = 5.5;
+const RATIO: f64 = 2.44;

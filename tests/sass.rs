@@ -1,0 +1,244 @@
+//! The machine code of the kernels, as `nvdisasm` shows it: the main loop holds the instructions that the kernel file says
+//! (`LOOP_HMMA`, `LOOP_LDSM`, `LOOP_LDGSTS`) and none that have no place in it. Needs no GPU, but `nvcc` and `nvdisasm`
+//! (`$NVDISASM`, beside `nvcc`, or on `PATH`); where they are missing it is skipped loudly, or fails if
+//! `LDM_REQUIRE_SASS` is set, as in CI.
+
+use ldm::kernels::{self, Arch, Image, Unit};
+use rayon::prelude::*;
+use std::collections::HashMap;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// One instruction of a listing.
+#[derive(Debug, Clone)]
+struct Instruction {
+    /// Such as `LDSM.16.M88.4`.
+    code: String,
+    /// The label that it names.
+    target: Option<String>,
+}
+
+impl Instruction {
+    /// `LDSM` of `LDSM.16.M88.4`.
+    fn kind(&self) -> &str {
+        self.code.split('.').next().unwrap_or_default()
+    }
+
+    /// Whether it is a call of a function. The compiler also leaves loops by a "call" of a label of the same kernel.
+    fn calls(&self) -> bool {
+        self.kind() == "CALL" && !self.target.as_ref().is_some_and(|t| t.starts_with(".L"))
+    }
+}
+
+/// A section of code, of one kernel.
+#[derive(Debug, Default)]
+struct Listing {
+    kernel: String,
+    code: Vec<Instruction>,
+    /// Where each label stands: before this instruction.
+    labels: HashMap<String, usize>,
+}
+
+/// Reads what `nvdisasm -c` prints.
+fn parse(text: &str) -> Vec<Listing> {
+    let mut all: Vec<Listing> = vec![];
+    for line in text.lines().map(str::trim) {
+        if let Some(kernel) = line.strip_prefix(".text.").and_then(|l| l.strip_suffix(':')) {
+            all.push(Listing { kernel: kernel.into(), ..Listing::default() });
+        }
+        let Some(listing) = all.last_mut() else { continue };
+        if let Some(label) = line.strip_suffix(':').filter(|l| l.starts_with(['.', '$'])) {
+            listing.labels.insert(label.into(), listing.code.len());
+        } else if let Some((_, code)) = line.strip_prefix("/*").and_then(|l| l.split_once("*/")) {
+            let code = code.trim().trim_end_matches(';').trim();
+            // A predicate, or the braces of two instructions that are issued together.
+            let words = code.split_whitespace().skip_while(|w| w.starts_with(['@', '{', '}']));
+            let Some(name) = words.clone().next() else { continue };
+            let target = code.split_once("`(").and_then(|(_, t)| t.split(')').next()).map(String::from);
+            listing.code.push(Instruction { code: name.into(), target });
+        }
+    }
+    all
+}
+
+impl Listing {
+    fn count(&self, range: RangeInclusive<usize>, kind: &str) -> usize {
+        self.code[range].iter().filter(|i| i.kind() == kind).count()
+    }
+
+    /// From a label to the last branch back to it.
+    fn loops(&self) -> Vec<RangeInclusive<usize>> {
+        let mut loops: HashMap<usize, usize> = HashMap::new();
+        for (at, i) in self.code.iter().enumerate().filter(|(_, i)| i.kind() == "BRA") {
+            let start = i.target.as_ref().and_then(|t| self.labels.get(t)).filter(|start| **start <= at);
+            start.map(|start| loops.insert(*start, at));
+        }
+        loops.into_iter().map(|(start, end)| start..=end).collect()
+    }
+
+    /// Of the loops that multiply and have none inside that does, the one with most products.
+    fn main_loop(&self) -> Option<RangeInclusive<usize>> {
+        let mut loops = self.loops();
+        loops.retain(|l| self.count(l.clone(), "HMMA") > 0);
+        let inner = |l: &&RangeInclusive<usize>| {
+            !loops.iter().any(|o| o != *l && o.start() >= l.start() && o.end() <= l.end())
+        };
+        loops.iter().filter(inner).max_by_key(|l| self.count((*l).clone(), "HMMA")).cloned()
+    }
+}
+
+/// What is wrong with a kernel whose file declares `want`.
+fn complaints(listing: &Listing, want: &[(&str, u32)]) -> Vec<String> {
+    let mut wrong = vec![];
+    for i in listing.code.iter().filter(|i| ["LDL", "STL"].contains(&i.kind())) {
+        wrong.push(format!("{} (local memory)", i.code));
+    }
+    let Some(body) = listing.main_loop() else {
+        let products = listing.code.iter().any(|i| i.kind() == "HMMA");
+        if products || !want.is_empty() {
+            wrong.push("no loop holds an HMMA".into());
+        }
+        return wrong;
+    };
+    if want.is_empty() {
+        wrong.push("there are products on tensor cores, but the file has no LOOP_HMMA".into());
+    }
+    for i in &listing.code[body.clone()] {
+        let (code, kind) = (i.code.as_str(), i.kind());
+        // An integer division is a conversion to float, MUFU.RCP and a conversion back.
+        let slow =
+            kind.starts_with("I2F") || kind.starts_with("F2I") || (kind == "MUFU" && code != "MUFU.EX2");
+        if slow || i.calls() {
+            wrong.push(format!("{code} in the main loop"));
+        }
+    }
+    // An unrolled loop holds everything as many times.
+    let counts: Vec<usize> = want.iter().map(|(kind, _)| listing.count(body.clone(), kind)).collect();
+    let times =
+        want.iter().zip(&counts).map(|((_, n), got)| got / (*n as usize).max(1)).max().unwrap_or(1).max(1);
+    for ((kind, n), got) in want.iter().zip(counts) {
+        if got != times * *n as usize {
+            let unrolled =
+                if times > 1 { format!(" times {times}, as it is unrolled") } else { String::new() };
+            wrong.push(format!("{got} {kind} in the main loop; want {n}{unrolled}"));
+        }
+    }
+    wrong
+}
+
+fn nvdisasm() -> Option<PathBuf> {
+    let name = format!("nvdisasm{}", std::env::consts::EXE_SUFFIX);
+    let beside = option_env!("LDM_NVCC_PATH").map(|nvcc| Path::new(nvcc).with_file_name(&name));
+    let named = std::env::var_os("NVDISASM").filter(|p| !p.is_empty()).map(PathBuf::from);
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let on_path = std::env::split_paths(&path).map(|p| p.join(&name));
+    named.into_iter().chain(beside).chain(on_path).find(|p| p.is_file())
+}
+
+fn disassemble(program: &Path, unit: &Unit, image: &Image) -> Vec<Listing> {
+    let name = format!("ldm-{}-{unit}-{}.cubin", std::process::id(), image.arch);
+    let file = std::env::temp_dir().join(name.replace(['<', '>', ',', ' ', '='], "_"));
+    std::fs::write(&file, image.payload()).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+    let out = Command::new(program).arg("-c").arg(&file).output();
+    let _ = std::fs::remove_file(&file);
+    let out = out.unwrap_or_else(|e| panic!("{}: {e}", program.display()));
+    assert!(out.status.success(), "{unit}: {}", String::from_utf8_lossy(&out.stderr));
+    parse(&String::from_utf8_lossy(&out.stdout))
+}
+
+fn skipped(why: &str) {
+    use std::io::Write;
+    assert!(std::env::var_os("LDM_REQUIRE_SASS").is_none(), "the machine code would not be looked at: {why}");
+    let _ = writeln!(std::io::stderr(), "SKIPPED: the machine code of the kernels: {why}");
+}
+
+#[test]
+fn main_loops_hold_what_their_files_say() {
+    if !kernels::COMPILED {
+        return skipped("built without nvcc");
+    }
+    let Some(program) = nvdisasm() else { return skipped("no nvdisasm") };
+    let machine_code = |i: &&Image| matches!(i.arch, Arch::Cubin(_) | Arch::CubinA(_));
+    let images =
+        kernels::UNITS.iter().flat_map(|u| u.images.iter().filter(machine_code).map(move |i| (u, i)));
+    let images: Vec<_> = images.collect();
+    let checked: Vec<(bool, Vec<String>)> = images
+        .par_iter()
+        .map(|(unit, image)| {
+            let listings = disassemble(&program, unit, image);
+            assert!(!listings.is_empty(), "{unit}: no code");
+            let of = |l: &Listing| {
+                let say = |what| format!("{unit} {}: {}: {what}", image.arch, l.kernel);
+                complaints(l, unit.loops).into_iter().map(say).collect::<Vec<_>>()
+            };
+            (!unit.loops.is_empty(), listings.iter().flat_map(of).collect())
+        })
+        .collect();
+    assert!(checked.iter().any(|(declared, _)| *declared), "no file declares what its main loop holds");
+    let wrong: Vec<String> = checked.into_iter().flat_map(|(_, wrong)| wrong).collect();
+    assert!(wrong.is_empty(), "\n{}\n", wrong.join("\n"));
+}
+
+/// A loop over k-blocks with a branch around its copies, between two loops that are not it.
+const SAMPLE: &str = "
+\t.section\t.text.product,\"ax\",@progbits
+        .global         product
+.text.product:
+        /*0000*/                   I2F.U32.RP R1, R2 ;
+        /*0010*/                   CALL.REL.NOINC `($__internal_0_$__cuda_sm20_div_s64) ;
+.L_x_0:
+        /*0020*/                   LDGSTS.E.BYPASS.128 [R1], [R8.64], P1 ;
+        /*0030*/              @!P2 BRA P4, `(.L_x_0) ;
+.L_x_1:
+        /*0040*/               @P0 BRA `(.L_x_2) ;
+        /*0050*/                   LDGSTS.E.BYPASS.128 [R1], [R8.64], P1 ;
+.L_x_2:
+        /*0060*/                   LDSM.16.M88.4 R4, [R2] ;
+        /*0070*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*0080*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*0090*/               @P1 CALL.REL.NOINC `(.L_x_3) ;
+        /*00a0*/                   BRA `(.L_x_1) ;
+.L_x_3:
+        /*00b0*/                   EXIT ;
+$__internal_0_$__cuda_sm20_div_s64:
+        /*00c0*/                   RET.REL.NODEC R20 `(product) ;
+";
+
+fn of_sample(from: &str, to: &str, want: &[(&str, u32)]) -> String {
+    assert!(SAMPLE.contains(from), "{from}");
+    let all = parse(&SAMPLE.replace(from, to));
+    assert_eq!(all.iter().map(|l| l.kernel.as_str()).collect::<Vec<_>>(), ["product"]);
+    complaints(&all[0], want).join("; ")
+}
+
+#[test]
+fn a_wrong_main_loop_is_found() {
+    let want = [("HMMA", 2), ("LDSM", 1), ("LDGSTS", 1)];
+    assert_eq!(of_sample("LDSM", "LDSM", &want), "");
+    let ldsm = "        /*0060*/                   LDSM.16.M88.4 R4, [R2] ;\n";
+    let hmma = "        /*0070*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;\n";
+    let more = |line: &str| format!("{ldsm}{line}");
+    for (from, to, says) in [
+        (ldsm, String::new(), "0 LDSM in the main loop; want 1"),
+        (ldsm, more(ldsm), "want 2 times 2, as it is unrolled; 1 LDGSTS in the main loop; want 1 times 2"),
+        (hmma, String::new(), "1 HMMA in the main loop; want 2"),
+        (ldsm, more("/*0068*/ @!P0 I2F.S8 R1, R2 ;\n"), "I2F.S8 in the main loop"),
+        (ldsm, more("/*0068*/ I2FP.F32.S32 R1, R2 ;\n"), "I2FP.F32.S32 in the main loop"),
+        (ldsm, more("/*0068*/ F2I.FTZ.U32.TRUNC.NTZ R1, R2 ;\n"), "F2I.FTZ.U32.TRUNC.NTZ in the main loop"),
+        (ldsm, more("/*0068*/ MUFU.RCP R1, R2 ;\n"), "MUFU.RCP in the main loop"),
+        (ldsm, more("/*0068*/ MUFU.EX2 R1, R2 ;\n"), ""),
+        (ldsm, more("/*0068*/ CALL.REL.NOINC `($f) ;\n"), "CALL.REL.NOINC in the main loop"),
+        ("EXIT", "STL [R1], R2".into(), "STL (local memory)"),
+        ("EXIT", "LDL.64 R2, [R1]".into(), "LDL.64 (local memory)"),
+        ("BRA `(.L_x_1)", "BRA `(.L_x_3)".into(), "no loop holds an HMMA"),
+    ] {
+        let got = of_sample(from, &to, &want);
+        assert!(got.contains(says) && says.is_empty() == got.is_empty(), "want `{says}`; got `{got}`");
+    }
+    assert!(of_sample("LDSM", "LDSM", &[]).contains("the file has no LOOP_HMMA"));
+    // Twice everything is the same loop, unrolled.
+    let body = SAMPLE.split_once(".L_x_2:\n").unwrap().1.split_once("        /*0090*/").unwrap().0;
+    let copies = "        /*0050*/                   LDGSTS.E.BYPASS.128 [R1], [R8.64], P1 ;\n";
+    assert_eq!(of_sample(body, &format!("{body}{copies}{body}"), &want), "");
+}
