@@ -31,7 +31,7 @@ pack() {
     # Cargo says `Executable benches/ops.rs (target/release/deps/ops-0123)`; in the release profile it is stripped.
     local kind path
     {
-        cargo test --release --no-run --test ops --test models
+        cargo test --release --no-run --test ops --test models --test attention --test norms --test replay
         cargo bench --no-run --bench ops --bench steps
     } 2>&1 | tee /dev/stderr | sed -nE 's/^ *Executable (tests|benches)\/.*\((.*)\)$/\1 \2/p' |
         while read -r kind path; do
@@ -78,13 +78,16 @@ once() {
 }
 
 run_test() {
-    local bin name test
-    for bin in ops models; do
+    local bin name test only
+    for bin in ops models attention norms replay; do
+        # Of rooms and models, the tests on the GPU are those of this name.
+        only=
+        case $bin in ops | models) only=cuda ;; esac
         while read -r test; do
             name=test-$bin-${test//::/-}
             once "$name" "bin/tests-$bin" "$test" --exact --test-threads=1
             printf '%-60s %s\n' "$bin $test" "$([ "$(cat "$out/done/$name")" = 0 ] && echo ok || echo FAILED)"
-        done < <("bin/tests-$bin" cuda --list 2>/dev/null | sed -n 's/: test$//p')
+        done < <("bin/tests-$bin" ${only:+"$only"} --list 2>/dev/null | sed -n 's/: test$//p')
     done
 }
 
