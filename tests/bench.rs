@@ -311,6 +311,35 @@ fn a_gpu_is_measured_by_its_own_events() {
     assert!(read(&trace)["traceEvents"].as_array().unwrap().len() > 2 * 47);
 }
 
+/// `LDM_CUDA_GRAPH` is a switch, and nothing else.
+#[test]
+fn graphs_can_be_switched_off() {
+    let environment = match common::emulator::start() {
+        Ok(emulator) => emulator.map_or(vec![], |e| e.environment().to_vec()),
+        Err(why) => return common::skipped(&format!("no emulator: {why}")),
+    };
+    let run = |switch: &str| {
+        Command::new(env!("CARGO_BIN_EXE_ldm"))
+            .args(["bench", "--device", "cuda", "--component", "text", "--iterations", "1", "-m"])
+            .arg(golden("sd15-tiny"))
+            .envs(environment.clone())
+            .env("LDM_CUDA_GRAPH", switch)
+            .output()
+            .unwrap()
+    };
+    for (switch, recorded) in [("on", true), ("off", false)] {
+        let o = run(switch);
+        let out = String::from_utf8_lossy(&o.stdout);
+        assert!(o.status.success() && out.contains("recorded as CUDA graphs") == recorded, "{switch}: {out}");
+    }
+    let o = run("maybe");
+    let err = String::from_utf8_lossy(&o.stderr);
+    assert!(
+        o.status.code() == Some(2) && err.contains("LDM_CUDA_GRAPH: want on or off; got `maybe`"),
+        "{err}"
+    );
+}
+
 /// A folder of which only the autoencoder is there.
 #[test]
 fn the_parts_of_an_incomplete_model_are_measured() {
