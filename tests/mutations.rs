@@ -1,13 +1,15 @@
-//! Mutants of the kernels with asynchronous copies: each barrier, wait, commit and fence of theirs is made to do nothing, in turn.
+//! Two questions to the kernels with asynchronous copies, which are found by what their files contain: is every barrier
+//! needed, and do accesses to shared memory meet in a bank?
+//!
+//! Mutants: each barrier, wait, commit and fence of theirs is made to do nothing, in turn.
 //! Some case of the room must then break a rule or give another result, in some schedule; where none does, the site is
 //! redundant, and [`REDUNDANT`] says why, or the cases are too weak.
-//!
-//! The kernel files are found by what they contain.
 
 mod common;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use common::emulator::{self, Emulator};
@@ -67,6 +69,23 @@ impl Subject {
     }
 }
 
+/// The emulator, for one test at a time.
+fn start() -> Option<(Emulator, MutexGuard<'static, ()>)> {
+    static TURN: Mutex<()> = Mutex::new(());
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    match emulator::start() {
+        Ok(Some(emulator)) => Some((emulator, turn)),
+        Ok(None) => {
+            println!("SKIPPED: LDM_TEST_DEVICE=cuda, and this is about the emulator");
+            None
+        }
+        Err(why) => {
+            common::skipped(&format!("no emulator: {why}"));
+            None
+        }
+    }
+}
+
 /// The stems of the kernel files that use asynchronous copies.
 fn pipelined() -> Vec<String> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
@@ -121,14 +140,7 @@ fn subjects(emulator: &Emulator, stems: &[String]) -> Vec<Subject> {
 
 #[test]
 fn every_barrier_wait_commit_and_fence_is_needed() {
-    let emulator = match emulator::start() {
-        Ok(Some(emulator)) => emulator,
-        Ok(None) => {
-            println!("SKIPPED: LDM_TEST_DEVICE=cuda, and this is about the emulator");
-            return;
-        }
-        Err(why) => return common::skipped(&format!("no emulator: {why}")),
-    };
+    let Some((emulator, _turn)) = start() else { return };
     let stems = pipelined();
     let mut subjects = subjects(&emulator, &stems);
     let all: BTreeSet<String> = subjects.iter().flat_map(|s| s.sites.iter().cloned()).collect();
@@ -158,4 +170,24 @@ fn every_barrier_wait_commit_and_fence_is_needed() {
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn shared_memory_is_read_and_written_without_bank_conflicts() {
+    let Some((emulator, _turn)) = start() else { return };
+    let stems = pipelined();
+    let mut lines: BTreeMap<(String, u32, String), (u64, u64)> = BTreeMap::new();
+    for subject in subjects(&emulator, &stems) {
+        subject.run(&emulator, "banks=count").unwrap();
+        for row in emulator.banks() {
+            let stem = row.unit.split('.').next().unwrap().to_string();
+            let (ideal, actual) = lines.entry((stem, row.line, row.access)).or_default();
+            *ideal += row.ideal;
+            *actual += row.actual;
+        }
+    }
+    emulator.configure("banks=off");
+    for ((stem, line, access), (ideal, actual)) in &lines {
+        println!("{stem}.cu:{line}: {access}: {actual} wavefronts, {ideal} without conflicts");
+    }
 }
