@@ -21,6 +21,23 @@ use ldm::tensor::{DType, HostTensor};
 /// Sites that no case misses, as `KIND:STEM:LINE`, each with the proof that it is redundant.
 const REDUNDANT: &[(&str, &str)] = &[];
 
+/// Kernels and kinds of access that take more than the wavefronts of an access without conflicts: how many times as many, at
+/// any line, and why that may be.
+const CONFLICTS: &[(&str, &str, f64, &str)] = &[
+    (
+        "conv2d_mma",
+        "load_shared",
+        2.0,
+        "values and gates alternate by eight columns, so that two lanes of eight meet; once per element of the result",
+    ),
+    (
+        "conv2d_mma",
+        "store_shared",
+        1.1,
+        "at the edge of the result lanes leave rows out, and the emulator pairs what other lanes do later",
+    ),
+];
+
 /// Those first that miss most.
 const SCHEDULES: [&str; 5] = [
     "order=forward;async=late",
@@ -187,7 +204,17 @@ fn shared_memory_is_read_and_written_without_bank_conflicts() {
         }
     }
     emulator.configure("banks=off");
+    let mut wrong = Vec::new();
     for ((stem, line, access), (ideal, actual)) in &lines {
-        println!("{stem}.cu:{line}: {access}: {actual} wavefronts, {ideal} without conflicts");
+        let row = format!("{stem}.cu:{line}: {access}: {actual} wavefronts, {ideal} without conflicts");
+        println!("{row}");
+        let listed = CONFLICTS.iter().find(|c| c.0 == stem && c.1 == access);
+        if *actual as f64 > *ideal as f64 * listed.map_or(1.0, |c| c.2) {
+            wrong.push(row);
+        }
     }
+    for stem in &stems {
+        assert!(lines.keys().any(|key| key.0 == *stem), "no listed case runs {stem}.cu");
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
 }
