@@ -1,13 +1,15 @@
-//! Mutants of the kernels with asynchronous copies: each barrier, wait, commit and fence of theirs is made to do nothing, in turn.
+//! Two questions to the kernels with asynchronous copies, which are found by what their files contain: is every barrier
+//! needed, and do accesses to shared memory meet in a bank?
+//!
+//! Mutants: each barrier, wait, commit and fence of theirs is made to do nothing, in turn.
 //! Some case of the room must then break a rule or give another result, in some schedule; where none does, the site is
 //! redundant, and [`REDUNDANT`] says why, or the cases are too weak.
-//!
-//! The kernel files are found by what they contain.
 
 mod common;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use common::emulator::{self, Emulator};
@@ -18,6 +20,23 @@ use ldm::tensor::{DType, HostTensor};
 
 /// Sites that no case misses, as `KIND:STEM:LINE`, each with the proof that it is redundant.
 const REDUNDANT: &[(&str, &str)] = &[];
+
+/// Kernels and kinds of access that take more than the wavefronts of an access without conflicts: how many times as many, at
+/// any line, and why that may be.
+const CONFLICTS: &[(&str, &str, f64, &str)] = &[
+    (
+        "conv2d_mma",
+        "load_shared",
+        2.0,
+        "values and gates alternate by eight columns, so that two lanes of eight meet; once per element of the result",
+    ),
+    (
+        "conv2d_mma",
+        "store_shared",
+        1.1,
+        "at the edge of the result lanes leave rows out, and the emulator pairs what other lanes do later",
+    ),
+];
 
 /// Those first that miss most.
 const SCHEDULES: [&str; 5] = [
@@ -64,6 +83,23 @@ impl Subject {
                 Some(right.unwrap_or_else(|e| panic!("{}, nothing dropped, {settings}: {e}", self.name)));
         }
         self.run(emulator, &format!("{settings};drop={site}")).ok() != self.right[schedule]
+    }
+}
+
+/// The emulator, for one test at a time.
+fn start() -> Option<(Emulator, MutexGuard<'static, ()>)> {
+    static TURN: Mutex<()> = Mutex::new(());
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    match emulator::start() {
+        Ok(Some(emulator)) => Some((emulator, turn)),
+        Ok(None) => {
+            println!("SKIPPED: LDM_TEST_DEVICE=cuda, and this is about the emulator");
+            None
+        }
+        Err(why) => {
+            common::skipped(&format!("no emulator: {why}"));
+            None
+        }
     }
 }
 
@@ -121,14 +157,7 @@ fn subjects(emulator: &Emulator, stems: &[String]) -> Vec<Subject> {
 
 #[test]
 fn every_barrier_wait_commit_and_fence_is_needed() {
-    let emulator = match emulator::start() {
-        Ok(Some(emulator)) => emulator,
-        Ok(None) => {
-            println!("SKIPPED: LDM_TEST_DEVICE=cuda, and this is about the emulator");
-            return;
-        }
-        Err(why) => return common::skipped(&format!("no emulator: {why}")),
-    };
+    let Some((emulator, _turn)) = start() else { return };
     let stems = pipelined();
     let mut subjects = subjects(&emulator, &stems);
     let all: BTreeSet<String> = subjects.iter().flat_map(|s| s.sites.iter().cloned()).collect();
@@ -156,6 +185,36 @@ fn every_barrier_wait_commit_and_fence_is_needed() {
             (Some(by), Some(_)) => wrong.push(format!("{site} is listed as redundant, and is needed: {by}")),
             _ => {}
         }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn shared_memory_is_read_and_written_without_bank_conflicts() {
+    let Some((emulator, _turn)) = start() else { return };
+    let stems = pipelined();
+    let mut lines: BTreeMap<(String, u32, String), (u64, u64)> = BTreeMap::new();
+    for subject in subjects(&emulator, &stems) {
+        subject.run(&emulator, "banks=count").unwrap();
+        for row in emulator.banks() {
+            let stem = row.unit.split('.').next().unwrap().to_string();
+            let (ideal, actual) = lines.entry((stem, row.line, row.access)).or_default();
+            *ideal += row.ideal;
+            *actual += row.actual;
+        }
+    }
+    emulator.configure("banks=off");
+    let mut wrong = Vec::new();
+    for ((stem, line, access), (ideal, actual)) in &lines {
+        let row = format!("{stem}.cu:{line}: {access}: {actual} wavefronts, {ideal} without conflicts");
+        println!("{row}");
+        let listed = CONFLICTS.iter().find(|c| c.0 == stem && c.1 == access);
+        if *actual as f64 > *ideal as f64 * listed.map_or(1.0, |c| c.2) {
+            wrong.push(row);
+        }
+    }
+    for stem in &stems {
+        assert!(lines.keys().any(|key| key.0 == *stem), "no listed case runs {stem}.cu");
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
 }

@@ -49,7 +49,7 @@ struct Runner {
     int barrier_op = 0, barrier_line = 0;
     float* scratch = nullptr;
     const Launch* launch = nullptr;
-    Random random{1};
+    uint64_t chance = 1;
     bool running = false, failed = false;
     alignas(SMEM_ALIGN) unsigned char smem[SMEM_ALIGN + SMEM_MOST + BAND_BYTES];  // the block's part starts at SMEM_ALIGN
     unsigned smem_bytes = 0;
@@ -71,7 +71,8 @@ unsigned choose(uint32_t mask) {
         case Order::Reverse: return 31u - unsigned(__builtin_clz(mask));
         case Order::Random: break;
     }
-    const unsigned turn = unsigned(R.random.next() >> 59);
+    R.chance = R.chance * 0x5851f42d4c957f2dull + 0x14057b7ef767814full;  // the cheapest generator: this runs at each switch
+    const unsigned turn = unsigned(R.chance >> 59);
     const uint32_t turned = turn ? mask >> turn | mask << (32 - turn) : mask;
     return (unsigned(__builtin_ctz(turned)) + turn) & 31;
 }
@@ -126,10 +127,11 @@ void run_threads();
 void wait_as(unsigned t) {
     Warp* warp = &R.warps[t >> 5];
     unsigned next;
-    if (warp->ready && settings.order == Order::Forward) {
-        // What `pick` and `take` do here: the first lane of the same warp.
-        next = (t & ~31u) + unsigned(__builtin_ctz(warp->ready));
-        warp->ready &= warp->ready - 1;
+    if (warp->ready && settings.order != Order::Random) {
+        // What `pick` and `take` do here: the first, or last, lane of the same warp.
+        const unsigned lane = choose(warp->ready);
+        next = (t & ~31u) + lane;
+        warp->ready &= ~(1u << lane);
         if (!warp->ready) R.ready_warps &= ~(1u << (t >> 5));
     } else {
         const int chosen = pick();
@@ -358,7 +360,7 @@ bool block_run(const Launch& launch, uint64_t index) {
         memory_bind_thread();
     }
     R.launch = &launch;
-    R.random.state = settings.order_seed * 0x9e3779b97f4a7c15ull + index;
+    R.chance = Random{settings.order_seed * 0x9e3779b97f4a7c15ull + index}.next();
     ldm_thread.block[0] = unsigned(index % launch.grid[0]);
     ldm_thread.block[1] = unsigned(index / launch.grid[0] % launch.grid[1]);
     ldm_thread.block[2] = unsigned(index / launch.grid[0] / launch.grid[1]);
