@@ -267,8 +267,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) attention_flash_fwd(
     sync_warp();
     T* y = p.y + ((long long)block_z() * p.t + t0) * p.ldy + head;
     UNROLL
-    for (int i = l; i < 16 * TILES * (D / 8); i += WARP) {
-        const int r = own + i / (D / 8), c = i % (D / 8);
-        if (r < rows && c * 8 < p.d) store(y + (long long)r * p.ldy + c * 8, load_shared<8>(tile + chunk(r, c)));
+    for (int i = l; i < 16 * TILES * PITCH; i += WARP) {
+        const int r = own + i / PITCH, c = i % PITCH;
+        const Vec<T, 8> part = load_shared<8>(tile + chunk(r, c));
+        if (r < rows && c * 8 < p.d) store(y + (long long)r * p.ldy + c * 8, part);
     }
 }

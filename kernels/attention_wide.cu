@@ -232,6 +232,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_wide_fwd(const 
     UNROLL
     for (int i = l; i < 16 * KEY_PITCH; i += WARP) {
         const int r = own + i / KEY_PITCH, c = half * KEY_PITCH + i % KEY_PITCH;
-        if (r < rows && c * 8 < p.d) store(y + (long long)r * p.ldy + c * 8, load_shared<8>(s.q + chunk<PITCH>(r, c)));
+        const Vec<T, 8> part = load_shared<8>(s.q + chunk<PITCH>(r, c));
+        if (r < rows && c * 8 < p.d) store(y + (long long)r * p.ldy + c * 8, part);
     }
 }

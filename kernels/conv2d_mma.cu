@@ -18,6 +18,10 @@
 // after that makes everybody's visible, and also says that all warps are done with slot i − 1, which is then filled again with
 // k-block i + STAGES − 1. After the loop no copy is in flight and the ring becomes the staging tile.
 //
+// Phases. A 3×3 convolution behind a nearest upsampling comes as four of 2×2 on the small image, one for each parity of the
+// rows and columns of y (see `phase_weights.cu`). Rows m then run over images, phases, pixels of the small image; a tile
+// lies in one phase, and only the last step scatters its rows to the pixels of y.
+//
 // End. With splits, each block leaves its float tile in `partial` and counts itself in `counters`; the one that comes last adds
 // all of them in order of split, so the sum does not depend on who that is, and the counter is back at zero. Then, 64 rows at a
 // time, the sums pass through shared memory in float (rows of BN + 8 words, free of conflicts), so that bias, time, activation
@@ -78,6 +82,7 @@ struct Conv2dMma {
     int time_rows;       // 1, or one per image; any number with a counter
     int act;
     int glu;             // w and bias have 2·O rows: values, then gates
+    int phases;          // w (4,O,2,2,C): x is doubled in four phases; h·w_ is a multiple of BM
 };
 
 struct ConvRing {
@@ -219,6 +224,16 @@ DEV float add_column(const Conv2dMma& p, float v, int row, long long time) {
     return v;
 }
 
+// Which of the four this tile belongs to.
+DEV int phase(const Conv2dMma& p) { return int(block_x() * BM) / (p.h * p.w_) % 4; }
+
+// The pixel of y that row m is.
+DEV long long pixel_of(const Conv2dMma& p, int m) {
+    if (!p.phases) return m;
+    const int small = p.h * p.w_, image = m / (4 * small), rest = m % small, row = rest / p.w_;
+    return ((long long)image * p.out_h + 2 * row + phase(p) / 2) * p.out_w + 2 * (rest - row * p.w_) + phase(p) % 2;
+}
+
 // Bias, time, activation and residual of SLAB rows of the staging tile, from row m on.
 DEV void finish(const Conv2dMma& p, float* tile, int m0, int n0) {
     const int columns = p.glu ? BN / 2 : BN;
@@ -230,7 +245,7 @@ DEV void finish(const Conv2dMma& p, float* tile, int m0, int n0) {
         float* at = tile + r * PITCH + (p.glu ? c / 8 * 16 + c % 8 : c);
         Vec<float, 4> v = load_shared<4>(at), gate;
         if (p.glu) gate = load_shared<4>(at + 8);
-        const long long to = (long long)m * p.o + n;
+        const long long to = pixel_of(p, m) * p.o + n;
         if (p.o % 4 == 0) {
             Vec<T, 4> y, residual;
             if (p.residual) residual = load<4>(p.residual + to);
@@ -286,7 +301,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) conv2d_mma(const __grid_c
     for (int i = 0; i < A_LOADS; i++) {
         const int pixel = m + i * LOAD_ROWS;
         k.corner[i] = -1;
-        if (!p.flat && pixel < p.m) {
+        if (p.phases) {
+            const int small = p.h * p.w_, rest = pixel % small, y = rest / p.w_;
+            k.base[i] = pixel / (4 * small) * small;
+            k.corner[i] = (y + phase(p) / 2 - 1 + 0x4000) << 16 | (rest - y * p.w_ + phase(p) % 2 - 1 + 0x4000);
+        } else if (!p.flat && pixel < p.m) {
             const int image = pixel / (p.out_h * p.out_w), rest = pixel - image * (p.out_h * p.out_w);
             const int y = rest / p.out_w, x = rest - y * p.out_w;
             k.base[i] = image * p.h * p.w_;
@@ -296,6 +315,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) conv2d_mma(const __grid_c
     const int first = int((long long)p.blocks * block_z() / grid_z());
     const int count = int((long long)p.blocks * (block_z() + 1) / grid_z()) - first;
     enter(k, p, 0, part, row);
+    if (p.phases) k.w += phase(p) * p.o * k.w_row;
     for (int skip = first;;) {
         // Whole segments, then whole taps, then blocks of channels.
         const int per_tap = ceil_div(k.channels, BK), taps = k.flat ? 1 : p.kh * p.kw;

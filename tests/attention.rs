@@ -1,5 +1,5 @@
 //! What attention does with values that are not numbers, in every kernel: whatever they reach says so, and nothing else
-//! changes.
+//! changes. And what its kernels on tensor cores promise of shared memory: that no access has a bank conflict.
 
 mod common;
 
@@ -122,5 +122,43 @@ fn scores_that_overflow_are_no_weights() {
             let got = run.result(device, &[(1, 50, 0)], -1e30);
             assert!(got[4 * 2 * d..][..d].iter().all(|v| v.is_nan()), "{dtype:?}, d = {d}: one score is inf");
         }
+    });
+}
+
+#[test]
+fn shared_memory_has_no_bank_conflicts() {
+    // Every variant, by (heads, head size), in whole and partial blocks.
+    let sizes = [
+        (1, 32),
+        (1, 40),
+        (1, 64),
+        (1, 80),
+        (1, 96),
+        (1, 128),
+        (1, 160),
+        (264, 40),
+        (264, 64),
+        (1, 256),
+        (1, 384),
+        (1, 512),
+    ];
+    common::on_cuda_with(&["order=forward;async=late;banks=count"], |device| {
+        // On a card there is nothing to count.
+        let Ok(Some(emulator)) = common::emulator::start() else { return };
+        for (heads, d) in sizes {
+            emulator.reset();
+            let kv = [1, 70, heads * d];
+            let case = Case::new(Attention { heads, causal: false }, [t([1, 66, heads * d]), t(kv), t(kv)]);
+            let (x, specs) = (case.inputs(DType::BF16, 1), case.specs(DType::BF16));
+            let x: Vec<HostTensor> = x.iter().zip(specs).map(|(a, s)| a.to_tensor(s).unwrap()).collect();
+            run_op(device, &case.op, &x).unwrap();
+            let rows = emulator.banks();
+            let copies = rows.iter().filter(|row| row.access == "cp_async").count();
+            assert!(copies > 0 && rows.len() > copies, "d = {d}: {rows:?}");
+            for row in rows {
+                assert_eq!(row.actual, row.ideal, "{heads} heads of {d}: {row:?}");
+            }
+        }
+        emulator.configure("banks=off");
     });
 }

@@ -12,11 +12,11 @@ use ldm::graph::{Graph, Node};
 use ldm::io::ModelFolder;
 use ldm::models::{Inventory, Model};
 use ldm::ops::{Act, Activation, Add, Op};
-use ldm::pipeline::{Blueprint, Request, load};
+use ldm::pipeline::{Blueprint, Observer, Pipeline, Request, load};
 use ldm::rng::Generator;
 use ldm::samplers::{Ladder, Method};
 use ldm::tensor::{DType, HostTensor, Spec};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// A hook that sees every node, and so keeps a program from being one launch.
 struct Watch(Vec<String>);
@@ -50,6 +50,12 @@ fn asked(e: &Emulator) -> Asked {
     Asked { graphs, launches, allocations }
 }
 
+/// The folder is looked up when the test runs: on another machine (tools/gpu.sh) it is elsewhere.
+fn model() -> PathBuf {
+    let root = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or(env!("CARGO_MANIFEST_DIR").into());
+    Path::new(&root).join("tests/golden/sd15-tiny")
+}
+
 /// A model on a device, from which runs are made.
 struct Tiny {
     blueprint: Blueprint,
@@ -61,10 +67,7 @@ struct Tiny {
 
 impl Tiny {
     fn on(device: &Device, steps: usize) -> Tiny {
-        // Looked up when the test runs: on another machine (tools/gpu.sh) the folder is elsewhere.
-        let here = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or(env!("CARGO_MANIFEST_DIR").into());
-        let root = Path::new(&here).join("tests/golden/sd15-tiny");
-        let folder = ModelFolder::open(root).unwrap();
+        let folder = ModelFolder::open(model()).unwrap();
         let blueprint = Blueprint::read(&folder).unwrap();
         let inventory = Inventory::of(&blueprint.unet.inventory(DType::F32).unwrap());
         let weights = load(folder.checkpoint("unet").unwrap(), &inventory, device).unwrap();
@@ -232,6 +235,44 @@ fn a_fault_of_the_driver_is_an_error_that_says_which_call() {
             }
             assert_eq!(run.state().unwrap(), fresh.state().unwrap(), "{fault}");
         }
+    });
+}
+
+/// What an observer hears of evaluations.
+struct Steps(Vec<(usize, usize)>);
+
+impl Observer for Steps {
+    fn step(&mut self, done: usize, of: usize) -> ldm::Result<()> {
+        self.0.push((done, of));
+        Ok(())
+    }
+}
+
+#[test]
+fn pictures_replay_evaluations_and_decoder_and_every_evaluation_is_heard_of() {
+    common::on_cuda_with(&common::SCHEDULES[..1], |device| {
+        let folder = ModelFolder::open(model()).unwrap();
+        let pipeline = Pipeline::open(&folder, device, Some(DType::F32)).unwrap();
+        let size = Some(32);
+        let request = Request {
+            prompt: "x".into(),
+            width: size,
+            height: size,
+            steps: 10,
+            batch: 3,
+            ..Default::default()
+        };
+        let (mut steps, before) = (Steps(vec![]), emulator().map(|e| asked(&e)));
+        let pictures = pipeline.generate(&request, &mut steps).unwrap();
+        let of = steps.0.len();
+        assert_eq!(steps.0, (1..=of).map(|k| (k, of)).collect::<Vec<_>>());
+        if let (Some(before), Some(e)) = (before, emulator()) {
+            assert_eq!(asked(&e).graphs - before.graphs, (of - 1 + pictures.len() - 1) as u64);
+        }
+        let alone = Request { batch: 1, seed: request.seed + 1, ..request };
+        let alone = pipeline.generate(&alone, &mut ()).unwrap();
+        let off = pictures[1].rgb.iter().zip(&alone[0].rgb).map(|(a, b)| a.abs_diff(*b)).max();
+        assert!(off <= Some(1), "a picture of a batch is that of its seed; off by {off:?}");
     });
 }
 

@@ -43,6 +43,11 @@ pub(super) fn give_stats(g: &Graph) -> Result<Graph> {
             stats.insert(v, made);
             x.push(made);
         }
+        let specs: Vec<_> = x.iter().map(|&v| out.spec(v)).collect();
+        if let Some((form, input, first)) = op.prepared(&specs) {
+            x[input] = out.push(&format!("{}.{}", node.label, first.name()), first, &[x[input]])?;
+            op = form;
+        }
         let asked = node.y.first().filter(|y| wanted.contains(y));
         let specs: Vec<_> = x.iter().map(|&v| out.spec(v)).collect();
         let emits = asked.and_then(|&y| Some((y, op.with_stats(&specs)?)));

@@ -381,8 +381,8 @@ fn choose(dtype: DType, d: usize, t: usize, n: usize) -> Choice {
         ..=384 if tensor_cores => (Kernel::Wide, "D=384", 64),
         ..=512 if tensor_cores => (Kernel::Wide, "D=512", 64),
         ..=64 => (Kernel::Plain, "D=64", 32),
-        ..=160 => (Kernel::Plain, "D=160", 32),
-        ..=512 => (Kernel::Plain, "D=512", 8),
+        65..=160 => (Kernel::Plain, "D=160", 32),
+        161..=512 => (Kernel::Plain, "D=512", 8),
         _ => (Kernel::Plain, "D=1024", 8),
     };
     Choice { kernel, variant, queries }

@@ -31,6 +31,8 @@ pub struct Conv2d {
     pub pad: [usize; 4],
     /// Double x by nearest neighbour first.
     pub upsample: bool,
+    /// With `upsample`: w is that of [`PhaseWeights`](super::PhaseWeights), (4,O,2,2,C), of a 3×3 window that keeps the size.
+    pub phases: bool,
     /// The rest of the sum.
     pub epi: Epi,
     /// Inputs u (B,H',W',U) and, with 2, v (B,H',W',V), then their weights (O,U+V) and bias (O): the 1×1 convolution of
@@ -105,6 +107,19 @@ pub(super) fn by_specification(io: &mut cpu::Call, spec: impl Fn(&[Array]) -> Ve
     }
 }
 
+/// The sum of pixel `i` (b,h,w,o) of y, from the weights of its phase.
+fn phase_sum(x: &Array, w: &Array, i: &[usize]) -> f64 {
+    let mut sum = 0.0;
+    for (dy, dx) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+        let (h, v) = ((i[1] / 2 + i[1] % 2 + dy).wrapping_sub(1), (i[2] / 2 + i[2] % 2 + dx).wrapping_sub(1));
+        if h < x.shape[1] && v < x.shape[2] {
+            let phase = i[1] % 2 * 2 + i[2] % 2;
+            sum += (0..x.shape[3]).map(|c| x.at(&[i[0], h, v, c]) * w.at(&[phase, i[3], dy, dx, c])).sum::<f64>();
+        }
+    }
+    sum
+}
+
 fn specs(io: &cuda::Call) -> Vec<Spec> {
     io.x.iter().map(|x| x.spec).collect()
 }
@@ -114,10 +129,15 @@ impl Conv2d {
     pub fn same(kernel: usize) -> Conv2d {
         let p = kernel / 2;
         let epi = Epi { bias: true, ..Epi::default() };
-        Conv2d { stride: 1, pad: [p; 4], upsample: false, epi, shortcut: 0 }
+        Conv2d { stride: 1, pad: [p; 4], upsample: false, phases: false, epi, shortcut: 0 }
     }
 
     fn shape(&self, x: Shape, w: Shape) -> Option<ConvShape> {
+        // As the convolution of the upsampled image that it stands for.
+        let w = match (self.phases, &*w) {
+            (true, &[4, o, 2, 2, c]) => [o, 3, 3, c].into(),
+            _ => w,
+        };
         let (&[b, h, wd, c], &[_, kh, kw, _]) = (&*x, &*w) else { return None };
         let up = if self.upsample { 2 } else { 1 };
         let [top, left, bottom, right] = self.pad;
@@ -125,6 +145,11 @@ impl Conv2d {
         let (out_h, out_w) = (out(h, kh, top + bottom)?, out(wd, kw, left + right)?);
         let (stride, upsample) = (self.stride, self.upsample);
         Some(ConvShape { b, h, w: wd, c, kh, kw, stride, pad_top: top, pad_left: left, out_h, out_w, upsample })
+    }
+
+    /// Channels of y.
+    fn columns(&self, w: Shape) -> usize {
+        if self.phases { w[1] } else { w[0] }
     }
 
     fn count(&self) -> usize {
@@ -164,8 +189,8 @@ impl Operation for Conv2d {
     fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>> {
         let fits = x.len() == self.count()
             && x[0].shape.len() == 4
-            && x[1].shape.len() == 4
-            && x[0].shape[3] == x[1].shape[3]
+            && x[1].shape.len() == if self.phases { 5 } else { 4 }
+            && x[0].shape[3] == x[1].shape.last()
             && DType::FLOATS.contains(&x[0].dtype)
             && self.stride > 0
             && !self.epi.glu;
@@ -173,9 +198,11 @@ impl Operation for Conv2d {
         let Some(s) = self.shape(x[0].shape, x[1].shape) else {
             return Err(super::shape_error(Self::NAME, "a window no larger than the padded image", x));
         };
-        let y = Spec::new(x[0].dtype, [s.b, s.out_h, s.out_w, x[1].shape[0]]);
+        let y = Spec::new(x[0].dtype, [s.b, s.out_h, s.out_w, self.columns(x[1].shape)]);
+        let keeps = || self.upsample && self.stride == 1 && self.pad == [1; 4] && x[1].shape[..4] == [4, y.shape[3], 2, 2];
+        ensure!(!self.phases || keeps(), Self::NAME, WANT, x);
         ensure!(self.epi.fits(x, y.shape[3], y) && self.shortcut_fits(x, y), Self::NAME, WANT, x);
-        let fused = self.shortcut > 0 || self.epi.fused();
+        let fused = self.shortcut > 0 || self.phases || self.epi.fused();
         ensure!(!fused || Product::conv(self, x).is_some(), Self::NAME, WANT, x);
         Ok(self.epi.outputs(y))
     }
@@ -183,7 +210,10 @@ impl Operation for Conv2d {
     fn spec(&self, x: &[Array]) -> Vec<Array> {
         let Some(s) = self.shape(x[0].shape, x[1].shape) else { return vec![] };
         let up = if self.upsample { 2 } else { 1 };
-        let mut y = Array::from_fn([s.b, s.out_h, s.out_w, x[1].shape[0]], |i| {
+        let mut y = Array::from_fn([s.b, s.out_h, s.out_w, self.columns(x[1].shape)], |i| {
+            if self.phases {
+                return phase_sum(&x[0], &x[1], i);
+            }
             let mut sum = 0.0;
             for kh in 0..s.kh {
                 for kw in 0..s.kw {
@@ -207,7 +237,7 @@ impl Operation for Conv2d {
     }
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
-        if self.shortcut > 0 || self.epi.fused() {
+        if self.shortcut > 0 || self.phases || self.epi.fused() {
             by_specification(io, |x| self.spec(x));
             return Ok(());
         }
@@ -257,6 +287,14 @@ impl Operation for Conv2d {
         Product::conv(self, x).map(|product| product.plan(x[0].dtype)).into_iter().collect()
     }
 
+    /// Behind an upsampling: four 2×2 convolutions, where tensor cores take them.
+    fn prepared(&self, x: &[Spec]) -> Option<(Op, usize, Op)> {
+        let op = Conv2d { phases: true, ..self.clone() };
+        let w = super::PhaseWeights.infer(&x[1..2]).ok()?[0];
+        let specs: Vec<Spec> = [&x[..1], &[w], &x[2..]].concat();
+        (self.upsample && op.infer(&specs).is_ok()).then(|| (op.into(), 1, super::PhaseWeights.into()))
+    }
+
     fn with_stats(&self, x: &[Spec]) -> Option<Op> {
         let op = Conv2d { epi: Epi { stats: true, ..self.epi.clone() }, ..self.clone() };
         op.infer(x).is_ok().then(|| op.into())
@@ -276,7 +314,7 @@ impl Operation for Conv2d {
     }
 
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
-        let k: usize = x[1].shape[1..].iter().product();
+        let k = x[1].shape.numel() / self.columns(x[1].shape).max(1) / if self.phases { 4 } else { 1 };
         let width = if self.shortcut > 0 { x[x.len() - 2].shape.last() } else { 0 };
         Cost::streaming(y[0].shape.numel().saturating_mul(2 * (k + width)), x, y)
     }

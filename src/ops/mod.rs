@@ -46,6 +46,7 @@ macro_rules! rooms {
             group_norm: GroupNorm;
             group_stats: GroupStats;
             layer_norm: LayerNorm;
+            phase_weights: PhaseWeights;
             quantize: Quantize;
             sampler: Prepare, Advance;
             timestep: Timestep;
@@ -163,6 +164,12 @@ pub trait Operation: Clone + PartialEq + Debug + Into<Op> {
         None
     }
 
+    /// On a GPU: another form of this op for these inputs, that input of it, and the op through which it passes first. For weights,
+    /// which in a graph that runs many times is done once.
+    fn prepared(&self, _x: &[Spec]) -> Option<(Op, usize, Op)> {
+        None
+    }
+
     /// Name of the kernel variant for these shapes, as listed in the `.cu`; empty where there is one only.
     fn variant(&self, _x: &[Spec]) -> &'static str {
         ""
@@ -277,6 +284,8 @@ macro_rules! define {
             pub fn given_stats(&self, g: &Graph, x: &[Var]) -> Option<GivenStats> {
                 each!(self, op => op.given_stats(g, x))
             }
+            /// [`Operation::prepared`].
+            pub fn prepared(&self, x: &[Spec]) -> Option<(Op, usize, Op)> { each!(self, op => op.prepared(x)) }
             /// [`Operation::variant`].
             pub fn variant(&self, x: &[Spec]) -> &'static str { each!(self, op => op.variant(x)) }
             /// [`Operation::launches`].

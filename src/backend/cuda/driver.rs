@@ -44,6 +44,12 @@ impl Failure {
         )
     }
 
+    /// The error of a wait for work that was asked for earlier.
+    pub(super) fn of_earlier_work(self) -> Error {
+        let what = self.words() + "; LDM_CUDA_SYNC=1 tells which kernel it was";
+        Error::Cuda { call: "work on the device".into(), node: String::new(), what }
+    }
+
     /// The driver's own words.
     pub(super) fn words(self) -> String {
         let text = |get: unsafe fn(CUresult, *mut *const c_char) -> CUresult| {
@@ -514,7 +520,8 @@ impl Event {
     pub fn wait(&self) -> Result<()> {
         self.context.bind()?;
         // SAFETY: the event is recorded.
-        Ok(check("cuEventSynchronize", unsafe { sys::cuEventSynchronize(self.raw) })?)
+        check("cuEventSynchronize", unsafe { sys::cuEventSynchronize(self.raw) })
+            .map_err(Failure::of_earlier_work)
     }
 
     /// Milliseconds on the device from this mark to `later`; waits for `later`.

@@ -244,12 +244,7 @@ impl Cuda {
     /// # Errors
     /// When some of it has failed.
     pub fn synchronize(&self) -> Result<()> {
-        self.inner.context.synchronize().map_err(|failure| self.explain_late(failure))
-    }
-
-    fn explain_late(&self, failure: Failure) -> Error {
-        let hint = if self.inner.patient { "" } else { "; LDM_CUDA_SYNC=1 tells which kernel it was" };
-        Error::Cuda { call: "work on the device".into(), node: String::new(), what: failure.words() + hint }
+        self.inner.context.synchronize().map_err(Failure::of_earlier_work)
     }
 
     fn on(&self) -> Option<&Recording> {

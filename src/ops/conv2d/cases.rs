@@ -39,6 +39,12 @@ pub(super) fn conv() -> Vec<Case> {
         case
     };
     let stats = |op: &Conv2d| Conv2d { epi: Epi { stats: true, ..op.epi.clone() }, ..op.clone() };
+    // Behind an upsampling in four phases: w is (4,O,2,2,C).
+    let phases = |stats: bool, x: [usize; 4], o: usize| {
+        let epi = Epi { stats, ..up.epi.clone() };
+        let w = t([4, o, 2, 2, x[3]]).normal(0.0, 1.0 / (2.0 * (x[3] as f64).sqrt()));
+        Case::new(Conv2d { epi, phases: true, ..up.clone() }, [t(x), w, t([o])]).only(SIXTEEN)
+    };
     let mut small = vec![
         conv(same(3), [1, 1, 1, 1], 1, 3),
         conv(same(3), [2, 8, 8, 32], 32, 3),
@@ -67,6 +73,10 @@ pub(super) fn conv() -> Vec<Case> {
         conv(up.clone(), [2, 5, 6, 40], 96, 3),
         conv(full(Act::Silu), [1, 64, 96, 8], 312, 3).only(SIXTEEN),
         conv(same(3), [1, 128, 127, 8], 250, 3).only(SIXTEEN),
+        phases(false, [2, 8, 8, 32], 40),
+        phases(true, [3, 8, 16, 40], 64),
+        phases(false, [1, 4, 32, 256], 24),
+        phases(true, [1, 64, 64, 8], 160),
         shortcut(same(3), [2, 8, 8, 64], 64, &[96]),
         shortcut(same(3), [1, 7, 5, 40], 72, &[24, 48]),
         shortcut(stats(&same(3)), [2, 8, 8, 64], 96, &[128, 40]),
@@ -98,7 +108,7 @@ pub(super) fn random_conv(r: &mut Small) -> Case {
     pad[2] += k.saturating_sub(x[1] + pad[0] + pad[2]);
     pad[3] += k.saturating_sub(x[2] + pad[1] + pad[3]);
     let epi = Epi { bias: r.below(2) == 0, time: r.below(3) == 0, ..Epi::default() };
-    let op = Conv2d { stride: r.below(2) + 1, pad, upsample: r.below(4) == 0, epi, shortcut: 0 };
+    let op = Conv2d { stride: r.below(2) + 1, pad, upsample: r.below(4) == 0, phases: false, epi, shortcut: 0 };
     let w = t([o, k, k, x[3]]).normal(0.0, 1.0 / (k as f64 * (x[3] as f64).sqrt()));
     let mut args = vec![t(x), w];
     args.extend(op.epi.bias.then(|| t([o])));

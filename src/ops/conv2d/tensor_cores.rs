@@ -2,9 +2,10 @@
 
 use super::super::activation::code;
 use super::super::prelude::*;
-use super::{Conv2d, Epi, Linear};
+use super::{Conv2d, Epi, Linear, SLAB};
 use crate::backend::cpu::gemm::ConvShape;
-use crate::kernels::{DevicePtr, conv2d_mma as k};
+use crate::kernels::DevicePtr;
+use crate::kernels::conv2d_mma as k;
 
 /// A variant of the kernel.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -75,11 +76,12 @@ impl Tile {
 
 impl Product {
     /// The tile and the number of splits with the least predicted time.
-    /// Tiles are of `part` columns or of a divisor of it.
-    fn new(m: usize, n: usize, blocks: usize, part: usize) -> Product {
+    /// Tiles are of `part` columns or of a divisor of it, and of a divisor of `rows` where that is not all of them.
+    fn new([m, n, blocks]: [usize; 3], part: usize, rows: usize) -> Product {
+        let whole = |t: &Tile| (part == n || part % t.columns == 0) && (rows == m || rows % t.rows == 0);
         let mut best = Product { m, n, blocks, tile: TILES[0], splits: 1 };
         let mut least = f64::INFINITY;
-        for tile in TILES.into_iter().filter(|t| part == n || part % t.columns == 0) {
+        for tile in TILES.into_iter().filter(whole) {
             for splits in 1..=MOST_SPLITS.min(blocks / 4).max(1) {
                 let time = tile.microseconds(m, n, blocks, splits);
                 let counted = splits == 1 || tile.count(m, n) <= cuda::COUNTERS;
@@ -104,8 +106,12 @@ impl Product {
             && corner(s.out_w, s.kw)
             && s.pad_top.max(s.pad_left) < 0x4000;
         let blocks = |c: usize| c.div_ceil(k::BK);
-        let sum = s.kh * s.kw * blocks(s.c) + others.into_iter().map(blocks).sum::<usize>();
-        fits.then(|| Product::new(s.b * s.out_h * s.out_w, x[1].shape[0], sum, x[1].shape[0])).filter(|p| p.m > 0 && p.n > 0)
+        let (m, n) = (s.b * s.out_h * s.out_w, op.columns(x[1].shape));
+        // A tile lies in one phase: in one small image.
+        let (rows, taps) = if op.phases { (s.h * s.w, 4) } else { (m, s.kh * s.kw) };
+        let sum = taps * blocks(s.c) + others.into_iter().map(blocks).sum::<usize>();
+        let fits = fits && m * n > 0 && (!op.phases || rows % SLAB == 0);
+        fits.then(|| Product::new([m, n, sum], n, rows))
     }
 
     /// As the kernel takes a matrix product; `None` for what it does not take.
@@ -113,7 +119,7 @@ impl Product {
         let (m, c, part) = (x[0].shape.rows(), x[0].shape.last(), x[1].shape[0]);
         let n = part * (1 + op.more);
         let fits = takes(x) && c % 8 == 0 && m * n * c > 0 && (!op.epi.glu || n % 16 == 0) && (op.more == 0 || part % 16 == 0);
-        fits.then(|| Product::new(m, n, c.div_ceil(k::BK), part))
+        fits.then(|| Product::new([m, n, c.div_ceil(k::BK)], part, m))
     }
 
     /// Bytes of the partial sums.
@@ -157,6 +163,9 @@ impl Product {
             segments: 1,
             ..Default::default()
         };
+        if op.phases {
+            (p.phases, p.upsample, p.kh, p.kw, p.w_row) = (1, 0, 2, 2, 4 * p.c);
+        }
         // A 1×1 window that meets each pixel once is no window.
         p.flat = ((s.kh, s.kw, s.stride, s.pad_top, s.pad_left, s.upsample) == (1, 1, 1, 0, 0, false)
             && (s.out_h, s.out_w) == (s.h, s.w)) as i32;
@@ -234,7 +243,7 @@ mod tests {
     }
 
     fn chosen(m: usize, n: usize, k: usize) -> (&'static str, usize) {
-        let p = Product::new(m, n, k / 32, n);
+        let p = Product::new([m, n, k / 32], n, m);
         (p.tile.name, p.splits)
     }
 
@@ -253,7 +262,7 @@ mod tests {
             (262144, 128, 1152),
             (8192, 4, 2880),
         ] {
-            let p = Product::new(m, n, k / 32, n);
+            let p = Product::new([m, n, k / 32], n, m);
             let us = p.tile.microseconds(m, n, k / 32, p.splits);
             let rate = 2.0 * (m * n * k) as f64 / us / 1e6;
             println!("{m} {n} {k}: {:?} {us:.1} us, {rate:.0} TFLOP/s", chosen(m, n, k));
