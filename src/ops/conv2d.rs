@@ -120,6 +120,12 @@ fn phase_sum(x: &Array, w: &Array, i: &[usize]) -> f64 {
     sum
 }
 
+/// The pixels of y (B,H,W,O) in the order of their phases, image by image.
+fn by_phase(y: &Array) -> Array {
+    let [b, h, w, o] = [0, 1, 2, 3].map(|axis| y.shape[axis]);
+    Array::from_fn([b, 4, h / 2, w / 2, o], |i| y.at(&[i[0], 2 * i[2] + i[1] / 2, 2 * i[3] + i[1] % 2, i[4]]))
+}
+
 fn specs(io: &cuda::Call) -> Vec<Spec> {
     io.x.iter().map(|x| x.spec).collect()
 }
@@ -229,11 +235,19 @@ impl Operation for Conv2d {
             sum
         });
         self.add_shortcut(x, &mut y);
-        self.epi.finish(x, y)
+        let mut outputs = self.epi.finish(x, y);
+        if self.epi.stats && self.phases {
+            outputs[1] = epi::moments(&by_phase(&outputs[0]), |v, mean| v - mean);
+        }
+        outputs
     }
 
     fn magnitude(&self, x: &[Array]) -> Vec<Array> {
-        self.epi.magnitude(self.spec(&x.iter().map(|a| a.map(f64::abs)).collect::<Vec<_>>()))
+        let mut sizes = self.epi.magnitude(self.spec(&x.iter().map(|a| a.map(f64::abs)).collect::<Vec<_>>()));
+        if self.epi.stats && self.phases {
+            sizes[1] = epi::moments(&by_phase(&sizes[0]), |v, _| v);
+        }
+        sizes
     }
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {

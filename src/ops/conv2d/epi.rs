@@ -21,7 +21,8 @@ pub struct Epi {
     pub residual: bool,
     /// w and bias have 2·O rows, values and then gates, and y = value · GELU(gate). Takes no time, activation, residual.
     pub glu: bool,
-    /// A second output, f32 (rows / 64,O,2): mean and sum of squared deviations of 64 stored rows of y, per channel.
+    /// A second output, f32 (rows / 64,O,2): mean and sum of squared deviations of 64 stored rows of y, per channel
+    /// (behind an upsampling in phases: of 64 pixels of one phase).
     pub stats: bool,
 }
 
@@ -126,7 +127,7 @@ impl Epi {
 }
 
 /// Per slab and channel: the mean, and Σ f(v, mean)².
-fn moments(y: &Array, f: impl Fn(f64, f64) -> f64) -> Array {
+pub(super) fn moments(y: &Array, f: impl Fn(f64, f64) -> f64) -> Array {
     let c = y.shape.last();
     let mut stats = Array::zeros([y.shape.rows() / SLAB, c, 2]);
     for (slab, stats) in y.data.chunks(SLAB * c).zip(stats.data.chunks_mut(2 * c)) {
