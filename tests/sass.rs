@@ -160,9 +160,12 @@ fn main_loops_hold_what_their_files_say() {
     }
     let Some(program) = nvdisasm() else { return skipped("no nvdisasm") };
     let machine_code = |i: &&Image| matches!(i.arch, Arch::Cubin(_) | Arch::CubinA(_));
-    let images =
-        kernels::UNITS.iter().flat_map(|u| u.images.iter().filter(machine_code).map(move |i| (u, i)));
-    let images: Vec<_> = images.collect();
+    // Of the files that declare nothing one image is enough, to see that there is nothing to declare.
+    let chosen = |u: &'static Unit| {
+        let images = u.images.iter().filter(machine_code);
+        images.take(if u.loops.is_empty() { 1 } else { usize::MAX }).map(move |i| (u, i))
+    };
+    let images: Vec<_> = kernels::UNITS.iter().flat_map(chosen).collect();
     let checked: Vec<(bool, Vec<String>)> = images
         .par_iter()
         .map(|(unit, image)| {

@@ -25,7 +25,7 @@ const PEAK: f64 = 790e6;
 pub(super) const PLAIN: f64 = 10e6;
 
 /// Bytes in a microsecond, read and written: of memory, and of the second-level cache for what fits into it.
-const MEMORY: f64 = 4.3e6;
+pub(super) const MEMORY: f64 = 4.3e6;
 const CACHE: f64 = 5.5e6;
 const CACHED: f64 = 40e6;
 

@@ -54,9 +54,8 @@ impl Tile {
     /// shared memory per clock and multiprocessor, 6153 bytes of operands per clock from the second-level cache, 4.3 TB/s of
     /// memory, and a wave of blocks as long as its slowest. Not measured: it orders the choices.
     fn microseconds(self, m: usize, n: usize, blocks: usize, splits: usize) -> f64 {
-        const SMS: f64 = 132.0;
-        const CLOCK: f64 = 1755.0; // per microsecond
-        const FMA: f64 = 470e6 / 2.0 / SMS / CLOCK; // per clock and multiprocessor
+        const SMS: f64 = launch::MULTIPROCESSORS as f64;
+        const FMA: f64 = launch::MMA / 2.0 / SMS / launch::CLOCK; // per clock and multiprocessor
         let [bm, bn, bk, splits] = [self.rows, self.columns, k::BK, splits].map(|n| n as f64);
         let (warps_n, warps) = (if self.columns >= 64 { 2.0 } else { 1.0 }, 4.0);
         let read = warps * (bm / (warps / warps_n) + bn / warps_n) * bk * 2.0;
@@ -70,7 +69,7 @@ impl Tile {
         let end = bm * bn * 8.0 / 128.0 * 1.5 + parts;
         let clocks = f64::max(each * (steps * step + end) + 1500.0, grid * steps * write / 6153.0);
         let bytes = (n * blocks) as f64 * bk * 2.0;
-        f64::max(clocks / CLOCK, bytes / 4.3e6) + 1.5
+        f64::max(clocks / launch::CLOCK, bytes / launch::MEMORY) + launch::GAP
     }
 }
 
