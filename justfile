@@ -36,6 +36,10 @@ kernels:
 plans:
     LDM_RECORD_PLANS=1 cargo test --test plans no_shape_is_planned_worse_than_recorded
 
+# Every room under 16 schedules of the emulator instead of 3
+soak:
+    LDM_SOAK=1 LDM_REQUIRE_EMULATOR=1 cargo test --test ops
+
 # Fill dist/gpu with what a machine with a GPU and no Rust needs
 gpu-pack: kernels
     tools/gpu.sh pack

@@ -148,7 +148,10 @@ fn shared_memory_has_no_bank_conflicts() {
         for (heads, d) in sizes {
             emulator.reset();
             let kv = [1, 70, heads * d];
-            let case = Case::new(Attention { heads, causal: false, joined: false }, [t([1, 66, heads * d]), t(kv), t(kv)]);
+            let case = Case::new(
+                Attention { heads, causal: false, joined: false },
+                [t([1, 66, heads * d]), t(kv), t(kv)],
+            );
             let (x, specs) = (case.inputs(DType::BF16, 1), case.specs(DType::BF16));
             let x: Vec<HostTensor> = x.iter().zip(specs).map(|(a, s)| a.to_tensor(s).unwrap()).collect();
             run_op(device, &case.op, &x).unwrap();

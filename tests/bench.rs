@@ -302,7 +302,14 @@ fn a_gpu_is_measured_by_its_own_events() {
     assert_eq!(record["time"]["warmup"], 2, "the first evaluations are no replays");
     let kernels = record["time"]["kernels"].as_u64().unwrap();
     assert!(kernels >= 47 && out.contains(&format!("{kernels} kernels, recorded as CUDA graphs")), "{out}");
-    assert!(record["machine"]["gpu"].is_string() && out.contains("not measured on a GPU"), "{out}");
+    assert!(record["machine"]["gpu"].is_string(), "{out}");
+    let rates = record["ceilings"]["multiply"].as_array().unwrap();
+    let of =
+        |t: &str| rates.iter().any(|r| r["dtypes"][0] == t && r["flops_per_second"].as_f64().unwrap() > 0.0);
+    assert!(
+        ["f32", "f16", "bf16"].into_iter().all(of) && out.contains("product 256×256×256"),
+        "{out}{record}"
+    );
     let rows = record["per_op"]["rows"].as_array().unwrap();
     let sum: f64 = rows.iter().map(|r| r["seconds"].as_f64().unwrap()).sum();
     let get = |key: &str| record["per_op"][key].as_f64().unwrap();

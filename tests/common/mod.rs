@@ -22,10 +22,21 @@ pub fn skipped(why: &str) {
     let _ = writeln!(std::io::stderr(), "SKIPPED: {name}: {why}");
 }
 
+/// [`SCHEDULES`], or with `LDM_SOAK=1` sixteen: seeded orders and landings beside the plain ones.
+fn schedules() -> Vec<String> {
+    let mut all: Vec<String> = SCHEDULES.map(String::from).into();
+    if std::env::var_os("LDM_SOAK").is_some() {
+        all.extend(["order=forward;async=early", "order=reverse;async=late"].map(String::from));
+        all.extend((all.len()..16).map(|seed| format!("order=random:{seed};async=random:{}", 100 + seed)));
+    }
+    all
+}
+
 /// Runs a test on the emulator under every schedule, or once on the card that `LDM_TEST_DEVICE=cuda` asks for. Says so
 /// loudly where there is no compiler to build the emulator with.
 pub fn on_cuda(test: impl Fn(&Device)) {
-    on_cuda_with(&SCHEDULES, test);
+    let schedules = schedules();
+    on_cuda_with(&schedules.iter().map(String::as_str).collect::<Vec<_>>(), test);
 }
 
 /// [`on_cuda`] with schedules of one's own.

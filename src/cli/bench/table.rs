@@ -126,9 +126,6 @@ pub(super) fn ceilings(c: &Ceilings) -> String {
             rate(r.flops_per_second / 1e9)
         );
     }
-    if c.multiply.is_empty() {
-        out += "  multiply  not measured on a GPU: shares are those of copying alone\n";
-    }
     for r in &c.copy {
         let set = human_bytes(r.set_bytes as usize);
         let _ = writeln!(
