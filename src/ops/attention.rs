@@ -4,10 +4,10 @@
 //! PyTorch: `F.scaled_dot_product_attention`. Kernels: `kernels/attention_flash.cu` and `kernels/attention_wide.cu` on
 //! tensor cores, `kernels/attention.cu` for all that those do not take.
 use super::prelude::*;
-use std::borrow::Cow;
 use crate::kernels::attention as plain;
 use crate::kernels::attention_flash as flash;
 use crate::kernels::attention_wide as wide;
+use std::borrow::Cow;
 use std::f64::consts::LOG2_E;
 
 /// Attention of q (B,…,N·D) over k, v (B,…,N·D); the axes between are tokens. Result as q.
@@ -43,7 +43,9 @@ impl Attention {
             return Cow::Borrowed(x);
         }
         let width = x[0].shape.last() / 3;
-        let part = |i: usize| x[0].data.chunks(3 * width).flat_map(|row| row[i * width..][..width].to_vec()).collect();
+        let part = |i: usize| {
+            x[0].data.chunks(3 * width).flat_map(|row| row[i * width..][..width].to_vec()).collect()
+        };
         Cow::Owned((0..3).map(|i| Array { shape: x[0].shape.with_last(width), data: part(i) }).collect())
     }
 
@@ -128,7 +130,8 @@ impl Operation for Attention {
         ensure!(fits, Self::NAME, want, x);
         let Sizes { t, s, .. } = self.sizes(q.shape, keys.shape);
         ensure!(s > 0 && (!self.causal || s >= t), Self::NAME, want, x);
-        let tensor_cores = || !matches!(choose(q.dtype, width / self.heads, t, self.heads).kernel, Kernel::Plain);
+        let tensor_cores =
+            || !matches!(choose(q.dtype, width / self.heads, t, self.heads).kernel, Kernel::Plain);
         ensure!(!self.joined || tensor_cores(), Self::NAME, want, x);
         Ok(vec![q])
     }
@@ -143,8 +146,11 @@ impl Operation for Attention {
         let x = &*x;
         let d = x[0].shape.last() / self.heads;
         let largest = |a: &Array| a.data.iter().fold(0.0f64, |m, v| m.max(v.abs()));
-        let norm = |a: &Array| a.data.chunks(d).map(|r| r.iter().map(|v| v * v).sum::<f64>()).fold(0.0, f64::max).sqrt();
-        let scores = (norm(&x[0]) * norm(&x[1])).min(largest(&x[0]) * largest(&x[1]) * d as f64) * self.scale(d);
+        let norm = |a: &Array| {
+            a.data.chunks(d).map(|r| r.iter().map(|v| v * v).sum::<f64>()).fold(0.0, f64::max).sqrt()
+        };
+        let scores =
+            (norm(&x[0]) * norm(&x[1])).min(largest(&x[0]) * largest(&x[1]) * d as f64) * self.scale(d);
         vec![self.weighted(x, f64::abs).map(|v| v * (1.0 + scores))]
     }
 
@@ -224,12 +230,19 @@ impl Operation for Attention {
         let one = |rate: f64| products / (rate / launch::MULTIPROCESSORS as f64);
         let exponentials = 0.7 * scores / 16.0 / launch::CLOCK;
         let bytes = (2 * x[0].bytes() + x[1].bytes() + x[2].bytes()) as f64;
-        let time = |rate| f64::max(each * (one(rate) + exponentials), launch::streaming(bytes, blocks) - launch::GAP);
-        let (dtype, [fast, slow]) = (x[0].dtype, [launch::MMA, launch::PLAIN].map(|rate| time(rate) + launch::GAP));
+        let time = |rate| {
+            f64::max(each * (one(rate) + exponentials), launch::streaming(bytes, blocks) - launch::GAP)
+        };
+        let (dtype, [fast, slow]) =
+            (x[0].dtype, [launch::MMA, launch::PLAIN].map(|rate| time(rate) + launch::GAP));
         vec![match kernel {
             Kernel::Plain => LaunchPlan::new(plain::ATTENTION_FWD, dtype, variant, grid, plain::BLOCK, slow),
-            Kernel::Flash => LaunchPlan::new(flash::ATTENTION_FLASH_FWD, dtype, variant, grid, flash::BLOCK, fast),
-            Kernel::Wide => LaunchPlan::new(wide::ATTENTION_WIDE_FWD, dtype, variant, grid, wide::BLOCK, fast),
+            Kernel::Flash => {
+                LaunchPlan::new(flash::ATTENTION_FLASH_FWD, dtype, variant, grid, flash::BLOCK, fast)
+            }
+            Kernel::Wide => {
+                LaunchPlan::new(wide::ATTENTION_WIDE_FWD, dtype, variant, grid, wide::BLOCK, fast)
+            }
         }]
     }
 
@@ -240,7 +253,11 @@ impl Operation for Attention {
         let joined = Attention { joined: true, ..self.clone() };
         let q = g.spec(node.x[0]);
         let qkv = Spec::new(q.dtype, q.shape.with_last(3 * q.shape.last()));
-        joined.infer(&[qkv]).is_ok().then(|| Rewrite { op: joined.into(), x: vec![v], made: vec![(v, op, x)] })
+        joined.infer(&[qkv]).is_ok().then(|| Rewrite {
+            op: joined.into(),
+            x: vec![v],
+            made: vec![(v, op, x)],
+        })
     }
 
     fn variant(&self, x: &[Spec]) -> &'static str {
@@ -394,7 +411,8 @@ mod tests {
 
     #[test]
     fn every_head_size_has_a_variant_that_holds_it() {
-        for (d, dtype, t) in (1..=1024).flat_map(|d| DType::FLOATS.map(|dtype| [(d, dtype, 64), (d, dtype, 4096)])).flatten()
+        for (d, dtype, t) in
+            (1..=1024).flat_map(|d| DType::FLOATS.map(|dtype| [(d, dtype, 64), (d, dtype, 4096)])).flatten()
         {
             let Choice { kernel, variant, queries } = choose(dtype, d, t, 16);
             let listed: &[&str] = match kernel {
@@ -402,13 +420,21 @@ mod tests {
                 Kernel::Flash => flash::VARIANTS,
                 Kernel::Wide => wide::VARIANTS,
             };
-            let macros: Vec<(&str, usize)> =
-                variant.split(',').map(|m| m.split_once('=').map(|(k, v)| (k, v.parse().unwrap())).unwrap()).collect();
+            let macros: Vec<(&str, usize)> = variant
+                .split(',')
+                .map(|m| m.split_once('=').map(|(k, v)| (k, v.parse().unwrap())).unwrap())
+                .collect();
             let of = |name| macros.iter().find(|(k, _)| *k == name).map(|(_, v)| *v);
-            assert!(listed.contains(&variant) && d <= of("D").unwrap(), "{dtype:?} {d}: {kernel:?} {variant}");
+            assert!(
+                listed.contains(&variant) && d <= of("D").unwrap(),
+                "{dtype:?} {d}: {kernel:?} {variant}"
+            );
             assert_eq!(of("BM").unwrap_or(queries), queries, "{variant}");
             assert!(kernel != Kernel::Wide || queries == wide::BM, "{variant}");
-            assert!(kernel == Kernel::Plain || (dtype != DType::F32 && d % 8 == 0 && d <= 512), "{dtype:?} {d}");
+            assert!(
+                kernel == Kernel::Plain || (dtype != DType::F32 && d % 8 == 0 && d <= 512),
+                "{dtype:?} {d}"
+            );
         }
     }
 

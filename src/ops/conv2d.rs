@@ -59,7 +59,12 @@ const WANT_LINEAR: &str = "x (…,C), w (O,C)[, bias (O)][, residual (…,O)], o
 
 impl Epi {
     /// Reads what both rooms have in common; `f` multiplies. `pixels` are the rows of y that one row of `time` serves.
-    fn cpu(&self, io: &mut cpu::Call, pixels: usize, f: impl FnOnce(Weights, &Epilogue, SliceMut)) -> Result<()> {
+    fn cpu(
+        &self,
+        io: &mut cpu::Call,
+        pixels: usize,
+        f: impl FnOnce(Weights, &Epilogue, SliceMut),
+    ) -> Result<()> {
         let at = self.inputs();
         let w = io.weights(1);
         let o = io.y[0].shape.last();
@@ -71,7 +76,8 @@ impl Epi {
         let residual = self.residual.then(|| io.slice(at.residual));
         cpu::optional(bias, |bias| {
             cpu::optional(time, |time| {
-                let batch = time.map(|all| BatchAdd { data: if self.step { &all[step * o..][..o] } else { all }, rows });
+                let batch = time
+                    .map(|all| BatchAdd { data: if self.step { &all[step * o..][..o] } else { all }, rows });
                 f(w, &Epilogue { bias, batch, act: self.act, residual }, io.out(0));
             });
         });
@@ -100,7 +106,8 @@ impl Epi {
 
 /// Computes the outputs by a specification: for the forms that only graphs for a GPU hold, so that every graph runs on a CPU.
 pub(super) fn by_specification(io: &mut cpu::Call, spec: impl Fn(&[Array]) -> Vec<Array>) {
-    let array = |i: usize| Array { shape: io.x[i].shape, data: io.f32(i).iter().map(|&v| v as f64).collect() };
+    let array =
+        |i: usize| Array { shape: io.x[i].shape, data: io.f32(i).iter().map(|&v| v as f64).collect() };
     let x: Vec<Array> = (0..io.x.len()).map(array).collect();
     for (j, y) in spec(&x).iter().enumerate() {
         io.write(j, |out| out.iter_mut().zip(&y.data).for_each(|(to, &v)| *to = v as f32));
@@ -114,7 +121,9 @@ fn phase_sum(x: &Array, w: &Array, i: &[usize]) -> f64 {
         let (h, v) = ((i[1] / 2 + i[1] % 2 + dy).wrapping_sub(1), (i[2] / 2 + i[2] % 2 + dx).wrapping_sub(1));
         if h < x.shape[1] && v < x.shape[2] {
             let phase = i[1] % 2 * 2 + i[2] % 2;
-            sum += (0..x.shape[3]).map(|c| x.at(&[i[0], h, v, c]) * w.at(&[phase, i[3], dy, dx, c])).sum::<f64>();
+            sum += (0..x.shape[3])
+                .map(|c| x.at(&[i[0], h, v, c]) * w.at(&[phase, i[3], dy, dx, c]))
+                .sum::<f64>();
         }
     }
     sum
@@ -150,7 +159,20 @@ impl Conv2d {
         let out = |n: usize, k: usize, pad: usize| Some((n * up + pad).checked_sub(k)? / self.stride + 1);
         let (out_h, out_w) = (out(h, kh, top + bottom)?, out(wd, kw, left + right)?);
         let (stride, upsample) = (self.stride, self.upsample);
-        Some(ConvShape { b, h, w: wd, c, kh, kw, stride, pad_top: top, pad_left: left, out_h, out_w, upsample })
+        Some(ConvShape {
+            b,
+            h,
+            w: wd,
+            c,
+            kh,
+            kw,
+            stride,
+            pad_top: top,
+            pad_left: left,
+            out_h,
+            out_w,
+            upsample,
+        })
     }
 
     /// Channels of y.
@@ -205,7 +227,12 @@ impl Operation for Conv2d {
             return Err(super::shape_error(Self::NAME, "a window no larger than the padded image", x));
         };
         let y = Spec::new(x[0].dtype, [s.b, s.out_h, s.out_w, self.columns(x[1].shape)]);
-        let keeps = || self.upsample && self.stride == 1 && self.pad == [1; 4] && x[1].shape[..4] == [4, y.shape[3], 2, 2];
+        let keeps = || {
+            self.upsample
+                && self.stride == 1
+                && self.pad == [1; 4]
+                && x[1].shape[..4] == [4, y.shape[3], 2, 2]
+        };
         ensure!(!self.phases || keeps(), Self::NAME, WANT, x);
         ensure!(self.epi.fits(x, y.shape[3], y) && self.shortcut_fits(x, y), Self::NAME, WANT, x);
         let fused = self.shortcut > 0 || self.phases || self.epi.fused();

@@ -30,7 +30,8 @@ impl Operation for PhaseWeights {
         let (o, c) = (x[0].shape[0], x[0].shape[3]);
         vec![Array::from_fn([4, o, 2, 2, c], |i| {
             let rows = taps(i[0] / 2, i[2]);
-            let column = |kh: usize| taps(i[0] % 2, i[3]).map(|kw| x[0].at(&[i[1], kh, kw, i[4]])).sum::<f64>();
+            let column =
+                |kh: usize| taps(i[0] % 2, i[3]).map(|kw| x[0].at(&[i[1], kh, kw, i[4]])).sum::<f64>();
             rows.map(column).sum()
         })]
     }
@@ -56,13 +57,8 @@ impl Operation for PhaseWeights {
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
         let (w, y) = (io.x_spec(0).shape, io.y_spec(0));
         let n = y.shape.numel();
-        let p = k::PhaseWeightsFwd {
-            y: io.y(0),
-            w: io.x(0),
-            n: n as i64,
-            o: io.int(w[0])?,
-            c: io.int(w[3])?,
-        };
+        let p =
+            k::PhaseWeightsFwd { y: io.y(0), w: io.x(0), n: n as i64, o: io.int(w[0])?, c: io.int(w[3])? };
         io.launch(k::PHASE_WEIGHTS_FWD, y.dtype, "", [n.div_ceil(k::BLOCK), 1, 1], k::BLOCK, p)
     }
 

@@ -108,7 +108,8 @@ pub(super) fn random_conv(r: &mut Small) -> Case {
     pad[2] += k.saturating_sub(x[1] + pad[0] + pad[2]);
     pad[3] += k.saturating_sub(x[2] + pad[1] + pad[3]);
     let epi = Epi { bias: r.below(2) == 0, time: r.below(3) == 0, ..Epi::default() };
-    let op = Conv2d { stride: r.below(2) + 1, pad, upsample: r.below(4) == 0, phases: false, epi, shortcut: 0 };
+    let op =
+        Conv2d { stride: r.below(2) + 1, pad, upsample: r.below(4) == 0, phases: false, epi, shortcut: 0 };
     let w = t([o, k, k, x[3]]).normal(0.0, 1.0 / (k as f64 * (x[3] as f64).sqrt()));
     let mut args = vec![t(x), w];
     args.extend(op.epi.bias.then(|| t([o])));

@@ -109,7 +109,11 @@ impl Epi {
         }
         if self.glu {
             let gate = |row: &[f64], i| row[i] * Act::Gelu.apply_f64(row[o / 2 + i]);
-            let data = y.data.chunks(o).flat_map(|row| (0..o / 2).map(|i| gate(row, i)).collect::<Vec<_>>()).collect();
+            let data = y
+                .data
+                .chunks(o)
+                .flat_map(|row| (0..o / 2).map(|i| gate(row, i)).collect::<Vec<_>>())
+                .collect();
             y = Array { shape: y.shape.with_last(o / 2), data };
         }
         let stats = self.stats.then(|| moments(&y, |v, mean| v - mean));

@@ -12,16 +12,17 @@ pub(in crate::ops) fn absorb_residual(g: &Graph, at: Var) -> Option<Rewrite> {
         let node = g.maker(product).filter(|_| uses[product.index()] == 1 && product != other)?;
         let mut op = node.op.clone();
         match &mut op {
-            Op::Conv2d(Conv2d { epi, .. }) | Op::Linear(Linear { epi, more: 0 }) if !epi.residual => epi.residual = true,
+            Op::Conv2d(Conv2d { epi, .. }) | Op::Linear(Linear { epi, more: 0 }) if !epi.residual => {
+                epi.residual = true
+            }
             _ => return None,
         }
         Some(Rewrite { op, x: [&node.x[..], &[other]].concat(), made: vec![] })
     })
 }
 
-
 /// The node that made `v`, if nothing else reads it.
-fn sole<'g>(g: &'g Graph, v: Var) -> Option<&'g crate::graph::Node> {
+fn sole(g: &Graph, v: Var) -> Option<&crate::graph::Node> {
     g.maker(v).filter(|_| g.uses()[v.index()] == 1)
 }
 
@@ -51,7 +52,8 @@ pub(super) fn shortcut(g: &Graph, at: Var, target: Target) -> Option<Rewrite> {
         Some(cat) if matches!(cat.op, Op::Concat(_)) => cat.x.clone(),
         _ => vec![from],
     };
-    let op = Conv2d { shortcut: sources.len(), epi: Epi { residual: false, ..conv.epi.clone() }, ..conv.clone() };
+    let op =
+        Conv2d { shortcut: sources.len(), epi: Epi { residual: false, ..conv.epi.clone() }, ..conv.clone() };
     let mut x = node.x.clone();
     x.remove(residual);
     x.extend(sources.into_iter().chain(linear.x[1..].iter().copied()));

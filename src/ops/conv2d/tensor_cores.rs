@@ -117,7 +117,11 @@ impl Product {
     pub(super) fn linear(op: &Linear, x: &[Spec]) -> Option<Product> {
         let (m, c, part) = (x[0].shape.rows(), x[0].shape.last(), x[1].shape[0]);
         let n = part * (1 + op.more);
-        let fits = takes(x) && c % 8 == 0 && m * n * c > 0 && (!op.epi.glu || n % 16 == 0) && (op.more == 0 || part % 16 == 0);
+        let fits = takes(x)
+            && c % 8 == 0
+            && m * n * c > 0
+            && (!op.epi.glu || n % 16 == 0)
+            && (op.more == 0 || part % 16 == 0);
         fits.then(|| Product::new([m, n, c.div_ceil(k::BK)], part, m))
     }
 
