@@ -97,14 +97,16 @@ impl GroupNorm {
         let per_image = y.data.len() / batch.max(1);
         let given = |b: usize, g: usize| {
             let (cpg, slabs, c0) = (c / self.groups, per_image / c / SLAB, x[0].shape.last());
-            let entries = (b * slabs..(b + 1) * slabs).flat_map(|s| (g * cpg..(g + 1) * cpg).map(move |c| (s, c)));
+            let entries =
+                (b * slabs..(b + 1) * slabs).flat_map(|s| (g * cpg..(g + 1) * cpg).map(move |c| (s, c)));
             let entries = entries.map(|(s, c)| {
                 let (stats, c) = if c < c0 { (&x[n + 2], c) } else { (&x[n + 3], c - c0) };
                 [stats.at(&[s, c, 0]), stats.at(&[s, c, 1])]
             });
             let [mean, var] = merged(entries.clone());
             // The mean of |x| is at most that of |mean| and the deviation.
-            let size = entries.clone().map(|[m, _]| m.abs()).sum::<f64>() / entries.count() as f64 + var.sqrt();
+            let size =
+                entries.clone().map(|[m, _]| m.abs()).sum::<f64>() / entries.count() as f64 + var.sqrt();
             Stats { mean, size, rstd: 1.0 / (var + eps).sqrt() }
         };
         for b in 0..batch {
@@ -121,7 +123,14 @@ impl GroupNorm {
     }
 
     /// Pixels of one image, whose groups have these means and variances.
-    fn normalise(&self, x: &[f32], stats: &[[f64; 2]], cpg: usize, (w, bias): (&[f32], &[f32]), y: &mut [f32]) {
+    fn normalise(
+        &self,
+        x: &[f32],
+        stats: &[[f64; 2]],
+        cpg: usize,
+        (w, bias): (&[f32], &[f32]),
+        y: &mut [f32],
+    ) {
         let c = w.len();
         // a·x + b cancels where |mean| ≫ deviation; the pivot keeps the digits.
         if stats.iter().any(|[mean, var]| mean * mean > 1e4 * var) {
@@ -161,7 +170,9 @@ impl GroupNorm {
                         let (y, tail) = rest.split_at_mut(count * c);
                         let stats = &stats[p / pixels * groups..][..groups];
                         if n == 1 {
-                            x[0].with(p * c..p * c + y.len(), |x| self.normalise(x, stats, cpg, (w, bias), y));
+                            x[0].with(p * c..p * c + y.len(), |x| {
+                                self.normalise(x, stats, cpg, (w, bias), y)
+                            });
                         } else {
                             cpu::with_scratch(y.len(), |both| {
                                 for (i, row) in both.chunks_mut(c).enumerate() {
@@ -353,11 +364,19 @@ impl Operation for GroupNorm {
     fn launches(&self, x: &[Spec]) -> Vec<LaunchPlan> {
         let n = self.given.sources();
         let (b, c) = (x[0].shape[0], x[..n].iter().map(|s| s.shape.last()).sum::<usize>());
-        let (dtype, hw, bytes) = (x[0].dtype, x[0].shape.rows() / b.max(1), x[..n].iter().map(Spec::bytes).sum::<usize>());
+        let (dtype, hw, bytes) =
+            (x[0].dtype, x[0].shape.rows() / b.max(1), x[..n].iter().map(Spec::bytes).sum::<usize>());
         let time = |bytes: usize, grid: [usize; 3]| launch::streaming(bytes as f64, grid.iter().product());
         if self.given == Given::Input {
             let grid = [self.groups, b, 1];
-            return vec![LaunchPlan::new(k::GROUP_NORM_FWD, dtype, "", grid, k::BLOCK, time(3 * bytes, grid))];
+            return vec![LaunchPlan::new(
+                k::GROUP_NORM_FWD,
+                dtype,
+                "",
+                grid,
+                k::BLOCK,
+                time(3 * bytes, grid),
+            )];
         }
         let (slabs, count) = (hw / SLAB, slabs_kept(hw / SLAB));
         let (entry, mut all) = (b * c * 2 * size_of::<f32>(), vec![]);
@@ -422,7 +441,8 @@ impl Operation for GroupNorm {
         };
         let mut plain_far = norm(4, 1e-5, Act::None, &[2, 9, 7, 32]);
         plain_far.args[0] = t([2, 9, 7, 32]).normal(100.0, 0.01);
-        let one = |groups, act, x: &[usize]| given(groups, act, &x[..x.len() - 1], &x[x.len() - 1..], 0.0, 1.0);
+        let one =
+            |groups, act, x: &[usize]| given(groups, act, &x[..x.len() - 1], &x[x.len() - 1..], 0.0, 1.0);
         let two = |groups, act, x: &[usize], c: [usize; 2]| given(groups, act, x, &c, 0.5, 1.0);
         let mut small = vec![
             norm(1, 1e-5, Act::None, &[1, 1, 1, 4]),
@@ -523,7 +543,8 @@ mod tests {
 
     #[test]
     fn from_true_statistics_the_specification_is_the_same() {
-        let halves = Case::new(Concat, [t([2, 8, 16, 24]).normal(3.0, 0.5), t([2, 8, 16, 16]).normal(-1.0, 2.0)]);
+        let halves =
+            Case::new(Concat, [t([2, 8, 16, 24]).normal(3.0, 0.5), t([2, 8, 16, 16]).normal(-1.0, 2.0)]);
         let mut x = halves.inputs(DType::F32, 3);
         let wb = Case::new(Concat, [t([40]), t([40])]).inputs(DType::F32, 4);
         let whole = Concat.spec(&x).remove(0);
@@ -543,7 +564,9 @@ mod tests {
     #[test]
     fn blocks_and_slabs_for_the_real_shapes() {
         // (batch, HW, C): pixels of a block, slabs that it merges.
-        let of = |[b, hw, c]: [usize; 3]| (rows_per_block(hw, b * c.div_ceil(apply::STRIP)), slabs_kept(hw / SLAB));
+        let of = |[b, hw, c]: [usize; 3]| {
+            (rows_per_block(hw, b * c.div_ceil(apply::STRIP)), slabs_kept(hw / SLAB))
+        };
         let sd15 = [[2, 4096, 320], [2, 1024, 640], [2, 256, 1280], [2, 64, 1280], [2, 64, 2560]];
         assert_eq!(sd15.map(of), [(512, 64), (256, 16), (128, 4), (64, 1), (64, 1)]);
         let decoder = [[1, 4096, 512], [1, 16384, 512], [1, 65536, 256], [1, 262144, 128]];

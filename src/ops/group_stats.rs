@@ -30,7 +30,9 @@ impl GroupStats {
     /// `f` of each slab's values of each channel, as the two elements of y.
     fn each(x: &Array, f: impl Fn(&[f64]) -> [f64; 2]) -> Vec<Array> {
         let c = x.shape.last();
-        let slab = |s: &[f64]| (0..c).flat_map(|i| f(&s.iter().skip(i).step_by(c).copied().collect::<Vec<_>>())).collect();
+        let slab = |s: &[f64]| {
+            (0..c).flat_map(|i| f(&s.iter().skip(i).step_by(c).copied().collect::<Vec<_>>())).collect()
+        };
         let data: Vec<Vec<f64>> = x.data.chunks(SLAB * c).map(slab).collect();
         vec![Array { shape: [x.shape.rows() / SLAB, c, 2].into(), data: data.concat() }]
     }

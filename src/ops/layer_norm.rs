@@ -151,7 +151,8 @@ impl Operation for LayerNorm {
             far(&[2, 33]),
         ];
         // Tokens and widths of SD 1.5, SDXL and LDM 1.45B.
-        let real = [[4096, 320], [4096, 640], [1024, 320], [1024, 640], [1024, 1280], [256, 640], [256, 1280]];
+        let real =
+            [[4096, 320], [4096, 640], [1024, 320], [1024, 640], [1024, 1280], [256, 640], [256, 1280]];
         let real = real.into_iter().chain([[64, 1280], [16, 1280]]);
         small.extend(real.map(|[tokens, c]| norm(&[2, tokens, c]).weights(1..3).bench()));
         small
