@@ -53,6 +53,15 @@ impl Isa {
         self == Isa::Portable
     }
 
+    /// Whether this machine multiplies pairs of bf16 in units of full width, as Zen 5 does, where Zen 4 takes a 512-bit
+    /// instruction in two halves. The processors that do are told by AVX-VNNI, which they all have and those that do not lack.
+    pub fn has_wide_dot(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.has_dot() && is_x86_feature_detected!("avxvnni");
+        #[cfg(not(target_arch = "x86_64"))]
+        return false;
+    }
+
     /// Whether this machine multiplies pairs of bf16 ([`super::Arith::Dot`]) in this instruction set.
     pub fn has_dot(self) -> bool {
         #[cfg(target_arch = "x86_64")]
