@@ -5,10 +5,11 @@
 // result (`o`) are f32 accumulators in registers; the weights p become 16 bits in registers, where the accumulator's
 // layout is that of a left operand. k and v lie in a ring of two stages in shared memory, one block of keys in each.
 //
-// Waits: each turn waits for its stage, which was asked for a whole turn before, and then passes the turn's only barrier:
+// Waits: before the loop, wait<1> and a barrier make q visible, which is staged in stage 1 (k and v together). Each turn
+// waits for its stage, which was asked for a turn before, and then passes the turn's only barrier:
 // behind it everybody's copies of this stage are visible, and everybody has left the other stage, which is filled again
-// at once. Before the first turn the same barrier frees stage 1, where q was staged; after the last one a further barrier
-// frees the ring for y.
+// at once. The first turn's barrier frees stage 1 of q; after the last turn a further barrier frees the ring for y. There is
+// at least one turn: the room refuses S = 0, and more queries than keys with `causal`.
 //
 // Shared memory: rows of PITCH chunks of 16 bytes, PITCH = 2^A · odd. Chunk c of row r lies at chunk r · PITCH + (c ^ x),
 // x = the A bits of r from bit 3 - A on (A at most 3). Without conflicts, since each eighth of a warp's access touches
@@ -26,7 +27,9 @@
 // NaN in y.
 //
 // Edges: rows from S on (T for q) and columns from d on are zeros in shared memory; scores of keys that a query does not
-// see are -inf, set in those turns alone that have such keys. Columns from d on of y are not stored.
+// see are -inf, set in those turns alone that have such keys. Columns from d on of y are not stored. A copy that writes zeros
+// touches no memory at its address, which may lie outside.
+// Wants: pointers aligned to 16 bytes, pitches (ldy too) multiples of 8, scale > 0.
 // Occupancy: the BLOCKS that are asked for are what registers allow; shared memory (16 to 48 KB) allows as many on sm_80 and
 // sm_90, and on sm_86 and sm_89 two where D is 80 or 96.
 //

@@ -9,6 +9,9 @@
 // and go to the thread of the same lane in the other half through `p`, one place for each such pair: half 0 hands over
 // before the first piece of v, half 1 before the second, so that the one who writes is always the one who read last.
 //
+// Barrier 1 of the first turn also makes q visible; the one after the loop exchanges the halves' sums, and y then takes q's place.
+// There is at least one turn: the room refuses S = 0, and more queries than keys with `causal`.
+//
 // Waits and barriers of a turn, each also making the copies visible that landed before it:
 //   1  columns of k are there; slot 1 is free (v of the last turn is used up)          copies the other columns into it
 //   2  the other columns are there; slot 0 is free                                     copies the first keys of v
@@ -27,7 +30,9 @@
 //
 // Edges: rows from S on (T for q) and columns from d on are zeros in shared memory; scores of keys that a query does not
 // see are -inf. Columns from d on of y are not stored.
-// Occupancy: one block a multiprocessor, by registers; at D = 512 also by shared memory, 98.5 KB, which sm_86 and sm_89 have.
+// Wants: pointers aligned to 16 bytes, pitches (ldy too) multiples of 8, scale > 0.
+// Occupancy: one block a multiprocessor, by registers (207 or more, 256 threads); on sm_80 at D = 512, on sm_86 and sm_89 from 384
+// on, also by shared memory: 50.5, 74.5 and 98.5 KB.
 //
 // types: f16 bf16
 // variants: D=256 D=384 D=512

@@ -4,10 +4,12 @@
 // Who owns what. Grid: (ceil(M / BM), ceil(N / BN), splits); a block of 4 warps owns a BM×BN tile of y, or with several splits
 // a contiguous run of its k-blocks. Warps stand WARPS_M×WARPS_N over the tile; a warp's part is MT×NT products of m16n8k16, held
 // in float in registers (160 of them for the 128×160 tile, which with the fragments is what limits a multiprocessor to two
-// blocks; the ring would allow three).
+// blocks; the lower tiles fit three to five by registers). Shared memory, 72 KB for that tile, 64, 56, 32, 20 for the others,
+// allows as many on sm_80 and sm_90, and on sm_86 and sm_89 one block of the first three.
 //
 // Segments of K. Segment 0 is x with its window of taps; up to two more add products of other inputs into the same sum: the
-// second half of a concatenation, or a 1×1 shortcut. A segment without a window (`flat`) reads pixel m for row m.
+// second half of a concatenation, or a 1×1 shortcut. A segment without a window (`flat`) reads pixel m for row m. With `part`
+// there is one segment, and the rows of three weights count as one below the other; a tile lies in one of them.
 //
 // Operands. A k-block of x (BM rows of BK channels) and of w (BN rows) lies in one slot of a ring of STAGES slots in shared
 // memory, rows of 64 bytes, whose 16-byte chunk c stands at c ^ (row / 2 % 4): the eight rows that ldmatrix reads at once, and
@@ -15,7 +17,7 @@
 // channels beyond the segment, rows beyond M and N.
 //
 // Order. Each thread commits one group of copies per k-block. At k-block i it waits until its group i has landed; the barrier
-// after that makes everybody's visible, and also says that all warps are done with slot i − 1, which is then filled again with
+// after that makes everybody's visible, and also says that all warps are done with k-block i − 1, whose slot is then filled with
 // k-block i + STAGES − 1. After the loop no copy is in flight and the ring becomes the staging tile.
 //
 // Phases. A 3×3 convolution behind a nearest upsampling comes as four of 2×2 on the small image, one for each parity of the
@@ -24,12 +26,18 @@
 //
 // End. With splits, each block leaves its float tile in `partial` and counts itself in `counters`; the one that comes last adds
 // all of them in order of split, so the sum does not depend on who that is, and the counter is back at zero. Then, 64 rows at a
-// time, the sums pass through shared memory in float (rows of BN + 8 words, free of conflicts), so that bias, time, activation
-// and residual are applied once per element by threads that read and write rows of global memory; y is rounded once. With
-// `glu` the columns of the tile alternate, eight values, eight gates, and y = value · GELU(gate) has half as many. With `stats`
-// mean and sum of squared deviations of the 64 stored rows are written per channel.
+// time, the sums pass through shared memory in float (rows of BN + 8 words: writes meet in no bank; reads do in pairs with
+// `glu` and in the narrow tile), so that bias, time, activation and residual are applied once per element by threads that
+// read and write rows of global memory; y is rounded once. With `glu` the columns of the tile alternate, eight values, eight
+// gates, and y = value · GELU(gate) has half as many. With `stats` mean and sum of squared deviations of the 64 stored rows
+// are written per channel.
 //
-// Wants: C of every segment and row pitches a multiple of 8 elements, 16-byte aligned; at most 2³¹ − 1 elements in x and w.
+// M is rows of y; N is O, with `glu` 2·O, with `part` that of the three weights. `counter` picks the row of `time`.
+//
+// Wants, and the room sees to it: pointers aligned to 16 bytes; C of every segment and row pitches multiples of 8 elements; at
+// most 2³¹ − 1 elements in each of x and w; out_h and out_w times the stride, and the padding, below 2^14 (a window's corner is
+// packed into two halves of a word). `glu`: O a multiple of 8, no time, activation, residual, statistics. `stats`: M a
+// multiple of SLAB. `phases`: no further segment.
 // types: f16 bf16
 // variants: BM=128,BN=160 BM=128,BN=128 BM=64,BN=160 BM=64,BN=64 BM=64,BN=16
 #include "dev.cuh"
@@ -85,7 +93,7 @@ struct Conv2dMma {
     int phases;          // w (4,O,2,2,C): x is doubled in four phases; h·w_ is a multiple of BM
 };
 
-struct ConvRing {
+struct alignas(128) ConvRing {
     T slot[STAGES][(BM + BN) * BK];
 };
 static_assert(sizeof(ConvRing) == SMEM_BYTES, "what the launch passes");
@@ -301,6 +309,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) conv2d_mma(const __grid_c
     for (int i = 0; i < A_LOADS; i++) {
         const int pixel = m + i * LOAD_ROWS;
         k.corner[i] = -1;
+        k.base[i] = 0;
         if (p.phases) {
             const int small = p.h * p.w_, rest = pixel % small, y = rest / p.w_;
             k.base[i] = pixel / (4 * small) * small;
@@ -375,7 +384,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) conv2d_mma(const __grid_c
         }
         sync_block();
         finish(p, tile, m0 + slab * SLAB, n0);
-        if (p.stats) {
+        if (p.stats && m0 + slab * SLAB < p.m) {
             sync_block();
             write_stats(p, tile, m0 + slab * SLAB, n0);
         }

@@ -13,7 +13,10 @@
 // vectors of one pixel (64 bytes of a 16-bit type), then the next pixel. y = (x - high) * a + b with a = rstd * w and
 // b = bias - low * a.
 //
-// C0 and C1 must be multiples of 8, so that no vector crosses the seam or an end. Threads past the last channel or pixel
+// Barriers: one makes the shares and the groups' first means visible, the next the groups' results.
+//
+// Wants: HW = count · each; groups divide C0 + C1; pointers aligned to 16 bytes. C0 and C1 must be multiples of 8, so that no
+// vector crosses the seam or an end. Threads past the last channel or pixel
 // only help to merge. Two blocks per multiprocessor: 64 registers.
 #include "dev.cuh"
 

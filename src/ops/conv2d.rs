@@ -227,6 +227,7 @@ impl Operation for Conv2d {
             return Err(super::shape_error(Self::NAME, "a window no larger than the padded image", x));
         };
         let y = Spec::new(x[0].dtype, [s.b, s.out_h, s.out_w, self.columns(x[1].shape)]);
+        ensure!(!self.phases || self.shortcut == 0, Self::NAME, WANT, x);
         let keeps = || {
             self.upsample
                 && self.stride == 1
