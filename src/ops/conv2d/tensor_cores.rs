@@ -65,7 +65,7 @@ impl Tile {
         let alone = if each < 2.0 { 1.2 } else { 1.0 }; // nothing hides the latencies of a single one
         let steps = (blocks as f64 / splits).ceil();
         let step = f64::max(bm * bn * bk / FMA, (read + write) / 128.0) * alone;
-        let parts = if splits > 1.0 { bm * bn * 4.0 * (1.0 + 1.0 / splits * splits) / 40.0 } else { 0.0 };
+        let parts = if splits > 1.0 { bm * bn * 4.0 * 2.0 / 40.0 } else { 0.0 };
         let end = bm * bn * 8.0 / 128.0 * 1.5 + parts;
         let clocks = f64::max(each * (steps * step + end) + 1500.0, grid * steps * write / 6153.0);
         let bytes = (n * blocks) as f64 * bk * 2.0;
@@ -270,6 +270,16 @@ mod tests {
             let rate = 2.0 * (m * n * k) as f64 / us / 1e6;
             println!("{m} {n} {k}: {:?} {us:.1} us, {rate:.0} TFLOP/s", chosen(m, n, k));
         }
+    }
+
+    #[test]
+    fn a_case_with_statistics_ends_half_way_through_a_tile() {
+        let p = Product::new([129 * SLAB, 256, 9], 256, 129 * SLAB);
+        assert_eq!((p.tile.rows, p.m % p.tile.rows), (128, SLAB), "{p:?}");
+        let case = |c: &Case| {
+            matches!(&c.op, crate::ops::Op::Conv2d(op) if op.epi.stats) && *c.args[0].shape == [129, 8, 8, 8]
+        };
+        assert!(super::super::cases::conv().iter().any(case));
     }
 
     #[test]
