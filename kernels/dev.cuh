@@ -132,6 +132,28 @@ DEV float activate_f(int act, float x) {
     }
 }
 
+// sigma(z) + x sigma(z) sigma(-z) dz, where sigma(-z) = e^-z sigma(z): 1 - sigma(z) would have no digits left for large z.
+DEV float gated_slope_f(float x, float z, float dz) {
+    // Below -80, where both terms are zero in f32, the exponential would be infinite.
+    const float e = exp_f(-max_f(z, -80.0f)), s = 1.0f / (1.0f + e);
+    return fma_f(x * dz, s * (e * s), s);
+}
+
+// Their derivatives, by the same numbers.
+DEV float slope_f(int act, float x) {
+    switch (act) {
+        case 1: return gated_slope_f(x, x, 1.0f);
+        // Phi(x) + x phi(x)
+        case 2: return fma_f(0.398942280f * x, exp_f(-0.5f * x * x), 0.5f * (1.0f + erf_f(x * 0.707106781f)));
+        case 3: return gated_slope_f(x, 1.702f * x, 1.702f);
+        case 4: {
+            const float z = 1.59576912f * fma_f(0.044715f * x * x, x, x);
+            return gated_slope_f(x, z, 1.59576912f * fma_f(0.134145f * x, x, 1.0f));
+        }
+        default: return 1.0f;
+    }
+}
+
 // a + b as a rounded sum and what the rounding lost (Knuth's two-sum).
 struct Pair {
     float high, low;

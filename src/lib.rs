@@ -4,8 +4,8 @@
 //! A tour, from the bottom: [`tensor`] holds shapes and host memory; [`ops`] are the rooms, one file per operation;
 //! [`graph`] records them, fuses and plans; [`exec`] runs a planned graph on a [`backend`]; [`nn`] and [`mod@models`] build
 //! graphs from checkpoints that [`io`] reads; [`mod@samplers`] are the solvers; [`diffusion`] joins model and sampler;
-//! [`pipeline`] goes from a prompt to a picture; [`presets`] are configurations
-//! that need no checkpoint.
+//! [`pipeline`] goes from a prompt to a picture; [`presets`] are configurations that need no checkpoint; [`train`] makes
+//! new weights.
 //!
 //! Letters in all comments: B batch, C channels, O output channels, H W image, KH KW window, G groups, T S query and key
 //! tokens, N heads, D head size, E width of an embedding, V codebook or vocabulary. Activations are (B,H,W,C), weights
@@ -28,5 +28,6 @@ pub mod presets;
 pub mod rng;
 pub mod samplers;
 pub mod tensor;
+pub mod train;
 
 pub use error::{Error, Result};

@@ -28,7 +28,23 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("presets", &["nn", "graph", "ops", "io"]),
     ("diffusion", &["models", "samplers", "exec", "graph", "ops", "rng"]),
     ("pipeline", &["diffusion", "models", "presets", "exec", "io", "rng", "samplers"]),
-    ("train", &["pipeline", "diffusion", "models", "presets", "exec", "io", "rng", "samplers", "data"]),
+    (
+        "train",
+        &[
+            "pipeline",
+            "diffusion",
+            "models",
+            "presets",
+            "exec",
+            "nn",
+            "graph",
+            "ops",
+            "io",
+            "rng",
+            "samplers",
+            "data",
+        ],
+    ),
 ];
 
 /// Modules that may import anything.

@@ -1,17 +1,19 @@
 //! Static graphs: a model is a function that builds one for a batch, a size and an element type.
 
+mod autodiff;
 mod fuse;
 mod plan;
 mod show;
 mod stats;
 
+pub use autodiff::gradients;
 pub use fuse::{Rewrite, fuse};
 pub use plan::{Life, Place, Plan, offsets};
 pub use stats::GivenStats;
 
 use crate::backend::Device;
 use crate::error::{Error, Result};
-use crate::ops::{Cost, Op};
+use crate::ops::{Cost, Op, cast};
 use crate::tensor::{DType, Shape, Spec};
 
 /// A value of a graph.
@@ -91,6 +93,19 @@ pub struct Node {
     pub label: String,
 }
 
+/// A weight of a graph that trains.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Parameter {
+    /// Its name in the checkpoint.
+    pub name: String,
+    /// How a checkpoint stores it.
+    pub layout: Layout,
+    /// The state that holds it, f32: the master weight.
+    pub state: Var,
+    /// What the model computes with: the state itself, or the state in the model's type. Gradients are taken of it.
+    pub used: Var,
+}
+
 /// A graph: values, and nodes in the order in which they run.
 #[derive(Clone, Default, Debug)]
 pub struct Graph {
@@ -98,6 +113,8 @@ pub struct Graph {
     nodes: Vec<Node>,
     outputs: Vec<(String, Var)>,
     updates: Vec<(Var, Var)>,
+    trains: bool,
+    parameters: Vec<Parameter>,
 }
 
 impl Graph {
@@ -121,7 +138,17 @@ impl Graph {
         self.value(name, Spec::new(dtype, shape), Origin::Input)
     }
 
-    /// A weight, by its name in the checkpoint. The same name twice is the same value.
+    /// From now on, weights are parameters (or not): each is a state in f32 that this graph may update, see [`Parameter`].
+    pub fn train(&mut self, on: bool) {
+        self.trains = on;
+    }
+
+    /// The weights that were asked for while the graph trained, in that order.
+    pub fn parameters(&self) -> &[Parameter] {
+        &self.parameters
+    }
+
+    /// A weight, by its name in the checkpoint. The same name twice is the same value. In a graph that trains, a parameter.
     ///
     /// # Errors
     /// When the name is there already with another shape, type or layout.
@@ -133,6 +160,19 @@ impl Graph {
         shape: impl Into<Shape>,
     ) -> Result<Var> {
         let spec = Spec::new(dtype, shape);
+        if let Some(p) = self.parameters.iter().find(|p| p.name == name) {
+            let old = self.spec(p.used);
+            if old == spec && p.layout == layout {
+                return Ok(p.used);
+            }
+            return Err(Error::invalid(format!("parameter `{name}` is used as {old} and as {spec}")));
+        }
+        if self.trains {
+            let state = self.state(name, DType::F32, spec.shape);
+            let used = cast(self, name, state, dtype, 1.0)?;
+            self.parameters.push(Parameter { name: name.into(), layout, state, used });
+            return Ok(used);
+        }
         if let Some(v) = self.named(name) {
             let old = &self.values[v.index()];
             if old.spec == spec && old.origin == Origin::Weight(layout) {

@@ -2,8 +2,10 @@
 //!
 //! PyTorch: `F.silu`, `F.gelu`, `F.gelu(approximate="tanh")`; quick GELU is x · sigmoid(1.702 x), as in CLIP.
 //! Kernel: `kernels/activation.cu`.
+use super::Op;
 use super::prelude::*;
 use crate::kernels::activation as k;
+use crate::kernels::activation_grad as back;
 
 pub use crate::backend::cpu::math::Act;
 
@@ -65,6 +67,11 @@ impl Operation for Activation {
         &[(0, 0)]
     }
 
+    fn grad(&self, g: &mut Graph, x: &[Var], _y: &[Var], dy: &[Option<Var>]) -> Result<Vec<Option<Var>>> {
+        let [Some(dy)] = dy else { return Ok(vec![None]) };
+        Ok(vec![Some(g.push("dx", ActivationGrad(self.0), &[x[0], *dy])?)])
+    }
+
     fn cases() -> Vec<Case> {
         let acts = [Act::Silu, Act::Gelu, Act::QuickGelu, Act::GeluTanh];
         let mut all = Vec::new();
@@ -83,4 +90,72 @@ impl Operation for Activation {
         let act = [Act::Silu, Act::Gelu, Act::QuickGelu, Act::GeluTanh][r.below(4)];
         Case::new(Activation(act), [t([r.below(5) + 1, r.below(300) + 1]).normal(0.0, 3.0)])
     }
+}
+
+/// dx = dy · act′(x) for x, dy of one shape.
+#[derive(Clone, PartialEq, Debug)]
+pub struct ActivationGrad(pub Act);
+
+impl Operation for ActivationGrad {
+    const NAME: &'static str = "activation_grad";
+
+    fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>> {
+        let want = "x, dy of one shape and float type";
+        let [x0, dy] = args(Self::NAME, want, x)?;
+        ensure!(x0 == dy && DType::FLOATS.contains(&x0.dtype), Self::NAME, want, x);
+        Ok(vec![x0])
+    }
+
+    fn spec(&self, x: &[Array]) -> Vec<Array> {
+        vec![x[0].zip(&x[1], |x, dy| dy * self.0.slope_f64(x))]
+    }
+
+    fn magnitude(&self, x: &[Array]) -> Vec<Array> {
+        vec![x[0].zip(&x[1], |x, dy| dy.abs() * self.0.slope_size_f64(x))]
+    }
+
+    fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
+        let x = io.slice(0);
+        io.update(1, 0, |at, dy| {
+            x.with(at..at + dy.len(), |x| cpu::math::times_slope(self.0, x, dy));
+        });
+        Ok(())
+    }
+
+    fn cuda(&self, io: &cuda::Call) -> Result<()> {
+        let spec = io.y_spec(0);
+        let n = spec.shape.numel();
+        let per_block = back::BLOCK * 16 / spec.dtype.size();
+        let params =
+            back::ActivationGrad { dx: io.y(0), x: io.x(0), dy: io.x(1), n: n as i64, act: code(self.0) };
+        io.launch(back::ACTIVATION_GRAD, spec.dtype, "", [n.div_ceil(per_block), 1, 1], back::BLOCK, params)
+    }
+
+    fn cpu_scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
+        cpu::working_bytes(y[0].shape.last())
+    }
+
+    fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
+        Cost::streaming(12 * y[0].shape.numel(), x, y)
+    }
+
+    fn in_place(&self) -> &'static [(usize, usize)] {
+        &[(0, 1)]
+    }
+
+    fn cases() -> Vec<Case> {
+        Activation::cases().into_iter().filter_map(with_gradient).collect()
+    }
+
+    fn random(r: &mut Small) -> Case {
+        with_gradient(Activation::random(r)).expect("a case of Activation")
+    }
+}
+
+/// The case of the gradient for one of the activation.
+fn with_gradient(case: Case) -> Option<Case> {
+    let Op::Activation(Activation(act)) = case.op else { return None };
+    let x = case.args[0].clone();
+    let dy = t(x.shape);
+    Some(Case { op: ActivationGrad(act).into(), args: vec![x, dy], ..case })
 }

@@ -3,6 +3,10 @@
 //! Flash attention (Dao et al. 2022): blocks of keys pass by while maximum, sum and result are kept per query.
 //! PyTorch: `F.scaled_dot_product_attention`. Kernels: `kernels/attention_flash.cu` and `kernels/attention_wide.cu` on
 //! tensor cores, `kernels/attention.cu` for all that those do not take.
+mod grad;
+
+pub use grad::AttentionGrad;
+
 use super::prelude::*;
 use crate::kernels::attention as plain;
 use crate::kernels::attention_flash as flash;
@@ -89,6 +93,16 @@ impl Attention {
         }
     }
 
+    /// What is summed into a score, at most.
+    fn score_size(&self, x: &[Array]) -> f64 {
+        let d = x[0].shape.last() / self.heads;
+        let largest = |a: &Array| a.data.iter().fold(0.0f64, |m, v| m.max(v.abs()));
+        let norm = |a: &Array| {
+            a.data.chunks(d).map(|r| r.iter().map(|v| v * v).sum::<f64>()).fold(0.0, f64::max).sqrt()
+        };
+        (norm(&x[0]) * norm(&x[1])).min(largest(&x[0]) * largest(&x[1]) * d as f64) * self.scale(d)
+    }
+
     fn weighted(&self, x: &[Array], f: impl Fn(f64) -> f64) -> Array {
         let Sizes { t, s, d, .. } = self.sizes(x[0].shape, x[1].shape);
         let width = self.heads * d;
@@ -144,13 +158,7 @@ impl Operation for Attention {
     fn magnitude(&self, x: &[Array]) -> Vec<Array> {
         let x = self.arrays(x);
         let x = &*x;
-        let d = x[0].shape.last() / self.heads;
-        let largest = |a: &Array| a.data.iter().fold(0.0f64, |m, v| m.max(v.abs()));
-        let norm = |a: &Array| {
-            a.data.chunks(d).map(|r| r.iter().map(|v| v * v).sum::<f64>()).fold(0.0, f64::max).sqrt()
-        };
-        let scores =
-            (norm(&x[0]) * norm(&x[1])).min(largest(&x[0]) * largest(&x[1]) * d as f64) * self.scale(d);
+        let scores = self.score_size(x);
         vec![self.weighted(x, f64::abs).map(|v| v * (1.0 + scores))]
     }
 
@@ -244,6 +252,15 @@ impl Operation for Attention {
                 LaunchPlan::new(wide::ATTENTION_WIDE_FWD, dtype, variant, grid, wide::BLOCK, fast)
             }
         }]
+    }
+
+    fn grad(&self, g: &mut Graph, x: &[Var], y: &[Var], dy: &[Option<Var>]) -> Result<Vec<Option<Var>>> {
+        let [Some(dy)] = dy else { return Ok(vec![None; x.len()]) };
+        if self.joined {
+            return Err(Error::NoGradient(Self::NAME));
+        }
+        let op = AttentionGrad { heads: self.heads, causal: self.causal };
+        Ok(g.push_all("grad", op, &[x[0], x[1], x[2], y[0], *dy])?.into_iter().map(Some).collect())
     }
 
     /// Queries, keys and values that are plain products of one input become one product.

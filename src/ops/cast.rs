@@ -50,6 +50,12 @@ impl Operation for Cast {
         cpu::working_bytes(y[0].shape.last())
     }
 
+    /// What reaches a weight that was cast is f32 already.
+    fn grad(&self, g: &mut Graph, x: &[Var], _y: &[Var], dy: &[Option<Var>]) -> Result<Vec<Option<Var>>> {
+        let [Some(dy)] = dy else { return Ok(vec![None]) };
+        Ok(vec![Some(cast(g, "dx", *dy, g.spec(x[0]).dtype, self.scale as f64)?)])
+    }
+
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
         Cost::streaming(y[0].shape.numel(), x, y)
     }

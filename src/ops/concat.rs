@@ -3,6 +3,7 @@
 //! PyTorch (channels last): `torch.cat([a, b], -1)`. Kernel: `kernels/concat.cu`.
 use super::prelude::*;
 use crate::kernels::concat as k;
+use crate::kernels::concat_slice as part;
 
 /// a (…,A) and b (…,C) to (…,A+C).
 #[derive(Clone, PartialEq, Debug)]
@@ -64,6 +65,13 @@ impl Operation for Concat {
         Cost::streaming(0, x, y)
     }
 
+    fn grad(&self, g: &mut Graph, x: &[Var], _y: &[Var], dy: &[Option<Var>]) -> Result<Vec<Option<Var>>> {
+        let [Some(dy)] = dy else { return Ok(vec![None; 2]) };
+        let [a, b] = [0, 1].map(|i| g.shape(x[i]).last());
+        let mut part = |label, start, len| g.push(label, Slice { start, len }, &[*dy]).map(Some);
+        Ok(vec![part("da", 0, a)?, part("db", a, b)?])
+    }
+
     fn cases() -> Vec<Case> {
         let cat = |lead: &[usize], a: usize, b: usize| {
             let s = |n| [lead, &[n]].concat();
@@ -94,5 +102,80 @@ impl Operation for Concat {
     fn random(r: &mut Small) -> Case {
         let rows = r.below(40) + 1;
         Case::new(Concat, [t([rows, r.below(70) + 1]), t([rows, r.below(70) + 1])])
+    }
+}
+
+/// x (…,C) to columns `start` … `start + len` of it, (…,len): a half of a concatenation.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Slice {
+    /// The first column.
+    pub start: usize,
+    /// How many.
+    pub len: usize,
+}
+
+impl Operation for Slice {
+    const NAME: &'static str = "slice";
+
+    fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>> {
+        let (start, end) = (self.start, self.start + self.len);
+        let want = format!("x (…,C) of a float type, C ≥ {end}");
+        let [x0] = args(Self::NAME, &want, x)?;
+        let fits = !x0.shape.is_empty() && x0.shape.last() >= end && end > start;
+        ensure!(fits && DType::FLOATS.contains(&x0.dtype), Self::NAME, want, x);
+        Ok(vec![Spec::new(x0.dtype, x0.shape.with_last(self.len))])
+    }
+
+    fn spec(&self, x: &[Array]) -> Vec<Array> {
+        let rows = x[0].data.chunks(x[0].shape.last());
+        vec![Array {
+            shape: x[0].shape.with_last(self.len),
+            data: rows.flat_map(|row| row[self.start..][..self.len].to_vec()).collect(),
+        }]
+    }
+
+    fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
+        let (x, c) = (io.slice(0), io.x[0].shape.last());
+        io.rows(0, self.len, |first, y| {
+            for (i, y) in y.chunks_mut(self.len).enumerate() {
+                x.read((first + i) * c + self.start, y);
+            }
+        });
+        Ok(())
+    }
+
+    fn cuda(&self, io: &cuda::Call) -> Result<()> {
+        let (n, dtype) = (io.y_spec(0).shape.numel(), io.y_spec(0).dtype);
+        let (len, c, start) = (io.int(self.len)?, io.int(io.x_spec(0).shape.last())?, io.int(self.start)?);
+        let p = part::ConcatSlice { y: io.y(0), x: io.x(0), n: n as i64, len, c, start };
+        io.launch(part::CONCAT_SLICE, dtype, "", [n.div_ceil(part::BLOCK), 1, 1], part::BLOCK, p)
+    }
+
+    fn cpu_scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
+        cpu::working_bytes(y[0].shape.last())
+    }
+
+    fn cost(&self, _x: &[Spec], y: &[Spec]) -> Cost {
+        Cost::streaming(0, y, y)
+    }
+
+    fn cases() -> Vec<Case> {
+        let slice = |x: &[usize], start, len| Case::new(Slice { start, len }, [t(x)]);
+        vec![
+            slice(&[1], 0, 1),
+            slice(&[3], 2, 1),
+            slice(&[2, 5], 0, 3),
+            slice(&[2, 5, 7, 96], 64, 32),
+            slice(&[3, 4, 4, 9], 4, 5),
+            slice(&[77, 65], 5, 60),
+            slice(&[2, 8, 8, 64], 0, 32),
+            slice(&[1, 1, 1, 1920], 1280, 640),
+            slice(&[2, 64, 64, 960], 320, 640).bench(),
+        ]
+    }
+
+    fn random(r: &mut Small) -> Case {
+        let (start, len) = (r.below(30), r.below(40) + 1);
+        Case::new(Slice { start, len }, [t([r.below(40) + 1, start + len + r.below(9)])])
     }
 }

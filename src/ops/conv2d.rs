@@ -7,10 +7,12 @@
 mod cases;
 mod epi;
 mod fold;
+mod grad;
 mod tensor_cores;
 
 pub use epi::{Epi, SLAB};
 pub(super) use fold::{absorb_residual, gates, together};
+pub use grad::{TransposeWeights, WeightGrad, Window};
 
 use super::Op;
 use super::activation::code;
@@ -313,6 +315,10 @@ impl Operation for Conv2d {
         self.epi.plain(io, p, s.b * s.out_h * s.out_w)
     }
 
+    fn grad(&self, g: &mut Graph, x: &[Var], _y: &[Var], dy: &[Option<Var>]) -> Result<Vec<Option<Var>>> {
+        dy[0].map_or_else(|| Ok(vec![None; x.len()]), |dy| self.gradients(g, x, dy))
+    }
+
     fn scratch(&self, x: &[Spec], _y: &[Spec]) -> usize {
         Product::conv(self, x).map_or(0, |product| product.partial_bytes())
     }
@@ -438,6 +444,10 @@ impl Operation for Linear {
             ..Default::default()
         };
         self.epi.plain(io, p, s.rows())
+    }
+
+    fn grad(&self, g: &mut Graph, x: &[Var], _y: &[Var], dy: &[Option<Var>]) -> Result<Vec<Option<Var>>> {
+        dy[0].map_or_else(|| Ok(vec![None; x.len()]), |dy| self.gradients(g, x, dy))
     }
 
     fn scratch(&self, x: &[Spec], _y: &[Spec]) -> usize {

@@ -3,6 +3,7 @@
 //! PyTorch: `F.embedding(ids, table) + positions`. Kernel: `kernels/embedding.cu`.
 use super::prelude::*;
 use crate::kernels::embedding as k;
+use crate::kernels::embedding_grad as back;
 
 /// ids (B,T) i32, table (V,C)\[, positions (P,C) with P ≥ T\] to (B,T,C).
 #[derive(Clone, PartialEq, Debug)]
@@ -88,6 +89,14 @@ impl Operation for Embedding {
         Cost { flops: y[0].shape.numel() as f64, bytes: moved as f64 }
     }
 
+    fn grad(&self, g: &mut Graph, x: &[Var], _y: &[Var], dy: &[Option<Var>]) -> Result<Vec<Option<Var>>> {
+        let [Some(dy)] = dy else { return Ok(vec![None; x.len()]) };
+        let rows = |v: &Var| g.shape(*v)[0];
+        let op = EmbeddingGrad { rows: rows(&x[1]), positions: x.get(2).map_or(0, rows) };
+        let tables = g.push_all("tables", op, &[x[0], *dy])?;
+        Ok([None].into_iter().chain(tables.into_iter().map(Some)).collect())
+    }
+
     fn cases() -> Vec<Case> {
         let embed = |b, tokens, v, c, p: usize| {
             let mut args = vec![ids([b, tokens], v), t([v, c])];
@@ -113,5 +122,111 @@ impl Operation for Embedding {
         let positions = r.below(2) == 0;
         args.extend(positions.then(|| t([tokens + r.below(5), c])));
         Case::new(Embedding { positions }, args)
+    }
+}
+
+/// ids (B,T) i32, dy (B,T,C) to the gradients of the tables, f32: (V,C)\[, positions (P,C)\].
+#[derive(Clone, PartialEq, Debug)]
+pub struct EmbeddingGrad {
+    /// V.
+    pub rows: usize,
+    /// P, or 0 where there are no positions.
+    pub positions: usize,
+}
+
+impl Operation for EmbeddingGrad {
+    const NAME: &'static str = "embedding_grad";
+
+    fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>> {
+        let want = format!("ids (B,T) of i32, dy (B,T,C) of a float type, T ≤ {} positions", self.positions);
+        let [ids, dy] = args(Self::NAME, &want, x)?;
+        let fits = ids.dtype == DType::I32
+            && ids.shape.len() == 2
+            && dy.shape.len() == 3
+            && dy.shape[..2] == ids.shape[..]
+            && DType::FLOATS.contains(&dy.dtype)
+            && (self.positions == 0 || ids.shape[1] <= self.positions);
+        ensure!(fits, Self::NAME, want, x);
+        let table = |rows| Spec::new(DType::F32, [rows, dy.shape[2]]);
+        Ok([self.rows, self.positions].into_iter().filter(|&n| n > 0).map(table).collect())
+    }
+
+    fn spec(&self, x: &[Array]) -> Vec<Array> {
+        let (tokens, c) = (x[0].shape[1], x[1].shape[2]);
+        let mut tables = vec![Array::zeros([self.rows, c])];
+        tables.extend((self.positions > 0).then(|| Array::zeros([self.positions, c])));
+        for (i, (id, dy)) in x[0].data.iter().zip(x[1].data.chunks(c)).enumerate() {
+            for (table, row) in tables.iter_mut().zip([*id as usize, i % tokens]) {
+                table.data[row * c..][..c].iter_mut().zip(dy).for_each(|(y, d)| *y += d);
+            }
+        }
+        tables
+    }
+
+    /// |dy| in place of dy; ids stay.
+    fn magnitude(&self, x: &[Array]) -> Vec<Array> {
+        self.spec(&[x[0].clone(), x[1].map(f64::abs)])
+    }
+
+    fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
+        let (ids, dy) = (io.i32(0), io.slice(1));
+        let (tokens, c) = (io.x[0].shape[1], io.x[1].shape[2]);
+        if let Some(bad) = ids.iter().find(|&&id| id < 0 || id as usize >= self.rows) {
+            return Err(Error::invalid(format!(
+                "embedding: want ids from 0 to {}; got {bad}",
+                self.rows - 1
+            )));
+        }
+        for (j, row) in [(0, None), (1, Some(tokens))].into_iter().take(io.y.len()) {
+            io.write(j, |table| {
+                table.fill(0.0);
+                for (i, &id) in ids.iter().enumerate() {
+                    let row = row.map_or(id as usize, |tokens| i % tokens);
+                    dy.with(i * c..(i + 1) * c, |dy| {
+                        table[row * c..][..c].iter_mut().zip(dy).for_each(|(y, d)| *y += d);
+                    });
+                }
+            });
+        }
+        Ok(())
+    }
+
+    fn cuda(&self, io: &cuda::Call) -> Result<()> {
+        let dy = *io.x_spec(1);
+        let [batch, tokens, c] = [0, 1, 2].map(|i| dy.shape[i]);
+        let (n, columns) = (io.int(batch * tokens)?, io.int(c)?);
+        let p = back::EmbeddingGrad { table: io.y(0), ids: io.x(0), dy: io.x(1), tokens: n, c: columns };
+        io.launch(back::EMBEDDING_GRAD, dy.dtype, "", [self.rows, 1, 1], back::BLOCK, p)?;
+        if self.positions == 0 {
+            return Ok(());
+        }
+        let (batch, tokens) = (io.int(batch)?, io.int(tokens)?);
+        let p = back::PositionsGrad { positions: io.y(1), dy: io.x(1), batch, tokens, c: columns };
+        io.launch(back::POSITIONS_GRAD, dy.dtype, "", [self.positions, 1, 1], back::BLOCK, p)
+    }
+
+    fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
+        Cost::streaming(y.len() * x[1].shape.numel(), x, y)
+    }
+
+    fn cases() -> Vec<Case> {
+        Embedding::cases().into_iter().map(with_gradient).collect()
+    }
+
+    fn random(r: &mut Small) -> Case {
+        with_gradient(Embedding::random(r))
+    }
+}
+
+/// The case of the gradients for one of the op.
+fn with_gradient(case: Case) -> Case {
+    let (ids, table) = (case.args[0].clone(), case.args[1].shape);
+    let positions = case.args.get(2).map_or(0, |p| p.shape[0]);
+    let dy = t([ids.shape[0], ids.shape[1], table[1]]);
+    Case {
+        op: EmbeddingGrad { rows: table[0], positions }.into(),
+        args: vec![ids, dy],
+        weights: 0..0,
+        ..case
     }
 }

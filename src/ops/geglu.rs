@@ -4,6 +4,7 @@
 use super::activation::Act;
 use super::prelude::*;
 use crate::kernels::geglu as k;
+use crate::kernels::geglu_grad as back;
 
 /// x (…,2E) to (…,E): the gated feed-forward of the transformer blocks.
 #[derive(Clone, PartialEq, Debug)]
@@ -53,6 +54,11 @@ impl Operation for Geglu {
         io.launch(k::GEGLU_FWD, y.dtype, "", [n.div_ceil(k::BLOCK), 1, 1], k::BLOCK, p)
     }
 
+    fn grad(&self, g: &mut Graph, x: &[Var], _y: &[Var], dy: &[Option<Var>]) -> Result<Vec<Option<Var>>> {
+        let [Some(dy)] = dy else { return Ok(vec![None]) };
+        Ok(vec![Some(g.push("dx", GegluGrad, &[x[0], *dy])?)])
+    }
+
     fn fuse(&self, g: &Graph, at: Var, target: Target) -> Option<Rewrite> {
         super::conv2d::gates(g, at, target)
     }
@@ -87,4 +93,91 @@ impl Operation for Geglu {
     fn random(r: &mut Small) -> Case {
         Case::new(Geglu, [t([r.below(30) + 1, 2 * (r.below(90) + 1)]).normal(0.0, 2.0)])
     }
+}
+
+/// x (…,2E), dy (…,E) to dx (…,2E).
+#[derive(Clone, PartialEq, Debug)]
+pub struct GegluGrad;
+
+impl GegluGrad {
+    fn each(&self, x: &[Array], f: impl Fn(f64, f64, f64) -> [f64; 2]) -> Vec<Array> {
+        let (e, mut dx) = (x[1].shape.last(), x[0].clone());
+        for (row, dy) in dx.data.chunks_mut(2 * e).zip(x[1].data.chunks(e)) {
+            for i in 0..e {
+                [row[i], row[e + i]] = f(row[i], row[e + i], dy[i]);
+            }
+        }
+        vec![dx]
+    }
+}
+
+impl Operation for GegluGrad {
+    const NAME: &'static str = "geglu_grad";
+
+    fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>> {
+        let want = "x (…,2E), dy (…,E) of one float type";
+        let [x0, dy] = args(Self::NAME, want, x)?;
+        ensure!(Geglu.infer(&[x0]).is_ok_and(|y| y[0] == dy), Self::NAME, want, x);
+        Ok(vec![x0])
+    }
+
+    fn spec(&self, x: &[Array]) -> Vec<Array> {
+        self.each(x, |value, gate, dy| {
+            [dy * Act::Gelu.apply_f64(gate), dy * value * Act::Gelu.slope_f64(gate)]
+        })
+    }
+
+    fn magnitude(&self, x: &[Array]) -> Vec<Array> {
+        self.each(x, |value, gate, dy| [(dy * gate).abs(), (dy * value).abs() * Act::Gelu.slope_size_f64(gate)])
+    }
+
+    fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
+        let (x, dy, e) = (io.slice(0), io.slice(1), io.x[1].shape.last());
+        io.rows(0, 2 * e, |first, dx| {
+            for (i, dx) in dx.chunks_mut(2 * e).enumerate() {
+                let row = first + i;
+                let (d_value, d_gate) = dx.split_at_mut(e);
+                x.with(row * 2 * e..(row + 1) * 2 * e, |x| {
+                    dy.with(row * e..(row + 1) * e, |dy| {
+                        let (value, gate) = x.split_at(e);
+                        cpu::math::activate(Act::Gelu, gate, d_value);
+                        d_value.iter_mut().zip(dy).for_each(|(y, dy)| *y *= dy);
+                        d_gate.iter_mut().zip(dy).zip(value).for_each(|((y, dy), v)| *y = dy * v);
+                        cpu::math::times_slope(Act::Gelu, gate, d_gate);
+                    });
+                });
+            }
+        });
+        Ok(())
+    }
+
+    fn cuda(&self, io: &cuda::Call) -> Result<()> {
+        let dy = *io.x_spec(1);
+        let (n, e) = (dy.shape.numel(), io.int(dy.shape.last())?);
+        let p = back::GegluGrad { dx: io.y(0), x: io.x(0), dy: io.x(1), n: n as i64, e };
+        io.launch(back::GEGLU_GRAD, dy.dtype, "", [n.div_ceil(back::BLOCK), 1, 1], back::BLOCK, p)
+    }
+
+    fn cpu_scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
+        2 * cpu::working_bytes(y[0].shape.last())
+    }
+
+    fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
+        Cost::streaming(30 * x[1].shape.numel(), x, y)
+    }
+
+    fn cases() -> Vec<Case> {
+        Geglu::cases().into_iter().map(with_gradient).collect()
+    }
+
+    fn random(r: &mut Small) -> Case {
+        with_gradient(Geglu::random(r))
+    }
+}
+
+/// The case of the gradient for one of the op.
+fn with_gradient(case: Case) -> Case {
+    let x = case.args[0].clone();
+    let dy = t(x.shape.with_last(x.shape.last() / 2));
+    Case { op: GegluGrad.into(), args: vec![x, dy], ..case }
 }

@@ -3,6 +3,10 @@
 //! PyTorch: `F.silu(F.group_norm(x, groups, w, b, eps))`. Kernels: `kernels/group_norm.cu`, which computes the statistics
 //! itself and takes any shape; and `kernels/group_norm_apply.cu`, which is given them by channel and slab of pixels
 //! ([`channel_stats`]); where there are many slabs, `kernels/group_norm_merge.cu` makes them fewer first.
+mod grad;
+
+pub use grad::GroupNormGrad;
+
 use super::Op;
 use super::activation::{Act, code};
 use super::group_stats::{SLAB, VECTOR, channel_stats};
@@ -390,6 +394,13 @@ impl Operation for GroupNorm {
         let time = time(2 * bytes + entry * count * grid[1], grid);
         all.push(LaunchPlan::new(apply::GROUP_NORM_APPLY, dtype, "", grid, apply::BLOCK, time));
         all
+    }
+
+    fn grad(&self, g: &mut Graph, x: &[Var], _y: &[Var], dy: &[Option<Var>]) -> Result<Vec<Option<Var>>> {
+        let Given::Input = self.given else { return Err(Error::NoGradient(Self::NAME)) };
+        let [Some(dy)] = dy else { return Ok(vec![None; 3]) };
+        let op = GroupNormGrad { groups: self.groups, eps: self.eps, act: self.act };
+        Ok(g.push_all("grad", op, &[x[0], x[1], x[2], *dy])?.into_iter().map(Some).collect())
     }
 
     fn scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {

@@ -1,6 +1,10 @@
 //! y = (x − mean) · rstd · w + bias, mean and variance over the last axis.
 //!
 //! PyTorch: `F.layer_norm(x, (C,), w, b, eps)`. Kernel: `kernels/layer_norm.cu`.
+mod grad;
+
+pub use grad::LayerNormGrad;
+
 use super::prelude::*;
 use crate::kernels::layer_norm as k;
 
@@ -20,14 +24,18 @@ struct Stats {
 }
 
 impl LayerNorm {
+    fn stats(&self, row: &[f64]) -> Stats {
+        let c = row.len() as f64;
+        let mean = row.iter().sum::<f64>() / c;
+        let var = row.iter().map(|v| (v - mean) * (v - mean)).sum::<f64>() / c;
+        let size = row.iter().map(|v| v.abs()).sum::<f64>() / c;
+        Stats { mean, size, rstd: 1.0 / (var + self.eps as f64).sqrt() }
+    }
+
     fn each(&self, x: &[Array], f: impl Fn(f64, Stats, f64, f64) -> f64) -> Vec<Array> {
-        let c = x[0].shape.last();
         let mut y = x[0].clone();
-        for row in y.data.chunks_mut(c) {
-            let mean = row.iter().sum::<f64>() / c as f64;
-            let var = row.iter().map(|v| (v - mean) * (v - mean)).sum::<f64>() / c as f64;
-            let size = row.iter().map(|v| v.abs()).sum::<f64>() / c as f64;
-            let stats = Stats { mean, size, rstd: 1.0 / (var + self.eps as f64).sqrt() };
+        for row in y.data.chunks_mut(x[0].shape.last()) {
+            let stats = self.stats(row);
             for (i, v) in row.iter_mut().enumerate() {
                 *v = f(*v, stats, x[1].data[i], x[2].data[i]);
             }
@@ -95,6 +103,12 @@ impl Operation for LayerNorm {
         let grid = [s.rows().div_ceil(k::BLOCK / 32), 1, 1];
         let dtype = io.x_spec(0).dtype;
         io.launch(k::LAYER_NORM_FWD, dtype, variant(s.last(), dtype), grid, k::BLOCK, p)
+    }
+
+    fn grad(&self, g: &mut Graph, x: &[Var], _y: &[Var], dy: &[Option<Var>]) -> Result<Vec<Option<Var>>> {
+        let [Some(dy)] = dy else { return Ok(vec![None; 3]) };
+        let all = g.push_all("grad", LayerNormGrad { eps: self.eps }, &[x[0], x[1], *dy])?;
+        Ok(all.into_iter().map(Some).collect())
     }
 
     fn variant(&self, x: &[Spec]) -> &'static str {

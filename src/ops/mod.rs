@@ -34,20 +34,24 @@ pub(crate) mod prelude {
 macro_rules! rooms {
     ($then:ident) => {
         $then! {
-            activation: Activation;
+            activation: Activation, ActivationGrad;
             add: Add;
-            attention: Attention;
+            attention: Attention, AttentionGrad;
             cast: Cast;
-            concat: Concat;
-            conv2d: Conv2d, Linear;
-            embedding: Embedding;
-            gaussian: Gaussian;
-            geglu: Geglu;
-            group_norm: GroupNorm;
+            concat: Concat, Slice;
+            conv2d: Conv2d, Linear, WeightGrad, TransposeWeights;
+            embedding: Embedding, EmbeddingGrad;
+            gaussian: Gaussian, GaussianGrad;
+            geglu: Geglu, GegluGrad;
+            group_norm: GroupNorm, GroupNormGrad;
             group_stats: GroupStats;
-            layer_norm: LayerNorm;
+            layer_norm: LayerNorm, LayerNormGrad;
+            loss: Loss, LossGrad, Kl, KlGrad;
+            optimiser: Adam, SquareSum, Clip;
             phase_weights: PhaseWeights;
             quantize: Quantize;
+            reduce: SumRows;
+            resample: SumPool, Dilate;
             sampler: Prepare, Advance;
             timestep: Timestep;
         }
@@ -302,7 +306,9 @@ rooms!(define);
 
 pub use activation::Act;
 pub use cast::cast;
-pub use conv2d::{Epi, SLAB};
+pub use conv2d::{Epi, SLAB, Window};
 pub use group_norm::Given;
 pub use group_stats::channel_stats;
+pub use loss::Distance;
+pub use optimiser::RATES;
 pub use sampler::TABLE;

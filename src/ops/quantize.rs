@@ -97,6 +97,12 @@ impl Operation for Quantize {
         io.launch(k::QUANTIZE_FWD, io.x_spec(0).dtype, "", [rows.div_ceil(k::BLOCK), 1, 1], k::BLOCK, p)
     }
 
+    /// The straight-through estimator (van den Oord et al. 2017): what reaches y is what reaches z. The codebook learns
+    /// from a loss of its own.
+    fn grad(&self, _g: &mut Graph, _x: &[Var], _y: &[Var], dy: &[Option<Var>]) -> Result<Vec<Option<Var>>> {
+        Ok(vec![dy[0], None])
+    }
+
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
         Cost::streaming(x[0].shape.rows().saturating_mul(3 * x[1].shape.numel()), x, y)
     }

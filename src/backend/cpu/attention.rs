@@ -4,6 +4,10 @@
 //! K and V are packed into panels once per head. A task owns a block of queries of one head: for each block of keys it
 //! forms scores, turns them into weights relative to the running maximum, and adds weights · V to its output.
 
+mod grad;
+
+pub use grad::{Known, attention_grad, grad_working_bytes};
+
 use super::gemm::{Panels, arith, multiply};
 use super::math::exp2_nonpositive;
 use super::scratch::scratch;

@@ -9,10 +9,12 @@
 
 mod panels;
 mod rows;
+mod serial;
 
 pub use panels::{Packed, PackedLayout};
 pub(super) use panels::{Panels, arith};
-pub use rows::{Conv, ConvShape, Dense, Lane, Rows};
+pub use rows::{Conv, ConvShape, Dense, Lane, Rows, Transposed};
+pub use serial::{Mat, product};
 
 use super::math::{Act, activate_in_place_with};
 use super::scratch::scratch;
@@ -37,7 +39,12 @@ pub enum Weights<'a> {
     Raw(Slice<'a>),
     /// Packed before, for the same instruction set.
     Packed(Packed<'a>),
+    /// A convolution's input (pixels, KH·KW·C), transposed: W\[n, k\] is column n of pixel k. Packed as it is used.
+    Pixels(Conv<'a>),
 }
+
+/// Most elements of A that are packed whole beside pixels.
+const WHOLE: usize = 1 << 24;
 
 /// A vector per batch item, added to all its rows: the time embedding of a residual block.
 #[derive(Clone, Copy)]
@@ -178,11 +185,27 @@ fn typed<T: Element>(isa: Isa, a: &impl Rows, w: Weights, n: usize, epilogue: &E
             assert!(w.len() == n * k && w.dtype() == a.dtype(), "gemm: length or type of w, ({n}, {k})")
         }
         Weights::Packed(w) => assert_eq!(*w.layout(), layout, "gemm: packed for another product"),
+        Weights::Pixels(x) => {
+            assert!(
+                x.m() == k && x.k() == n && x.dtype() == a.dtype(),
+                "gemm: size or type of pixels, ({n}, {k})"
+            )
+        }
     }
     let panels = Panels::new(isa, arith(isa, a.dtype()), n, k, KC);
     let product = Product { panels, a, n, k, epilogue };
     match w {
+        Weights::Pixels(x) if m > FEW_ROWS || m * k > WHOLE => product.many_rows(
+            |block, panel, f| {
+                scratch(KC * MAX_NR, |buffer| {
+                    panels.pack_pixels(&x, block, panel, buffer);
+                    f(&panels.alone(buffer, block, panel));
+                });
+            },
+            out,
+        ),
         _ if m <= FEW_ROWS => product.few_rows(w, out),
+        Weights::Pixels(_) => unreachable!("taken by the first arm"),
         Weights::Packed(w) => product.many_rows(|block, panel, f| with_panel(&w, block, panel, f), out),
         Weights::Raw(w) => scratch(panels.len(), |packed| {
             panels.pack_all(w, k, packed);
@@ -283,6 +306,10 @@ impl<A: Rows> Product<'_, A> {
                         for block in 0..panels.blocks() {
                             let b = match &w {
                                 Weights::Packed(w) => w.panel(block, panel, buffer),
+                                Weights::Pixels(x) => {
+                                    panels.pack_pixels(x, block, panel, buffer);
+                                    panels.alone(buffer, block, panel)
+                                }
                                 Weights::Raw(w) => {
                                     panels.pack(*w, (self.k, self.k), block, panel, buffer);
                                     panels.alone(buffer, block, panel)

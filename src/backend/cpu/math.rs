@@ -3,6 +3,14 @@
 //! Functions are polynomials of our own (weighted minimax fits), within 2 ulp for exp and 1e-7 absolute for erf.
 //! Statistics sum in f64, in an order that depends on the shape alone.
 
+mod adam;
+mod norm_grad;
+mod slope;
+
+pub use adam::{AdamStep, square_sum};
+pub use norm_grad::{Channels, layer_norm_grad, layer_norm_grad_sums, norm_grad_apply, norm_grad_sums};
+pub use slope::{softmax, sum_rows, times_slope};
+
 use super::scratch::scratch;
 use super::simd::{Isa, Kernel, Simd};
 use super::slice::Slice;

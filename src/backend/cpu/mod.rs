@@ -151,12 +151,16 @@ impl<'a, 'b> Call<'a, 'b> {
     /// Output `j`, to write in its own type. Panics for integers.
     pub fn out(&mut self, j: usize) -> SliceMut<'_> {
         let (spec, bytes) = (self.y[j], &mut *self.outputs[j]);
-        match spec.dtype {
-            DType::F32 => SliceMut::F32(bytemuck::cast_slice_mut(bytes)),
-            DType::F16 => SliceMut::F16(bytemuck::cast_slice_mut(bytes)),
-            DType::BF16 => SliceMut::BF16(bytemuck::cast_slice_mut(bytes)),
-            DType::I32 => panic!("output {j}, {spec}, does not hold floats"),
-        }
+        SliceMut::of(spec.dtype, bytes).unwrap_or_else(|| panic!("output {j}, {spec}, does not hold floats"))
+    }
+
+    /// The first N outputs at once, to write in their own types. Panics for integers.
+    pub fn outs<const N: usize>(&mut self) -> [SliceMut<'_>; N] {
+        let specs = self.y;
+        let mut all = self.outputs.iter_mut().zip(specs).map(|(bytes, spec)| SliceMut::of(spec.dtype, bytes));
+        std::array::from_fn(|j| {
+            all.next().flatten().unwrap_or_else(|| panic!("output {j} does not hold floats"))
+        })
     }
 
     /// Computes output `j` in parallel, some rows of `width` elements at a time: `f(first row, rows)` writes them in f32.

@@ -115,6 +115,18 @@ pub enum SliceMut<'a> {
     BF16(&'a mut [bf16]),
 }
 
+impl<'a> SliceMut<'a> {
+    /// The bytes of a float tensor; `None` for integers.
+    pub fn of(dtype: DType, bytes: &'a mut [u8]) -> Option<SliceMut<'a>> {
+        Some(match dtype {
+            DType::F32 => SliceMut::F32(bytemuck::cast_slice_mut(bytes)),
+            DType::F16 => SliceMut::F16(bytemuck::cast_slice_mut(bytes)),
+            DType::BF16 => SliceMut::BF16(bytemuck::cast_slice_mut(bytes)),
+            DType::I32 => return None,
+        })
+    }
+}
+
 /// Calls `$body` with `$y` bound to the typed slice.
 macro_rules! each_mut {
     ($slice:expr, $y:ident => $body:expr) => {

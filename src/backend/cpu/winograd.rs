@@ -70,6 +70,7 @@ pub fn conv3x3(conv: &Conv, w: Weights, n: usize, epilogue: &Epilogue, out: Slic
 pub fn conv3x3_with(isa: Isa, conv: &Conv, w: Weights, n: usize, epilogue: &Epilogue, out: SliceMut) {
     match w {
         Weights::Packed(w) => each_mut!(out, y => typed(conv, &w, n, epilogue, y)),
+        Weights::Pixels(_) => unreachable!("pixels are the operand of a weight gradient"),
         Weights::Raw(w) => {
             let layout = PackedLayout::new_with(isa, w.dtype(), n, 9 * conv.shape.c);
             scratch(layout.bytes() / 4, |packed| {

@@ -1,5 +1,6 @@
 //! The right operand in the order in which the register tiles read it.
 
+use super::rows::{Conv, Rows};
 use crate::backend::cpu::math;
 use crate::backend::cpu::scratch::scratch;
 use crate::backend::cpu::simd::{Arith, Isa, KC, MAX_NR, Panel, transpose};
@@ -132,6 +133,31 @@ impl Panels {
             }
             (w, Arith::Dot) => unreachable!("dot products are of bf16, not {}", w.dtype()),
         }
+    }
+
+    /// Packs one K block of one panel of pixels, see [`Weights::Pixels`](super::Weights::Pixels): lines are parts of rows.
+    pub(super) fn pack_pixels(&self, x: &Conv, block: usize, panel: usize, out: &mut [f32]) {
+        let ((k0, kc), width, n0) = (self.block(block), self.width(panel), panel * self.isa.nr());
+        let cols = width.min(self.n - n0);
+        if self.arith == Arith::Fma {
+            if cols < width {
+                out[..kc * width].fill(0.0);
+            }
+            return x.pack(k0, kc, n0, cols, out, width);
+        }
+        scratch(kc * cols, |rows| {
+            let (rows, count) = (cast_slice_mut::<f32, bf16>(rows), (2 * kc).min(x.m() - 2 * k0));
+            x.pack(2 * k0, count, n0, cols, rows, cols);
+            rows[count * cols..].fill(bf16::ZERO);
+            let words = cast_slice_mut::<f32, bf16>(&mut out[..kc * width]);
+            for (line, two) in words.chunks_exact_mut(2 * width).zip(rows.chunks_exact(2 * cols)) {
+                let (even, odd) = two.split_at(cols);
+                line[2 * cols..].fill(bf16::ZERO);
+                for (pair, (a, b)) in line.chunks_exact_mut(2).zip(even.iter().zip(odd)) {
+                    (pair[0], pair[1]) = (*a, *b);
+                }
+            }
+        });
     }
 
     /// Packs all of w (N, `elements`), in parallel.

@@ -1,5 +1,6 @@
 //! Left operands of the matrix product: matrices in memory, and convolution inputs read as matrices.
 
+use crate::backend::cpu::simd::{Isa, transpose};
 use crate::backend::cpu::slice::Slice;
 use crate::tensor::DType;
 use half::bf16;
@@ -8,12 +9,50 @@ use half::bf16;
 pub trait Lane: bytemuck::Zeroable + Copy {
     /// y = the elements of x from `from` on.
     fn read(x: Slice, from: usize, y: &mut [Self]);
+    /// out\[r·ld + j\] = x\[from + j·m + r\] for r < rows, j < count: columns of a matrix with m of them, as lines.
+    fn columns(
+        x: Slice,
+        (from, m): (usize, usize),
+        (rows, count): (usize, usize),
+        out: &mut [Self],
+        ld: usize,
+    ) {
+        let mut row = [Self::zeroed(); 64];
+        for r0 in (0..rows).step_by(row.len()) {
+            let row = &mut row[..64.min(rows - r0)];
+            for j in 0..count {
+                Self::read(x, from + j * m + r0, row);
+                row.iter().enumerate().for_each(|(r, v)| out[(r0 + r) * ld + j] = *v);
+            }
+        }
+    }
 }
 
 impl Lane for f32 {
     #[inline]
     fn read(x: Slice, from: usize, y: &mut [f32]) {
         x.read(from, y);
+    }
+    fn columns(
+        x: Slice,
+        (from, m): (usize, usize),
+        (rows, count): (usize, usize),
+        out: &mut [f32],
+        ld: usize,
+    ) {
+        match x {
+            Slice::F32(x) => transpose(Isa::best(), &x[from..], m, count, rows, ld, out),
+            x => {
+                let mut row = [0.0; 64];
+                for r0 in (0..rows).step_by(row.len()) {
+                    let row = &mut row[..64.min(rows - r0)];
+                    for j in 0..count {
+                        x.read(from + j * m + r0, row);
+                        row.iter().enumerate().for_each(|(r, v)| out[(r0 + r) * ld + j] = *v);
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -77,6 +116,30 @@ impl Rows for Dense<'_> {
     }
 }
 
+/// Columns of a contiguous matrix (K,M) in memory, as rows: A\[m, k\] = data\[k·M + m\].
+#[derive(Clone, Copy)]
+pub struct Transposed<'a> {
+    /// (K,M)
+    pub data: Slice<'a>,
+    /// M.
+    pub m: usize,
+}
+
+impl Rows for Transposed<'_> {
+    fn m(&self) -> usize {
+        self.m
+    }
+    fn k(&self) -> usize {
+        self.data.len() / self.m.max(1)
+    }
+    fn dtype(&self) -> DType {
+        self.data.dtype()
+    }
+    fn pack<E: Lane>(&self, m0: usize, rows: usize, k0: usize, kc: usize, out: &mut [E], ld: usize) {
+        E::columns(self.data, (k0 * self.m + m0, self.m), (rows, kc), out, ld);
+    }
+}
+
 /// The geometry of a 2-D convolution over (B,H,W,C) with weights (O,KH,KW,I).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ConvShape {
@@ -127,6 +190,9 @@ impl Rows for Conv<'_> {
     }
     fn pack<E: Lane>(&self, m0: usize, rows: usize, k0: usize, kc: usize, out: &mut [E], ld: usize) {
         let p = &self.shape;
+        if k0 % p.c + kc <= p.c {
+            return self.pack_window(m0, rows, k0, kc, out, ld);
+        }
         for r in 0..rows {
             let m = m0 + r;
             let (b, oh, ow) = (m / (p.out_w * p.out_h), m / p.out_w % p.out_h, m % p.out_w);
@@ -146,6 +212,32 @@ impl Rows for Conv<'_> {
 }
 
 impl Conv<'_> {
+    /// [`Rows::pack`] of columns that lie within one position of the window.
+    fn pack_window<E: Lane>(&self, m0: usize, rows: usize, k0: usize, kc: usize, out: &mut [E], ld: usize) {
+        let p = &self.shape;
+        let (window, c0) = (k0 / p.c, k0 % p.c);
+        let (kh, kw) = (window / p.kw, window % p.kw);
+        let (h, w, shift) = if p.upsample { (2 * p.h, 2 * p.w, 1) } else { (p.h, p.w, 0) };
+        let (mut b, mut oh, mut ow) = (m0 / (p.out_w * p.out_h), m0 / p.out_w % p.out_h, m0 % p.out_w);
+        for r in 0..rows {
+            let line = &mut out[r * ld..r * ld + kc];
+            let ih = (oh * p.stride + kh).wrapping_sub(p.pad_top);
+            let iw = (ow * p.stride + kw).wrapping_sub(p.pad_left);
+            if ih < h && iw < w {
+                E::read(self.x, ((b * p.h + (ih >> shift)) * p.w + (iw >> shift)) * p.c + c0, line);
+            } else {
+                line.fill(E::zeroed());
+            }
+            ow += 1;
+            if ow == p.out_w {
+                (ow, oh) = (0, oh + 1);
+            }
+            if oh == p.out_h {
+                (oh, b) = (0, b + 1);
+            }
+        }
+    }
+
     /// Elements `from..` of the kernel row that lies on input row `ih` (outside: zeros) at output column `ow`.
     #[inline]
     fn pack_run<E: Lane>(&self, b: usize, ih: usize, ow: usize, from: usize, out: &mut [E]) {

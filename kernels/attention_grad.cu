@@ -1,0 +1,233 @@
+// Gradients of attention.cu per head. With scores s = scale · q kᵀ, p = softmax(s) and delta = sum dy · y of a query:
+// ds = scale · p · (dy vᵀ - delta); dq = ds k, dk = dsᵀ q, dv = pᵀ dy (Dao et al. 2022, algorithm 4). Scores are made again, in
+// tiles of TILE×TILE whose inner products pass through shared memory CHUNK elements at a time; thread (row, column) owns one.
+//
+// attention_grad_q, grid: (ceil(T / TILE), N, B): a block owns TILE queries. A first pass over the keys gives the logarithm of
+// the sum of exponentials, left in `stats` with delta; a second one dq, of which thread (row, l) owns elements l, l + LANES, ….
+// attention_grad_kv, grid: (ceil(S / TILE), N, B): a block owns TILE keys, a thread its elements of dk and dv, in order of the
+// queries. Nothing is added up by two blocks. Registers limit the blocks in flight: 2 · D / LANES sums a thread.
+// variants: D=64 D=160 D=512 D=1024
+#include "dev.cuh"
+
+constexpr int BLOCK = 256;
+constexpr int TILE = 16;
+constexpr int CHUNK = 32;
+constexpr int LANES = 16;
+constexpr int OWN = D / LANES;
+
+struct TileSmem {
+    float a[2][TILE][CHUNK + 1];  // rows of the block: of q and dy, or of k and v
+    float b[2][TILE][CHUNK + 1];  // rows that pass by
+    float p[TILE][TILE + 1];
+    float ds[TILE][TILE + 1];
+    float lse[TILE], delta[TILE];
+};
+
+// Rows of a head: of (B,tokens,N·d), from the head's first element of an image on.
+struct Rows {
+    const T* at;
+    int first, count, width, d;
+};
+
+// Chunk c0 … of TILE rows, zeros beyond the end.
+DEV void fetch(float (*to)[CHUNK + 1], const Rows& rows, int c0) {
+    for (int i = thread_x(); i < TILE * CHUNK; i += BLOCK) {
+        const int r = i / CHUNK, c = c0 + i % CHUNK, row = rows.first + r;
+        to[r][i % CHUNK] = row < rows.count && c < rows.d ? to_float(load(rows.at + (long long)row * rows.width + c)) : 0.0f;
+    }
+}
+
+DEV float inner(const float (*a)[CHUNK + 1], const float (*b)[CHUNK + 1], int row, int column, float sum) {
+    for (int c = 0; c < CHUNK; c++) sum = fma_f(a[row][c], b[column][c], sum);
+    return sum;
+}
+
+struct AttentionGradQ {
+    T* dq;         // (B,T,N·d)
+    float* stats;  // (B,N,T,2)
+    const T* q;    // (B,T,N·d)
+    const T* k;    // (B,S,N·d)
+    const T* v;    // (B,S,N·d)
+    const T* y;    // (B,T,N·d)
+    const T* dy;   // (B,T,N·d)
+    int t, s, heads, d;  // d <= D
+    float scale;
+    int causal;  // query i sees keys up to i + S − T
+};
+
+extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_grad_q(const __grid_constant__ AttentionGradQ p) {
+    TileSmem& s = smem<TileSmem>();
+    const int thread = thread_x(), row = thread / TILE, column = thread % TILE, t0 = block_x() * TILE, query = t0 + row;
+    const int width = p.heads * p.d;
+    const long long head = (long long)block_y() * p.d;
+    const long long queries = (long long)block_z() * p.t * width + head, keys = (long long)block_z() * p.s * width + head;
+    Rows q = {p.q + queries, t0, p.t, width, p.d}, dy = {p.dy + queries, t0, p.t, width, p.d};
+    Rows k = {p.k + keys, 0, p.s, width, p.d}, v = {p.v + keys, 0, p.s, width, p.d};
+    const int seen = p.causal ? query + 1 + p.s - p.t : p.s;
+    const int last = t0 + TILE < p.t ? t0 + TILE : p.t, all = p.causal ? last + p.s - p.t : p.s;
+
+    float delta = 0.0f;
+    if (query < p.t) {
+        const T* y = p.y + queries + (long long)query * width;
+        for (int c = column; c < p.d; c += TILE) {
+            delta = fma_f(to_float(load(y + c)), to_float(load(dy.at + (long long)query * width + c)), delta);
+        }
+    }
+    s.ds[row][column] = delta;
+
+    float m = -FLOAT_INF, l = 0.0f;
+    for (int n0 = 0; n0 < all; n0 += TILE) {
+        k.first = n0;
+        float score = 0.0f;
+        for (int c0 = 0; c0 < p.d; c0 += CHUNK) {
+            fetch(s.a[0], q, c0);
+            fetch(s.b[0], k, c0);
+            sync_block();
+            score = inner(s.a[0], s.b[0], row, column, score);
+            sync_block();
+        }
+        s.p[row][column] = n0 + column < seen && n0 + column < p.s ? score * p.scale : -FLOAT_INF;
+        sync_block();
+        if (column == 0) {
+            float most = m;
+            for (int i = 0; i < TILE; i++) most = max_f(most, s.p[row][i]);
+            float sum = 0.0f;
+            for (int i = 0; i < TILE; i++) sum += exp_f(s.p[row][i] - most);
+            l = fma_f(l, exp_f(m - most), sum);
+            m = most;
+        }
+        sync_block();
+    }
+    if (column == 0) {
+        for (int i = 1; i < TILE; i++) delta += s.ds[row][i];
+        s.lse[row] = m + log_f(l);
+        s.delta[row] = delta;
+        if (query < p.t) {
+            float* stats = p.stats + 2 * (((long long)block_z() * p.heads + block_y()) * p.t + query);
+            store(stats, s.lse[row]);
+            store(stats + 1, delta);
+        }
+    }
+    sync_block();
+
+    float dq[OWN];
+    UNROLL
+    for (int i = 0; i < OWN; i++) dq[i] = 0.0f;
+    for (int n0 = 0; n0 < all; n0 += TILE) {
+        k.first = n0;
+        v.first = n0;
+        float score = 0.0f, dp = 0.0f;
+        for (int c0 = 0; c0 < p.d; c0 += CHUNK) {
+            fetch(s.a[0], q, c0);
+            fetch(s.a[1], dy, c0);
+            fetch(s.b[0], k, c0);
+            fetch(s.b[1], v, c0);
+            sync_block();
+            score = inner(s.a[0], s.b[0], row, column, score);
+            dp = inner(s.a[1], s.b[1], row, column, dp);
+            sync_block();
+        }
+        const bool visible = n0 + column < seen && n0 + column < p.s && query < p.t;
+        const float weight = visible ? exp_f(score * p.scale - s.lse[row]) : 0.0f;
+        s.ds[row][column] = weight * (dp - s.delta[row]) * p.scale;
+        sync_block();
+        const int count = p.s - n0 < TILE ? p.s - n0 : TILE;
+        for (int j = 0; j < count; j++) {
+            const float ds = s.ds[row][j];
+            const T* from = k.at + (long long)(n0 + j) * width;
+            UNROLL
+            for (int i = 0; i < OWN; i++) {
+                const int c = column + i * LANES;
+                if (c < p.d) dq[i] = fma_f(ds, to_float(load(from + c)), dq[i]);
+            }
+        }
+        sync_block();
+    }
+    if (query >= p.t) return;
+    T* to = p.dq + queries + (long long)query * width;
+    UNROLL
+    for (int i = 0; i < OWN; i++) {
+        const int c = column + i * LANES;
+        if (c < p.d) store(to + c, from_float<T>(dq[i]));
+    }
+}
+
+struct AttentionGradKv {
+    T* dk;               // (B,S,N·d)
+    T* dv;               // (B,S,N·d)
+    const float* stats;  // (B,N,T,2)
+    const T* q;          // (B,T,N·d)
+    const T* k;          // (B,S,N·d)
+    const T* v;          // (B,S,N·d)
+    const T* dy;         // (B,T,N·d)
+    int t, s, heads, d;  // d <= D
+    float scale;
+    int causal;
+};
+
+extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_grad_kv(const __grid_constant__ AttentionGradKv p) {
+    TileSmem& s = smem<TileSmem>();
+    const int thread = thread_x(), row = thread / TILE, column = thread % TILE, s0 = block_x() * TILE, key = s0 + row;
+    const int width = p.heads * p.d;
+    const long long head = (long long)block_y() * p.d;
+    const long long queries = (long long)block_z() * p.t * width + head, keys = (long long)block_z() * p.s * width + head;
+    Rows q = {p.q + queries, 0, p.t, width, p.d}, dy = {p.dy + queries, 0, p.t, width, p.d};
+    Rows k = {p.k + keys, s0, p.s, width, p.d}, v = {p.v + keys, s0, p.s, width, p.d};
+    // The first query that sees the block's first key.
+    const int early = p.causal ? s0 - (p.s - p.t) : 0, from = early > 0 ? early / TILE * TILE : 0;
+
+    float dk[OWN], dv[OWN];
+    UNROLL
+    for (int i = 0; i < OWN; i++) {
+        dk[i] = 0.0f;
+        dv[i] = 0.0f;
+    }
+    for (int t0 = from; t0 < p.t; t0 += TILE) {
+        q.first = t0;
+        dy.first = t0;
+        float score = 0.0f, dp = 0.0f;
+        for (int c0 = 0; c0 < p.d; c0 += CHUNK) {
+            fetch(s.a[0], k, c0);
+            fetch(s.a[1], v, c0);
+            fetch(s.b[0], q, c0);
+            fetch(s.b[1], dy, c0);
+            sync_block();
+            score = inner(s.a[0], s.b[0], row, column, score);
+            dp = inner(s.a[1], s.b[1], row, column, dp);
+            sync_block();
+        }
+        const int query = t0 + column;
+        float weight = 0.0f, ds = 0.0f;
+        if (query < p.t && key < p.s && (!p.causal || key < query + 1 + p.s - p.t)) {
+            const float* stats = p.stats + 2 * (((long long)block_z() * p.heads + block_y()) * p.t + query);
+            weight = exp_f(score * p.scale - load(stats));
+            ds = weight * (dp - load(stats + 1)) * p.scale;
+        }
+        s.p[row][column] = weight;
+        s.ds[row][column] = ds;
+        sync_block();
+        const int count = p.t - t0 < TILE ? p.t - t0 : TILE;
+        for (int j = 0; j < count; j++) {
+            const float w = s.p[row][j], d = s.ds[row][j];
+            const long long at = (long long)(t0 + j) * width;
+            UNROLL
+            for (int i = 0; i < OWN; i++) {
+                const int c = column + i * LANES;
+                if (c < p.d) {
+                    dk[i] = fma_f(d, to_float(load(q.at + at + c)), dk[i]);
+                    dv[i] = fma_f(w, to_float(load(dy.at + at + c)), dv[i]);
+                }
+            }
+        }
+        sync_block();
+    }
+    if (key >= p.s) return;
+    UNROLL
+    for (int i = 0; i < OWN; i++) {
+        const int c = column + i * LANES;
+        if (c < p.d) {
+            store(p.dk + keys + (long long)key * width + c, from_float<T>(dk[i]));
+            store(p.dv + keys + (long long)key * width + c, from_float<T>(dv[i]));
+        }
+    }
+}

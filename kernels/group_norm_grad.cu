@@ -1,0 +1,112 @@
+// Gradients of group_norm.cu. With n = (x - mean) * rstd, z = n * w + bias, dz = dy * act'(z) and g = dz * w:
+// dx = rstd * (g - mean(g) - n * mean(g * n)), the means over a group; dw = sum dz * n, dbias = sum dz over images and pixels.
+//
+// group_norm_grad, grid: (G, B): a block owns one group of one image, in passes that the caches serve: mean, variance, sums by
+// channel, dx. For the sums thread t takes channel t % cpg (of at most BLOCK at a time) of every (BLOCK / cpg)-th pixel, and
+// the sums of a channel are added in order. They are left in `sums`, from which group_norm_grad_params, grid:
+// ceil(C / BLOCK), a thread a channel, adds up the images.
+#include "dev.cuh"
+
+constexpr int BLOCK = 256;
+
+struct GroupNormGrad {
+    T* dx;           // (B,HW,C)
+    float* sums;     // (B,C,2): sum dz * n, sum dz
+    const T* x;      // (B,HW,C)
+    const T* w;      // (C)
+    const T* bias;   // (C)
+    const T* dy;     // (B,HW,C)
+    int hw, c, groups;
+    float eps;
+    int act;
+};
+
+struct GroupNormGradSmem {
+    float scratch[BLOCK / WARP];
+    float w[BLOCK], bias[BLOCK];
+};
+
+extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_grad(const __grid_constant__ GroupNormGrad p) {
+    GroupNormGradSmem& s = smem<GroupNormGradSmem>();
+    const int thread = thread_x(), cpg = p.c / p.groups, first = block_x() * cpg, n = p.hw * cpg;
+    const long long base = (long long)block_y() * p.hw * p.c + first;
+    const float pivot = to_float(load(p.x + base));
+
+    float sum = 0.0f;
+    for (int i = thread; i < n; i += BLOCK) {
+        const int pixel = i / cpg;
+        sum += to_float(load(p.x + base + (long long)pixel * p.c + (i - pixel * cpg))) - pivot;
+    }
+    const Pair mean = two_sum(pivot, block_sum<BLOCK>(sum, s.scratch) / float(n));
+
+    float square = 0.0f;
+    for (int i = thread; i < n; i += BLOCK) {
+        const int pixel = i / cpg;
+        const float d = to_float(load(p.x + base + (long long)pixel * p.c + (i - pixel * cpg))) - mean.high - mean.low;
+        square = fma_f(d, d, square);
+    }
+    const float rstd = rsqrt_f(block_sum<BLOCK>(square, s.scratch) / float(n) + p.eps);
+
+    // Of the group: sum g, sum g * n, by the threads that add up channels.
+    float g_sum = 0.0f, gn_sum = 0.0f;
+    for (int c0 = 0; c0 < cpg; c0 += BLOCK) {
+        const int width = cpg - c0 < BLOCK ? cpg - c0 : BLOCK, lanes = BLOCK / width;
+        const int c = thread % width, lane_p = thread / width;
+        float dw = 0.0f, dbias = 0.0f;
+        const float w = to_float(load(p.w + first + c0 + c)), bias = to_float(load(p.bias + first + c0 + c));
+        if (lane_p < lanes) {
+            for (int pixel = lane_p; pixel < p.hw; pixel += lanes) {
+                const long long at = base + (long long)pixel * p.c + c0 + c;
+                const float v = (to_float(load(p.x + at)) - mean.high - mean.low) * rstd;
+                const float dz = to_float(load(p.dy + at)) * slope_f(p.act, fma_f(v, w, bias));
+                dw = fma_f(dz, v, dw);
+                dbias += dz;
+            }
+        }
+        s.w[thread] = dw;
+        s.bias[thread] = dbias;
+        sync_block();
+        if (lane_p == 0) {
+            for (int i = 1; i < lanes; i++) {
+                dw += s.w[i * width + c];
+                dbias += s.bias[i * width + c];
+            }
+            const long long at = 2 * ((long long)block_y() * p.c + first + c0 + c);
+            store(p.sums + at, dw);
+            store(p.sums + at + 1, dbias);
+            g_sum = fma_f(dbias, w, g_sum);
+            gn_sum = fma_f(dw, w, gn_sum);
+        }
+        sync_block();
+    }
+    g_sum = block_sum<BLOCK>(g_sum, s.scratch) / float(n);
+    gn_sum = block_sum<BLOCK>(gn_sum, s.scratch) / float(n);
+
+    for (int i = thread; i < n; i += BLOCK) {
+        const int pixel = i / cpg, c = i - pixel * cpg;
+        const long long at = base + (long long)pixel * p.c + c;
+        const float v = (to_float(load(p.x + at)) - mean.high - mean.low) * rstd;
+        const float w = to_float(load(p.w + first + c)), bias = to_float(load(p.bias + first + c));
+        const float dz = to_float(load(p.dy + at)) * slope_f(p.act, fma_f(v, w, bias));
+        store(p.dx + at, from_float<T>(rstd * (dz * w - g_sum - v * gn_sum)));
+    }
+}
+
+struct GroupNormGradParams {
+    float* dw;          // (C)
+    float* dbias;       // (C)
+    const float* sums;  // (B,C,2)
+    int batch, c;
+};
+
+extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_grad_params(const __grid_constant__ GroupNormGradParams p) {
+    const int c = block_x() * BLOCK + thread_x();
+    if (c >= p.c) return;
+    float dw = 0.0f, dbias = 0.0f;
+    for (int b = 0; b < p.batch; b++) {
+        dw += load(p.sums + 2 * ((long long)b * p.c + c));
+        dbias += load(p.sums + 2 * ((long long)b * p.c + c) + 1);
+    }
+    store(p.dw + c, dw);
+    store(p.dbias + c, dbias);
+}

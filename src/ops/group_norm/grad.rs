@@ -1,0 +1,213 @@
+//! Gradients of group normalisation: with n = (x − mean) · rstd, z = n · w + bias, dz = dy · act′(z) and g = dz · w,
+//! dx = rstd · (g − mean(g) − n · mean(g · n)), the means over a group; dw = Σ dz · n, dbias = Σ dz over images and pixels.
+//! Kernel: `kernels/group_norm_grad.cu`.
+
+use super::super::prelude::*;
+use super::{Act, GroupNorm, code, moments};
+use crate::backend::cpu::math::{Channels, norm_grad_apply, norm_grad_sums};
+use crate::kernels::group_norm_grad as k;
+use rayon::prelude::*;
+
+/// x (B,…,C), w, bias (C), dy (B,…,C) to dx, and dw, dbias (C) in f32.
+#[derive(Clone, PartialEq, Debug)]
+pub struct GroupNormGrad {
+    /// As that of [`GroupNorm`].
+    pub groups: usize,
+    /// As that of [`GroupNorm`].
+    pub eps: f32,
+    /// As that of [`GroupNorm`].
+    pub act: Act,
+}
+
+/// Elements of a part whose sums one task of the CPU adds up.
+const CHUNK: usize = 1 << 15;
+
+impl GroupNormGrad {
+    /// dx, dw, dbias; with `size`, what is summed into each: the slope's argument is off by a share of what it is made of.
+    fn each(&self, x: &[Array], size: bool) -> Vec<Array> {
+        let (c, batch) = (x[0].shape.last(), x[0].shape[0]);
+        let (cpg, per_image) = (c / self.groups, x[0].data.len() / batch.max(1));
+        let (mut dx, mut dw, mut db) = (x[0].clone(), Array::zeros([c]), Array::zeros([c]));
+        let sign = if size { 1.0 } else { -1.0 };
+        for (b, group) in (0..batch).flat_map(|b| (0..self.groups).map(move |g| (b, g))) {
+            let s = moments(&x[0], self.groups, self.eps as f64, b, group);
+            let channels = group * cpg..(group + 1) * cpg;
+            let members: Vec<usize> = (0..per_image / c)
+                .flat_map(|p| channels.clone().map(move |i| b * per_image + p * c + i))
+                .collect();
+            // n and dz of an element.
+            let at = |k: usize| {
+                let (v, w, bias, dy) = (x[0].data[k], x[1].data[k % c], x[2].data[k % c], x[3].data[k]);
+                if size {
+                    let n = (v.abs() + s.size) * s.rstd;
+                    let z = if self.act == Act::None { 0.0 } else { n * w.abs() + bias.abs() };
+                    return (n, dy.abs() * (1.0 + z));
+                }
+                let n = (v - s.mean) * s.rstd;
+                (n, dy * self.act.slope_f64(n * w + bias))
+            };
+            let g = |k: usize| at(k).1 * if size { x[1].data[k % c].abs() } else { x[1].data[k % c] };
+            let count = members.len() as f64;
+            let mean_g = members.iter().map(|&k| g(k)).sum::<f64>() / count;
+            let mean_gn = members.iter().map(|&k| g(k) * at(k).0).sum::<f64>() / count;
+            for &k in &members {
+                let (n, dz) = at(k);
+                dx.data[k] = s.rstd * (g(k) + sign * (mean_g + n * mean_gn));
+                dw.data[k % c] += dz * n;
+                db.data[k % c] += dz;
+            }
+        }
+        vec![dx, dw, db]
+    }
+}
+
+impl Operation for GroupNormGrad {
+    const NAME: &'static str = "group_norm_grad";
+
+    fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>> {
+        let want =
+            format!("x (B,…,C), w (C), bias (C), dy as x, of one float type, C % {} == 0", self.groups);
+        let [x0, w, bias, dy] = args(Self::NAME, &want, x)?;
+        let forward = GroupNorm::new(self.groups, self.eps, self.act);
+        ensure!(forward.infer(&[x0, w, bias]).is_ok() && x0 == dy, Self::NAME, want, x);
+        let param = Spec::new(DType::F32, w.shape);
+        Ok(vec![x0, param, param])
+    }
+
+    fn spec(&self, x: &[Array]) -> Vec<Array> {
+        self.each(x, false)
+    }
+
+    fn magnitude(&self, x: &[Array]) -> Vec<Array> {
+        self.each(x, true)
+    }
+
+    fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
+        let (x, dy, shape) = (io.slice(0), io.slice(3), io.x[0].shape);
+        let (c, batch) = (shape.last(), shape[0]);
+        let (pixels, cpg) = (shape.rows() / batch.max(1), c / self.groups);
+        if shape.numel() == 0 {
+            (1..3).for_each(|j| io.write(j, |y| y.fill(0.0)));
+            return Ok(());
+        }
+        let each = (CHUNK / c).max(1);
+        let parts = pixels.div_ceil(each);
+        let (w, bias) = (io.f32(1), io.f32(2));
+        // By image: mean (as two floats) and reciprocal deviation of each channel, then the two means of its group.
+        cpu::with_scratch(batch * (5 + 2 * parts) * c, |buffer| {
+            let (by_channel, sums) = buffer.split_at_mut(batch * 5 * c);
+            cpu::math::group_stats(x, batch, c, self.groups, |stats| {
+                for (rows, stats) in by_channel.chunks_mut(5 * c).zip(stats.chunks(self.groups)) {
+                    for i in 0..c {
+                        let [mean, var] = stats[i / cpg];
+                        rows[i] = mean as f32;
+                        rows[c + i] = (mean - mean as f32 as f64) as f32;
+                        rows[2 * c + i] = (1.0 / (var + self.eps as f64).sqrt()) as f32;
+                    }
+                }
+            });
+            let channels = |rows: &'_ [f32]| -> [std::ops::Range<usize>; 3] {
+                debug_assert!(rows.len() >= 3 * c);
+                [0..c, c..2 * c, 2 * c..3 * c]
+            };
+            let all = &*by_channel;
+            sums.par_chunks_mut(2 * c).enumerate().for_each(|(i, sums)| {
+                let (image, first) = (i / parts, i % parts * each);
+                let rows = &all[image * 5 * c..][..5 * c];
+                let [high, low, rstd] = channels(rows).map(|r| &rows[r]);
+                let p = Channels { mean: [high, low], rstd, w: &w, bias: &bias, act: self.act };
+                sums.fill(0.0);
+                let (dw, dbias) = sums.split_at_mut(c);
+                let start = (image * pixels + first) * c;
+                let range = start..start + each.min(pixels - first) * c;
+                x.with(range.clone(), |x| dy.with(range, |dy| norm_grad_sums(p, x, dy, dw, dbias)));
+            });
+            let sums = &*sums;
+            // Of image b and channel i: Σ dz · n (0) or Σ dz (1).
+            let total = |b: usize, i: usize, which: usize| -> f64 {
+                let parts = sums[b * parts * 2 * c..][..parts * 2 * c].chunks_exact(2 * c);
+                parts.map(|part| part[which * c + i] as f64).sum()
+            };
+            for (which, j) in [(0, 1), (1, 2)] {
+                io.write(j, |y| {
+                    let sum = |i| (0..batch).map(|b| total(b, i, which)).sum::<f64>() as f32;
+                    y.iter_mut().enumerate().for_each(|(i, y)| *y = sum(i));
+                });
+            }
+            for (b, rows) in by_channel.chunks_mut(5 * c).enumerate() {
+                for g in 0..self.groups {
+                    for (which, at) in [(1, 3 * c), (0, 4 * c)] {
+                        let members = g * cpg..(g + 1) * cpg;
+                        let sum: f64 = members.clone().map(|i| w[i] as f64 * total(b, i, which)).sum();
+                        rows[at..][members].fill((sum / (pixels * cpg) as f64) as f32);
+                    }
+                }
+            }
+            let all = &*by_channel;
+            io.rows(0, c, |first, dx| {
+                let (mut row, mut rest) = (first, dx);
+                while !rest.is_empty() {
+                    let count = (pixels - row % pixels).min(rest.len() / c);
+                    let (dx, tail) = rest.split_at_mut(count * c);
+                    let rows = &all[row / pixels * 5 * c..][..5 * c];
+                    let [high, low, rstd] = channels(rows).map(|r| &rows[r]);
+                    let p = Channels { mean: [high, low], rstd, w: &w, bias: &bias, act: self.act };
+                    let means = [&rows[3 * c..4 * c], &rows[4 * c..]];
+                    let range = row * c..row * c + dx.len();
+                    x.with(range.clone(), |x| dy.with(range, |dy| norm_grad_apply(p, x, dy, means, dx)));
+                    (row, rest) = (row + count, tail);
+                }
+            });
+        });
+        Ok(())
+    }
+
+    fn cuda(&self, io: &cuda::Call) -> Result<()> {
+        let (x, s) = (*io.x_spec(0), io.x_spec(0).shape);
+        let (b, c) = (s[0], s.last());
+        let p = k::GroupNormGrad {
+            dx: io.y(0),
+            sums: io.scratch,
+            x: io.x(0),
+            w: io.x(1),
+            bias: io.x(2),
+            dy: io.x(3),
+            hw: io.int(s.rows() / b.max(1) * (c / self.groups)).and(io.int(s.rows() / b.max(1)))?,
+            c: io.int(c)?,
+            groups: io.int(self.groups)?,
+            eps: self.eps,
+            act: code(self.act),
+        };
+        io.launch(k::GROUP_NORM_GRAD, x.dtype, "", [self.groups, b, 1], k::BLOCK, p)?;
+        let (batch, columns) = (io.int(b)?, io.int(c)?);
+        let p = k::GroupNormGradParams { dw: io.y(1), dbias: io.y(2), sums: io.scratch, batch, c: columns };
+        io.launch(k::GROUP_NORM_GRAD_PARAMS, x.dtype, "", [c.div_ceil(k::BLOCK), 1, 1], k::BLOCK, p)
+    }
+
+    fn scratch(&self, x: &[Spec], _y: &[Spec]) -> usize {
+        x[0].shape[0] * x[0].shape.last() * 2 * size_of::<f32>()
+    }
+
+    fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
+        Cost::streaming(30 * x[0].shape.numel(), x, y)
+    }
+
+    fn cases() -> Vec<Case> {
+        GroupNorm::cases().into_iter().filter_map(with_gradient).collect()
+    }
+
+    fn random(r: &mut Small) -> Case {
+        let of = |_| with_gradient(GroupNorm::random(r));
+        (0..).find_map(of).expect("some cases compute their statistics")
+    }
+}
+
+/// The case of the gradients for one of the op; none where statistics are given.
+fn with_gradient(case: Case) -> Option<Case> {
+    let super::Op::GroupNorm(GroupNorm { groups, eps, act, given: super::Given::Input }) = case.op else {
+        return None;
+    };
+    let dy = t(case.args[0].shape);
+    let args = [&case.args[..3], &[dy]].concat();
+    Some(Case { op: GroupNormGrad { groups, eps, act }.into(), args, weights: 0..0, ..case })
+}
