@@ -86,18 +86,25 @@ fn read_text(path: &Path) -> Result<String> {
     fs::read_to_string(path).map_err(|e| Error::file(path, format!("cannot be read as UTF-8 text: {e}")))
 }
 
-/// All pictures below a folder in order of path, with the rank of the top folder that they lie in.
-fn walk(root: &Path) -> Result<(Vec<Item>, Vec<String>)> {
+/// All pictures below a folder, in order of path.
+///
+/// # Errors
+/// [`Error::File`] when it cannot be listed.
+pub fn pictures(root: impl AsRef<Path>) -> Result<Vec<PathBuf>> {
+    Ok(find(root.as_ref())?.into_iter().map(|(_, path)| path).collect())
+}
+
+/// All pictures below a folder, each after the top folder that it lies in: those beside these folders come first.
+fn find(root: &Path) -> Result<Vec<(Option<String>, PathBuf)>> {
     let mut found: Vec<(Option<String>, PathBuf)> = vec![];
     let mut waiting = vec![(root.to_path_buf(), None::<String>, 0)];
     while let Some((folder, class, depth)) = waiting.pop() {
         if depth > MAX_DEPTH {
             return Err(Error::file(&folder, format!("lies deeper than {MAX_DEPTH} folders; is it a link?")));
         }
-        let entries =
-            fs::read_dir(&folder).map_err(|e| Error::file(&folder, format!("cannot be listed: {e}")))?;
-        for entry in entries {
-            let entry = entry.map_err(|e| Error::file(&folder, format!("cannot be listed: {e}")))?;
+        let failed = |e: std::io::Error| Error::file(&folder, format!("cannot be listed: {e}"));
+        for entry in fs::read_dir(&folder).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
             let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
             if name.starts_with('.') {
                 continue;
@@ -110,6 +117,12 @@ fn walk(root: &Path) -> Result<(Vec<Item>, Vec<String>)> {
         }
     }
     found.sort();
+    Ok(found)
+}
+
+/// All pictures below a folder with the rank of the top folder that they lie in, and the names of these folders.
+fn walk(root: &Path) -> Result<(Vec<Item>, Vec<String>)> {
+    let found = find(root)?;
     let mut classes: Vec<String> = found.iter().filter_map(|(class, _)| class.clone()).collect();
     classes.dedup();
     if let (Some((None, path)), false) = (found.first(), classes.is_empty()) {
