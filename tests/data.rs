@@ -5,7 +5,7 @@ mod folder;
 #[path = "common/program.rs"]
 mod program;
 
-use folder::Folder;
+use folder::{Folder, golden};
 use ldm::io::png::{encode_rgb8, read_rgb8};
 use program::{ldm, refused, text};
 use serde_json::Value;
@@ -125,4 +125,41 @@ fn folders_that_cannot_be_scored_are_refused() {
     refused(&f, 1, &["a.png", "16x16 or more"], score);
     f.write("x/a.png", "no picture");
     refused(&f, 1, &["a.png", "not a readable picture", "want PNG, JPEG or WebP"], score);
+}
+
+#[test]
+fn reconstructions_are_compared_picture_by_picture() {
+    let data = golden("data");
+    let [source, noise] = ["source.png", "noise.png"].map(|n| data.join(n));
+    let o = ldm(&["eval", "reconstruction", text(&source), text(&noise)]);
+    assert!(o.code == 0 && o.out.contains("30.19") && o.out.contains("0.9630"), "{}{}", o.out, o.err);
+    let f = Folder::new();
+    for dir in ["a", "b", "b/in", "a/in"] {
+        fs::create_dir_all(f.path(dir)).unwrap();
+    }
+    let copy = |from: &str, to: &str| f.write(to, fs::read(data.join(from)).unwrap());
+    copy("source.png", "a/in/x.png");
+    copy("noise.png", "b/in/x.jpg");
+    copy("source.png", "a/y.png");
+    copy("source.png", "b/y.png");
+    let (a, b) = (f.path("a"), f.path("b"));
+    let o = ldm(&["eval", "reconstruction", text(&a), text(&b), "--json"]);
+    let report: Value = serde_json::from_str(&o.out).unwrap();
+    assert_eq!((&report["pictures"], &report["psnr"]), (&2.into(), &Value::Null));
+    assert_eq!(report["each"][0]["file"], "in/x");
+    assert!((report["each"][0]["psnr"].as_f64().unwrap() - 30.188932318895514).abs() < 1e-9);
+    assert!((report["ssim"].as_f64().unwrap() - (1.0 + 0.9629803578714086) / 2.0).abs() < 1e-9);
+    let compare = |a: &str, b: &str| ldm(&["eval", "reconstruction", text(&f.path(a)), text(&f.path(b))]);
+    refused(&f, 2, &["want two pictures or two folders", "y.png"], || compare("a", "b/y.png"));
+    refused(&f, 2, &["want two pictures or two folders", "none"], || compare("a", "none"));
+    copy("source.png", "b/z.png");
+    refused(&f, 1, &["z.png", "no picture of this name in", "a"], || compare("a", "b"));
+    refused(&f, 1, &["z.png", "no picture of this name in", "a"], || compare("b", "a"));
+    copy("source.png", "a/z.jpg");
+    f.write("b/z.png", encode_rgb8(16, 8, &[20; 16 * 8 * 3], None).unwrap());
+    refused(&f, 1, &["z.jpg", "z.png", "want pictures of one size; got 72x48 and 16x8"], || {
+        compare("a", "b")
+    });
+    copy("source.png", "b/z.webp");
+    refused(&f, 1, &["z.webp", "z.png", "want one of each name"], || compare("a", "b"));
 }

@@ -1,8 +1,9 @@
 //! `ldm eval`: scores of pictures.
 
 use super::print;
-use crate::data::folder::Folder;
+use crate::data::folder::{Folder, pictures};
 use crate::data::prompt::Prompt;
+use crate::data::quality::{psnr, ssim};
 use crate::data::recognise::{Found, Seen, recognise};
 use crate::data::score::{CRITERIA, Tally, Verdict, judge};
 use crate::error::{Error, Result};
@@ -10,7 +11,8 @@ use crate::io::picture;
 use clap::{Args, Subcommand};
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Which score.
@@ -24,6 +26,8 @@ pub(super) struct Arguments {
 enum What {
     /// Whether pictures show what captions of the shapes world asked for, read from their pixels
     Shapes(Shapes),
+    /// How near pictures are to others, such as an autoencoder's to what it was given: PSNR and SSIM
+    Reconstruction(Reconstruction),
 }
 
 #[derive(Args, Debug)]
@@ -37,9 +41,23 @@ struct Shapes {
     json: bool,
 }
 
+#[derive(Args, Debug)]
+struct Reconstruction {
+    /// A picture, or a folder of them
+    #[arg(value_name = "A")]
+    first: PathBuf,
+    /// The other picture, or a folder with pictures of the same names (extensions may differ)
+    #[arg(value_name = "B")]
+    second: PathBuf,
+    /// Print JSON, with a line for each picture, instead of a summary
+    #[arg(long)]
+    json: bool,
+}
+
 pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     match a.what {
         What::Shapes(a) => shapes(a),
+        What::Reconstruction(a) => reconstruction(a),
     }
 }
 
@@ -138,4 +156,83 @@ fn as_json(groups: &[(&str, Tally); 3], judged: &[Judged]) -> Value {
         "all": score(&groups[0].1), "trained_pairs": score(&groups[1].1), "unseen_pairs": score(&groups[2].1),
         "each": judged.iter().map(each).collect::<Vec<_>>(),
     })
+}
+
+/// A pair of pictures, and how near they are.
+struct Near {
+    file: String,
+    psnr: f64,
+    ssim: f64,
+}
+
+fn reconstruction(a: Reconstruction) -> Result<ExitCode> {
+    let pairs = pairs(&a.first, &a.second)?;
+    let near = pairs.par_iter().map(|(file, first, second)| {
+        let (x, y) = (picture::read(first)?, picture::read(second)?);
+        let both = |e: Error| Error::file(first, format!("beside {}: {e}", second.display()));
+        Ok(Near { file: file.clone(), psnr: psnr(&x, &y).map_err(both)?, ssim: ssim(&x, &y).map_err(both)? })
+    });
+    let near = near.collect::<Result<Vec<Near>>>()?;
+    let mean = |of: &dyn Fn(&Near) -> f64| near.iter().map(of).sum::<f64>() / near.len() as f64;
+    let (psnr, ssim) = (mean(&|n| n.psnr), mean(&|n| n.ssim));
+    if a.json {
+        // JSON has no infinity: pictures that are the same have a PSNR of null.
+        let each = |n: &Near| json!({"file": n.file, "psnr": n.psnr, "ssim": n.ssim});
+        let each: Vec<Value> = near.iter().map(each).collect();
+        let all = json!({"pictures": near.len(), "psnr": psnr, "ssim": ssim, "each": each});
+        print(&format!("{all:#}\n"))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let lowest = |of: &dyn Fn(&Near) -> f64| near.iter().min_by(|x, y| of(x).total_cmp(&of(y)));
+    let mut text = format!("{:8}{:>10}{:>10}  {} pictures\n", "", "mean", "lowest", near.len());
+    if let Some(n) = lowest(&|n| n.psnr) {
+        text += &format!("{:8}{psnr:>10.2}{:>10.2}  {}\n", "PSNR dB", n.psnr, n.file);
+    }
+    if let Some(n) = lowest(&|n| n.ssim) {
+        text += &format!("{:8}{ssim:>10.4}{:>10.4}  {}\n", "SSIM", n.ssim, n.file);
+    }
+    print(&text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Name, first and second file of each pair: two pictures, or those of two folders that have the same names.
+fn pairs(first: &Path, second: &Path) -> Result<Vec<(String, PathBuf, PathBuf)>> {
+    if first.is_file() && second.is_file() {
+        return Ok(vec![(first.display().to_string(), first.into(), second.into())]);
+    }
+    if !(first.is_dir() && second.is_dir()) {
+        let (a, b) = (first.display(), second.display());
+        return Err(Error::invalid(format!("want two pictures or two folders; got {a} and {b}")));
+    }
+    let named = |root: &Path| {
+        let mut names = BTreeMap::new();
+        for path in pictures(root)? {
+            let name = path.strip_prefix(root).unwrap_or(&path).with_extension("");
+            if let Some(other) = names.insert(name, path.clone()) {
+                let other = other.display();
+                return Err(Error::file(&path, format!("has the name of {other}; want one of each name")));
+            }
+        }
+        if names.is_empty() {
+            return Err(Error::file(root, "want a folder of pictures; there are none here"));
+        }
+        Ok(names)
+    };
+    let (a, mut b) = (named(first)?, named(second)?);
+    let mut pairs = vec![];
+    for (name, path) in a {
+        let Some(other) = b.remove(&name) else {
+            return Err(Error::file(
+                &path,
+                format!("there is no picture of this name in {}", second.display()),
+            ));
+        };
+        pairs.push((name.display().to_string(), path, other));
+    }
+    match b.into_values().next() {
+        Some(path) => {
+            Err(Error::file(&path, format!("there is no picture of this name in {}", first.display())))
+        }
+        None => Ok(pairs),
+    }
 }

@@ -5,6 +5,7 @@ pub mod folder;
 pub mod loader;
 pub mod outline;
 pub mod prompt;
+pub mod quality;
 pub mod recognise;
 pub mod score;
 pub mod shapes;
