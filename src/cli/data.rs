@@ -81,7 +81,8 @@ fn shapes(a: Shapes) -> Result<ExitCode> {
     });
     let lines = lines.collect::<Result<Vec<String>>>()?;
     atomic::write(a.output.join("metadata.jsonl"), lines.concat().as_bytes())?;
-    print(&format!("{}: {} pictures of {2}x{2}\n", a.output.display(), a.count, a.size))?;
+    let s = if a.count == 1 { "" } else { "s" };
+    print(&format!("{}: {} picture{s} of {2}x{2}\n", a.output.display(), a.count, a.size))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -184,7 +184,8 @@ fn reconstruction(a: Reconstruction) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let lowest = |of: &dyn Fn(&Near) -> f64| near.iter().min_by(|x, y| of(x).total_cmp(&of(y)));
-    let mut text = format!("{:8}{:>10}{:>10}  {} pictures\n", "", "mean", "lowest", near.len());
+    let (count, s) = (near.len(), if near.len() == 1 { "" } else { "s" });
+    let mut text = format!("{:8}{:>10}{:>10}  {count} picture{s}\n", "", "mean", "lowest");
     if let Some(n) = lowest(&|n| n.psnr) {
         text += &format!("{:8}{psnr:>10.2}{:>10.2}  {}\n", "PSNR dB", n.psnr, n.file);
     }
