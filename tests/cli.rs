@@ -3,38 +3,16 @@
 
 #[path = "common/folder.rs"]
 mod folder;
+#[path = "common/program.rs"]
+mod program;
 
 use folder::{Folder, golden, joined, remove, tensors};
 use ldm::io::png::read_rgb8;
+use program::{Outcome, ldm, refused, run, text};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::Command;
 use std::{env, fs};
-
-struct Outcome {
-    code: i32,
-    out: String,
-    err: String,
-}
-
-/// Runs the program.
-fn ldm(args: &[&str]) -> Outcome {
-    run(Command::new(env!("CARGO_BIN_EXE_ldm")).args(args))
-}
-
-fn run(command: &mut Command) -> Outcome {
-    let run = command.output().unwrap();
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    // Without a code it was ended by a signal: an abort, or the system's memory killer.
-    let o = Outcome { code: run.status.code().unwrap_or(-1), out: text(&run.stdout), err: text(&run.stderr) };
-    let ended = !o.err.contains("panicked") && (0..3).contains(&o.code);
-    assert!(ended, "{command:?}: exit code {}: {}", o.code, o.err);
-    o
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
 
 /// `ldm sample` on a model, into `out.png` of the folder. Later flags overrule: none is given twice here.
 fn sample(model: &Path, out: &Path, more: &[&str]) -> Outcome {
@@ -53,21 +31,6 @@ fn sample(model: &Path, out: &Path, more: &[&str]) -> Outcome {
         }
     }
     ldm(&[&args, more].concat())
-}
-
-/// The program must end with this code, say all of this, and change nothing in the folder.
-#[track_caller]
-fn refused(folder: &Folder, code: i32, say: &[&str], run: impl FnOnce() -> Outcome) {
-    let before = folder.contents();
-    let o = run();
-    assert_eq!(o.code, code, "exit code, with: {}{}", o.out, o.err);
-    for word in say {
-        assert!(o.err.contains(word), "want `{word}` in: {}", o.err);
-    }
-    let after = folder.contents();
-    let names = |all: &[(std::path::PathBuf, Vec<u8>)]| all.iter().map(|f| f.0.clone()).collect::<Vec<_>>();
-    assert_eq!(names(&before), names(&after), "files were left or lost");
-    assert!(before == after, "a file was changed");
 }
 
 /// A request to the sound model that must be refused with code 2; an old picture must survive.
@@ -95,7 +58,7 @@ const TEXT: &str = "model/text_encoder/model.safetensors";
 #[test]
 fn every_command_has_help_and_the_program_a_version() {
     let o = ldm(&["--help"]);
-    for command in ["sample", "verify", "info", "bench"] {
+    for command in ["sample", "verify", "info", "bench", "data", "eval"] {
         assert!(o.out.contains(command), "{}", o.out);
         let o = ldm(&[command, "--help"]);
         assert!(o.code == 0 && o.out.contains("Usage: ldm ") && o.err.is_empty(), "{}{}", o.out, o.err);

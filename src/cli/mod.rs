@@ -1,6 +1,8 @@
 //! The commands: one file each, one line in the list.
 
 mod bench;
+mod data;
+mod eval;
 mod info;
 mod progress;
 mod sample;
@@ -48,6 +50,10 @@ commands! {
     Info(info),
     /// Measure parts of a model: time, rates, memory, each operation
     Bench(bench),
+    /// Make data sets to train on
+    Data(data),
+    /// Score pictures
+    Eval(eval),
 }
 
 /// Beyond any machine's cores.

@@ -9,6 +9,7 @@ mod convert;
 pub mod folder;
 mod header;
 pub mod mmap;
+pub mod picture;
 pub mod png;
 pub mod tokenizer;
 pub mod weights;
@@ -17,8 +18,9 @@ mod words;
 
 pub use config::Config;
 pub use folder::{Component, ModelFolder};
+pub use png::Rgb8;
 pub use tokenizer::{Encoded, Tokenizer};
 pub use weights::{Checkpoint, Entry, Order, StoredType};
 
 #[cfg(test)]
-mod scratch;
+pub(crate) mod scratch;

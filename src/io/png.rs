@@ -11,7 +11,7 @@ use std::path::Path;
 const KEYWORD: &str = "parameters";
 
 /// No picture of the engine comes near this many pixels; a small file may claim far more.
-const MAX_PIXELS: usize = 1 << 28;
+pub(super) const MAX_PIXELS: usize = 1 << 28;
 
 /// A picture.
 #[derive(Clone, PartialEq, Eq, Debug)]
