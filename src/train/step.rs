@@ -129,6 +129,11 @@ impl Trainer {
         &self.program
     }
 
+    /// Gives up the program, for its timing node by node.
+    pub fn into_program(self) -> Program {
+        self.program
+    }
+
     /// Sets a parameter, and the average of it.
     ///
     /// # Errors
