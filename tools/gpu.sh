@@ -8,6 +8,7 @@
 #   ./gpu.sh test        every room against its specification, then the models, each test in a process of its own
 #   ./gpu.sh step        a step of Stable Diffusion 1.5 at 512×512 in bf16, its UNet, and the decoder, node by node
 #   ./gpu.sh probe       how fast the card multiplies and copies at most, and what a kernel costs that does nothing
+#   ./gpu.sh sweep       the heaviest products of that step and of the decoder with every tile and number of splits, in bf16 and f32
 #   ./gpu.sh bench       every real shape of every room in bf16; of one room with `./gpu.sh bench conv2d`
 #   ./gpu.sh torch       the same shapes in PyTorch, eager and compiled, where python3 has it
 #   ./gpu.sh report      what there is, as a table and as results/results.json
@@ -32,7 +33,7 @@ pack() {
     local kind path
     {
         cargo test --release --no-run --test ops --test models --test attention --test norms --test replay
-        cargo bench --no-run --bench ops --bench steps
+        cargo bench --no-run --bench ops --bench steps --bench sweep
     } 2>&1 | tee /dev/stderr | sed -nE 's/^ *Executable (tests|benches)\/.*\((.*)\)$/\1 \2/p' |
         while read -r kind path; do
             cp "$path" "dist/gpu/bin/$kind-$(basename "$path" | sed 's/-[0-9a-f]*$//')"
@@ -125,6 +126,20 @@ run_bench() {
     [ -n "${1:-}" ] || once bench-steps bin/benches-steps --bench --noplot --output-format bencher
 }
 
+# Every line of sweep-*.jsonl is one launch: what the room would take is `chosen`.
+run_sweep() {
+    local dtype status
+    for dtype in bf16 f32; do
+        # It stops by itself, and goes on where it stopped.
+        status=0
+        bin/benches-sweep --dtype $dtype --out "$out/sweep-$dtype.jsonl" --seconds "$(left)" \
+            >>"$out/sweep-$dtype.log" 2>&1 || status=$?
+        [ "$status" != 3 ] || stop "out of time in the sweep"
+        [ "$status" = 0 ] || { code=1; tail -n 5 "$out/sweep-$dtype.log"; }
+        printf '%s: %s launches measured\n' "sweep-$dtype" "$(wc -l <"$out/sweep-$dtype.jsonl")"
+    done
+}
+
 run_torch() {
     python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || { echo "no PyTorch with CUDA: left out"; return 0; }
     local mode status
@@ -141,6 +156,14 @@ run_torch() {
 # Lines `name<TAB>ns<TAB>±ns` of a bench's log.
 benches_of() {
     sed -nE 's/^test (.*) \.\.\. bench: +([0-9,]+) ns\/iter \(\+\/- ([0-9,]+)\)$/\1\t\2\t\3/p' "$1" | tr -d ,
+}
+
+# JSON lines as the elements of a list.
+lines_of() {
+    local file
+    for file in "$@"; do
+        if [ -e "$file" ]; then cat "$file"; fi
+    done | awk '{ printf "%s\n  %s", sep, $0; sep = "," }'
 }
 
 # One JSON file of all there is. The names hold no quotes and no backslashes.
@@ -160,9 +183,9 @@ report() {
             if [ -e "$file" ]; then benches_of "$file"; fi
         done | awk -F '\t' '{ printf "%s\n  {\"name\": \"%s\", \"ns\": %s, \"plus_minus\": %s}", sep, $1, $2, $3; sep = "," }'
         printf '\n],\n"torch": ['
-        for file in "$out"/torch-*.jsonl; do
-            if [ -e "$file" ]; then cat "$file"; fi
-        done | awk '{ printf "%s\n  %s", sep, $0; sep = "," }'
+        lines_of "$out"/torch-*.jsonl
+        printf '\n],\n"sweep": ['
+        lines_of "$out"/sweep-*.jsonl
         printf '\n]'
         for file in "$out"/sd15-*.json "$out"/probe-*.json; do
             [ -e "$file" ] || continue
@@ -199,9 +222,9 @@ case $what in
 pack)
     pack
     ;;
-test | step | probe | bench | torch | report | all)
+test | step | probe | sweep | bench | torch | report | all)
     prepare
-    for part in test step probe bench torch; do
+    for part in test step probe sweep bench torch; do
         if [ "$what" = all ] || [ "$what" = $part ]; then "run_$part" "${2:-}"; fi
     done
     report
