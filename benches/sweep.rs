@@ -56,7 +56,8 @@ fn main() {
     let until = began + Duration::from_secs(seconds);
     let all = sweep::sweep(&device, &subjects, NEAR, effort, &done, until, |row| {
         println!("{row}");
-        writeln!(file, "{row}").map_err(|e| ldm::Error::invalid(format!("{out}: {e}")))
+        // One write: a file that ends within a line would not be read to its end.
+        file.write_all(format!("{row}\n").as_bytes()).map_err(|e| ldm::Error::invalid(format!("{out}: {e}")))
     });
     if !ok(all) {
         eprintln!("out of time: some are left");

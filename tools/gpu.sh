@@ -2,12 +2,13 @@
 # The CUDA code on a real card, on a machine that has an NVIDIA driver and no Rust.
 #
 #   tools/gpu.sh pack    on the machine that builds (with nvcc): fills dist/gpu with stripped binaries and this script
+#   tools/gpu.sh probes FILE    there too: compiles tools/probes.cu alone
 #
 # and in a copy of that folder, on the machine with the card, in this order:
 #
 #   ./gpu.sh test        every room against its specification, then the models, each test in a process of its own
 #   ./gpu.sh step        a step of Stable Diffusion 1.5 at 512×512 in bf16, its UNet, and the decoder, node by node
-#   ./gpu.sh probe       how fast the card multiplies and copies at most, and what a kernel costs that does nothing
+#   ./gpu.sh probe       how fast the card's units, products and copies are at most, and what a kernel costs that does nothing
 #   ./gpu.sh sweep       the heaviest products of that step and of the decoder with every tile and number of splits, in bf16 and f32
 #   ./gpu.sh bench       every real shape of every room in bf16; of one room with `./gpu.sh bench conv2d`
 #   ./gpu.sh torch       the same shapes in PyTorch, eager and compiled, where python3 has it
@@ -23,6 +24,15 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 budget=${LDM_GPU_SECONDS:-540}
 code=0
+
+# nvcc of LDM_NVCC, of the path, or of the wheels in VIRTUAL_ENV, as build.rs looks for it.
+probes() {
+    cd "$here/.."
+    local nvcc
+    nvcc=$(command -v "${LDM_NVCC:-nvcc}" || ls "${VIRTUAL_ENV:-/}"/lib/python3*/site-packages/nvidia/cu13/bin/nvcc)
+    "$nvcc" -std=c++17 -O3 -DT_BF16 -Ikernels -L"$(dirname "$nvcc")/../lib" --allow-unsupported-compiler \
+        -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -o "$1" tools/probes.cu
+}
 
 pack() {
     cd "$here/.."
@@ -40,6 +50,7 @@ pack() {
         done
     cargo build --release --bin ldm
     cp "${CARGO_TARGET_DIR:-target}/release/ldm" dist/gpu/bin/
+    probes dist/gpu/bin/probes
     cp -r tests/golden dist/gpu/tests/
     cp tools/gpu.sh tools/gpu_torch.py dist/gpu/
     git describe --always --dirty --abbrev=12 >dist/gpu/commit
@@ -102,11 +113,13 @@ run_step() {
     done
 }
 
-# P-7, the peak of mma.sync as the engine's own product reaches it, is among the ceilings of the first. P-5, what lies
+# The card's units, one by one, are in tools/probes.cu. P-7, the peak of mma.sync as the engine's own product reaches it, is among the ceilings of the first. P-5, what lies
 # between two kernels: a model so small that its kernels do next to nothing, from one graph and launched one by one; the
 # time of an evaluation divided by `nodes` of the file.
 run_probe() {
     local graph
+    once probe-units sh -c "bin/probes >'$out/units.tmp' && mv '$out/units.tmp' '$out/probe-units.json'"
+    [ ! -e "$out/probe-units.json" ] || sed -n 's/.*"name": "\([^"]*\)", "value": \([0-9.]*\), "unit": "\([^"]*\)".*/\1: \2 \3/p' "$out/probe-units.json"
     once probe-peak bin/ldm bench -m tests/golden/sd15-tiny --component text --dtype bf16 --device cuda --roofline \
         --json "$out/probe-peak.json"
     for graph in on off; do
@@ -221,6 +234,9 @@ what=${1:-all}
 case $what in
 pack)
     pack
+    ;;
+probes)
+    probes "${2:?a file to write}"
     ;;
 test | step | probe | sweep | bench | torch | report | all)
     prepare
