@@ -7,11 +7,11 @@
 # and in a copy of that folder, on the machine with the card, in this order:
 #
 #   ./gpu.sh test        every room against its specification, then the models, each test in a process of its own
-#   ./gpu.sh step        a step of Stable Diffusion 1.5 at 512×512 in bf16, its UNet, and the decoder, node by node
+#   ./gpu.sh step        a step of Stable Diffusion 1.5 at 512×512, its UNet, and the decoder, node by node, in bf16; the step in f32
 #   ./gpu.sh probe       how fast the card's units, products and copies are at most, and what a kernel costs that does nothing
 #   ./gpu.sh sweep       the heaviest products of that step and of the decoder with every tile and number of splits, in bf16 and f32
 #   ./gpu.sh bench       every real shape of every room in bf16; of one room with `./gpu.sh bench conv2d`
-#   ./gpu.sh torch       the same shapes in PyTorch, eager and compiled, where python3 has it
+#   ./gpu.sh torch       the UNet and the same shapes in PyTorch, eager and compiled, where python3 has it
 #   ./gpu.sh report      what there is, as a table and as results/results.json
 #   ./gpu.sh             all of that
 #
@@ -52,7 +52,7 @@ pack() {
     cp "${CARGO_TARGET_DIR:-target}/release/ldm" dist/gpu/bin/
     probes dist/gpu/bin/probes
     cp -r tests/golden dist/gpu/tests/
-    cp tools/gpu.sh tools/gpu_torch.py dist/gpu/
+    cp tools/gpu.sh tools/gpu_torch.py tools/gpu_unet.py dist/gpu/
     git describe --always --dirty --abbrev=12 >dist/gpu/commit
     du -sh dist/gpu
 }
@@ -74,7 +74,7 @@ once() {
     if [ "$(left)" -lt 20 ]; then
         stop "out of time before $name"
     fi
-    timeout "$(left)" "$@" >"$out/$name.log" 2>&1 || status=$?
+    timeout "$(left)" "$@" >"$out/$name.log" 2>&1 </dev/null || status=$?
     if [ "$status" = 124 ] && [ "$(left)" -lt 5 ]; then
         # With a whole call to itself it would take too long again.
         if [ -e "$out/late/$name" ]; then
@@ -105,12 +105,12 @@ run_test() {
 
 # One file of `ldm bench` per part: time by events, memory, and every node.
 run_step() {
-    local part
-    for part in step unet vae-decoder; do
-        once "sd15-$part" bin/ldm bench --preset sd15 --component "$part" -W 512 -H 512 --dtype bf16 --device cuda \
-            --warmup 5 --iterations 50 --per-op --top 0 --json "$out/sd15-$part.json"
-        tail -n 40 "$out/sd15-$part.log"
-    done
+    local name part dtype
+    while read -r name part dtype; do
+        once "$name" bin/ldm bench --preset sd15 --component "$part" -W 512 -H 512 --dtype "$dtype" --device cuda \
+            --warmup 5 --iterations 50 --per-op --top 0 --json "$out/$name.json"
+        tail -n 40 "$out/$name.log"
+    done <<<$'sd15-step step bf16\nsd15-unet unet bf16\nsd15-vae-decoder vae-decoder bf16\nsd15-step-f32 step f32'
 }
 
 # The card's units, one by one, are in tools/probes.cu. P-7, the peak of mma.sync as the engine's own product reaches it, is among the ceilings of the first. P-5, what lies
@@ -155,7 +155,13 @@ run_sweep() {
 
 run_torch() {
     python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || { echo "no PyTorch with CUDA: left out"; return 0; }
-    local mode status
+    local mode dtype status
+    # What a call has compiled and tuned, the next one finds again.
+    export TORCHINDUCTOR_CACHE_DIR=$out/inductor
+    while read -r mode dtype; do
+        once "torch-unet-$mode-$dtype" python3 gpu_unet.py --mode "$mode" --dtype "$dtype" --out "$out/torch-unet.jsonl"
+        tail -n 1 "$out/torch-unet-$mode-$dtype.log"
+    done <<<$'eager bf16\ncompiled bf16\neager f32'
     for mode in eager compiled; do
         # It stops by itself, and goes on where it stopped.
         status=0
