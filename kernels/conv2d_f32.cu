@@ -23,6 +23,10 @@
 // after that makes everybody's visible, and also says that all are done with k-block i − 1, whose slot is then filled with
 // k-block i + STAGES − 1. After the loop no copy is in flight.
 //
+// Phases. A 3×3 convolution behind a nearest upsampling comes as four of 2×2 on the small image, as in `conv2d_mma`: rows m
+// then run over images, phases, pixels of the small image; a tile lies in one phase, whose weights it takes; the end scatters
+// its rows to the pixels of y.
+//
 // End. With splits, each block leaves its sums in `partial` and counts itself in `counters`; the one that comes last adds all
 // of them in order of split, so the sum does not depend on who that is, and the counter is back at zero. Then each thread
 // parks its sums in the ring, half of its rows at a time, and takes them back four by four in a loop that is not unrolled:
@@ -31,7 +35,8 @@
 //
 // `counter` picks the row of `time`. Wants, and the room sees to it: pointers aligned to 16 bytes; C a multiple of 4; at most
 // 2³¹ − 1 elements in each of x and w; out_h and out_w times the stride, and the padding, below 2^14 (a window's corner is
-// packed into two halves of a word). O is any number: where 4 does not divide it, y is written element by element.
+// packed into two halves of a word). O is any number: where 4 does not divide it, y is written element by element. `phases`:
+// BM divides h·w_, O rows of w for each phase.
 // types: f32
 // variants: BM=128,BN=128 BM=128,BN=64 BM=64,BN=64 BM=128,BN=16
 #include "dev.cuh"
@@ -74,6 +79,7 @@ struct Conv2dF32 {
     int blocks;          // k-blocks in all
     int time_rows;       // 1, or one per image; any number with a counter
     int act;
+    int phases;          // w (4,O,2,2,C): x is doubled in four phases
 };
 
 struct alignas(128) FloatRing {
@@ -102,8 +108,23 @@ struct Walk {
     int at[A_LOADS];  // element of x at this tap, or OUTSIDE
 };
 
+// Which of the four phases this tile belongs to; 0 where there are none.
+DEV int phase(const Conv2dF32& p) { return p.phases ? int(block_x() * BM) / (p.h * p.w_) % 4 : 0; }
+
+// The pixel of y that row m is.
+DEV long long pixel_of(const Conv2dF32& p, int m) {
+    if (!p.phases) return m;
+    const int small = p.h * p.w_, image = m / (4 * small), rest = m % small, row = rest / p.w_;
+    return ((long long)image * p.out_h + 2 * row + phase(p) / 2) * p.out_w + 2 * (rest - row * p.w_) + phase(p) % 2;
+}
+
 // The first tap of row m's window: row << 16 | column, each biased by 2^14; or -1 beyond M. Before it, its image's pixels.
 DEV Vec<int, 2> corner(const Conv2dF32& p, int m) {
+    if (p.phases) {
+        const int small = p.h * p.w_, rest = m % small, y = rest / p.w_;
+        const int tap = (y + phase(p) / 2 - 1 + 0x4000) << 16 | (rest - y * p.w_ + phase(p) % 2 - 1 + 0x4000);
+        return {{m / (4 * small) * small, tap}};
+    }
     const int image = m / (p.out_h * p.out_w), rest = m - image * (p.out_h * p.out_w);
     const int y = rest / p.out_w, x = rest - y * p.out_w;
     const int tap = (y * p.stride - p.top + 0x4000) << 16 | (x * p.stride - p.left + 0x4000);
@@ -213,7 +234,7 @@ DEV bool combine(float (&acc)[TM][TN], const Conv2dF32& p, unsigned* shared) {
 DEV void finish(const Conv2dF32& p, Vec<float, 4> v, int m, int n) {
     const long long image = p.counter ? load(p.counter) : p.time_rows > 1 ? m / (p.out_h * p.out_w) : 0;
     const T* time = p.time ? p.time + image * p.o : nullptr;
-    const long long to = (long long)m * p.o + n;
+    const long long to = pixel_of(p, m) * p.o + n;
     if (p.o % 4 == 0) {
         Vec<float, 4> bias = {}, more = {}, residual = {};
         if (p.bias) bias = load<4>(p.bias + n);
@@ -251,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 512 / BLOCK) conv2d_f32(cons
     k.kh = t / p.kw;
     k.kw = t - k.kh * p.kw;
     k.c = (first - t * per_tap) * BK;
-    k.w = n * p.w_row + t * p.c;
+    k.w = (phase(p) * p.o + n) * p.w_row + t * p.c;
     tap(k, p, s);
 
     float acc[TM][TN] = {};

@@ -246,8 +246,9 @@ impl Operation for Conv2d {
         };
         ensure!(!self.phases || keeps(), Self::NAME, WANT, x);
         ensure!(self.epi.fits(x, y.shape[3], y) && self.shortcut_fits(x, y), Self::NAME, WANT, x);
-        let fused = self.shortcut > 0 || self.phases || self.epi.fused();
+        let fused = self.shortcut > 0 || self.epi.fused();
         ensure!(!fused || Product::conv(self, x).is_some(), Self::NAME, WANT, x);
+        ensure!(!self.phases || Fast::conv(self, x).is_some(), Self::NAME, WANT, x);
         ensure!(self.choice.is_none() || Fast::conv(self, x).is_some(), Self::NAME, WANT_CHOICE, x);
         Ok(self.epi.outputs(y))
     }
@@ -345,7 +346,7 @@ impl Operation for Conv2d {
         Fast::choices_conv(self, x).into_iter().map(with).collect()
     }
 
-    /// Behind an upsampling: four 2×2 convolutions, where tensor cores take them.
+    /// Behind an upsampling: four 2×2 convolutions, where a kernel with tiles takes them.
     fn prepared(&self, x: &[Spec]) -> Option<(Op, usize, Op)> {
         let op = Conv2d { phases: true, ..self.clone() };
         let w = super::PhaseWeights.infer(&x[1..2]).ok()?[0];

@@ -71,14 +71,15 @@ impl FloatProduct {
     pub(super) fn sums_conv(op: &Conv2d, x: &[Spec]) -> Option<Sums> {
         let s = op.shape(x[0].shape, x[1].shape)?;
         let corner = |out: usize, kernel: usize| out * op.stride + kernel < 0x4000;
-        let fits = !op.phases
-            && op.shortcut == 0
+        let fits = op.shortcut == 0
             && corner(s.out_h, s.kh)
             && corner(s.out_w, s.kw)
             && s.pad_top.max(s.pad_left) < 0x4000;
-        let (m, n, taps) = (s.b * s.out_h * s.out_w, x[1].shape[0], s.kh * s.kw);
+        let (m, n) = (s.b * s.out_h * s.out_w, op.columns(x[1].shape));
+        // A tile lies in one phase: in one small image.
+        let (rows, taps) = if op.phases { (s.h * s.w, 4) } else { (m, s.kh * s.kw) };
         let fits = fits && takes(x, &op.epi, [m, n, taps * s.c], s.c);
-        fits.then(|| Sums::new(m, n, taps * s.c.div_ceil(k::BK)))
+        fits.then(|| Sums { rows, ..Sums::new(m, n, taps * s.c.div_ceil(k::BK)) })
     }
 
     /// A matrix product as the kernel takes it; `None` for what it does not take.
@@ -112,7 +113,7 @@ impl FloatProduct {
     }
 
     pub(super) fn launch_conv(&self, op: &Conv2d, s: &ConvShape, io: &cuda::Call) -> Result<()> {
-        let p = k::Conv2dF32 {
+        let mut p = k::Conv2dF32 {
             h: io.int(s.h)?,
             w_: io.int(s.w)?,
             c: io.int(s.c)?,
@@ -127,6 +128,9 @@ impl FloatProduct {
             flat: s.pointwise() as i32,
             ..Default::default()
         };
+        if op.phases {
+            (p.phases, p.upsample, p.kh, p.kw) = (1, 0, 2, 2);
+        }
         self.launch(&op.epi, io, p)
     }
 
@@ -170,7 +174,7 @@ fn takes(x: &[Spec], epi: &Epi, [m, n, k]: [usize; 3], c: usize) -> bool {
         && c % 4 == 0
         && m * n * k > 0
         && x.iter().all(|s| counts(s.shape.numel()))
-        && counts((n + 128).saturating_mul(k))
+        && counts(x[1].shape.numel() + 128 * k)
 }
 
 #[cfg(test)]
