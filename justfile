@@ -44,7 +44,7 @@ soak:
 gpu-pack: kernels
     tools/gpu.sh pack
 
-# Run dist/gpu here, or a part of it (test, step, probe, bench, torch); on another machine: ./gpu.sh in a copy of it. Not
+# Run dist/gpu here, or a part of it (test, step, probe, sweep, bench, torch); on another machine: ./gpu.sh in a copy of it. Not
 # measured on a GPU yet
 gpu *part:
     dist/gpu/gpu.sh {{part}}

@@ -1,19 +1,24 @@
 //! Lists what each compiled kernel needs (registers, shared memory, stack, spills), then what is planned for every real
-//! shape in bf16 on an H200: the launch, how it fills the card, the time by the model of `ldm::ops::launch`, and the floor.
-//! Nothing in it is measured. Fails if a kernel uses local memory.
+//! shape in bf16 and in f32 on an H200: the launch, how it fills the card, the time by the model of `ldm::ops::launch`, and the
+//! floor. Nothing in it is measured. Fails if a kernel uses local memory.
 
 use ldm::kernels;
-use ldm::ops::launch::{LaunchPlan, MULTIPROCESSORS, Planned, floor, occupancy, planned};
+use ldm::ops::Cost;
+use ldm::ops::launch::{LaunchPlan, MULTIPROCESSORS, Planned, f32_floor, floor, occupancy, planned};
 use ldm::tensor::DType;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     print!("{}", kernels::report());
-    match planned(DType::BF16) {
-        Ok(shapes) => print!("\n{}\n", plans(&shapes)),
-        Err(e) => {
-            eprintln!("{e}");
-            return ExitCode::FAILURE;
+    for t in [DType::BF16, DType::F32] {
+        match planned(t) {
+            Ok(shapes) => {
+                print!("\n{t}\n{}\n", plans(&shapes, if t == DType::F32 { f32_floor } else { floor }))
+            }
+            Err(e) => {
+                eprintln!("{e}");
+                return ExitCode::FAILURE;
+            }
         }
     }
     print!("{}", kernels::summary());
@@ -21,7 +26,7 @@ fn main() -> ExitCode {
 }
 
 /// A line per launch. Registers and what follows from them are there where the build found nvcc.
-fn plans(shapes: &[Planned]) -> String {
+fn plans(shapes: &[Planned], floor: fn(Cost) -> f64) -> String {
     let mut text = format!(
         "{:10} {:62} {:38} {:>7} {:>5} {:>6} {:>4} {:>6} {:>5} {:>8} {:>8} {:>6}\n",
         "room", "shape", "kernel", "blocks", "regs", "smem", "b/mp", "waves", "tail", "us", "floor", "ratio"

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use common::emulator::{self, Emulator};
 use ldm::backend::{Device, DeviceName};
 use ldm::exec;
-use ldm::ops::{Op, ROOMS};
+use ldm::ops::{Case, Op, ROOMS};
 use ldm::tensor::{DType, HostTensor};
 
 /// Sites that no case misses, as `KIND:STEM:LINE`, each with the proof that it is redundant.
@@ -116,6 +116,29 @@ fn pipelined() -> Vec<String> {
     stems
 }
 
+/// A case in one type, if it reaches a site in one of these kernel files.
+fn subject(emulator: &Emulator, stems: &[String], case: &Case, t: DType, seed: u64) -> Option<Subject> {
+    let arrays = case.inputs(t, seed);
+    let mut subject = Subject {
+        name: case.name(t),
+        op: case.op.clone(),
+        inputs: arrays.iter().zip(case.specs(t)).map(|(a, s)| a.to_tensor(s).unwrap()).collect(),
+        sites: vec![],
+        cost: Duration::ZERO,
+        right: [const { None }; SCHEDULES.len()],
+    };
+    let start = Instant::now();
+    let right = subject.run(emulator, SCHEDULES[0]);
+    subject.cost = start.elapsed();
+    subject.right[0] = Some(right.unwrap_or_else(|e| panic!("{}: {e}", subject.name)));
+    subject.sites = emulator.sites();
+    subject.sites.retain(|site| {
+        let (_, rest) = site.split_once(':').expect("KIND:STEM:LINE");
+        stems.iter().any(|s| rest.starts_with(&format!("{s}:")))
+    });
+    (!subject.sites.is_empty()).then_some(subject)
+}
+
 /// Every listed case of the rooms of these kernel files that reaches a site in one of them, cheapest first.
 fn subjects(emulator: &Emulator, stems: &[String]) -> Vec<Subject> {
     let of_room = |room: &str| {
@@ -124,30 +147,12 @@ fn subjects(emulator: &Emulator, stems: &[String]) -> Vec<Subject> {
     let mut all = Vec::new();
     for room in ROOMS.iter().filter(|room| of_room(room.stem)) {
         for (i, case) in (room.cases)().into_iter().filter(|case| !case.bench).enumerate() {
-            let types: Vec<DType> =
-                case.types.iter().copied().filter(|t| matches!(t, DType::F16 | DType::BF16)).collect();
-            let Some(&t) = types.get(i % types.len().max(1)) else { continue };
-            let arrays = case.inputs(t, i as u64);
-            let inputs = arrays.iter().zip(case.specs(t)).map(|(a, s)| a.to_tensor(s).unwrap()).collect();
-            let mut subject = Subject {
-                name: case.name(t),
-                op: case.op.clone(),
-                inputs,
-                sites: vec![],
-                cost: Duration::ZERO,
-                right: [const { None }; SCHEDULES.len()],
-            };
-            let start = Instant::now();
-            let right = subject.run(emulator, SCHEDULES[0]);
-            subject.cost = start.elapsed();
-            subject.right[0] = Some(right.unwrap_or_else(|e| panic!("{}: {e}", subject.name)));
-            subject.sites = emulator.sites();
-            subject.sites.retain(|site| {
-                let (_, rest) = site.split_once(':').expect("KIND:STEM:LINE");
-                stems.iter().any(|s| rest.starts_with(&format!("{s}:")))
-            });
-            if !subject.sites.is_empty() {
-                all.push(subject);
+            // f32, for which there are kernels of its own, and one of the others in turn.
+            let (floats, others): (Vec<DType>, Vec<DType>) =
+                case.types.iter().partition(|t| **t == DType::F32);
+            let other = others.get(i % others.len().max(1));
+            for t in floats.into_iter().chain(other.copied()) {
+                all.extend(subject(emulator, stems, &case, t, i as u64));
             }
         }
     }

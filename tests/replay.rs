@@ -216,6 +216,8 @@ fn a_fault_of_the_driver_is_an_error_that_says_which_call() {
         ] {
             let mut run = tiny.run();
             run.step().unwrap();
+            // Waits: `reset` forgets what is queued, and the device zeroes the counters of split sums once only.
+            run.state().unwrap();
             e.configure(&format!("fail={fault}"));
             for _ in 1..fails_at {
                 run.step().unwrap();

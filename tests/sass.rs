@@ -1,5 +1,5 @@
 //! The machine code of the kernels, as `nvdisasm` shows it: the main loop holds the instructions that the kernel file says
-//! (`LOOP_HMMA`, `LOOP_LDSM`, `LOOP_LDGSTS`) and none that have no place in it. Needs no GPU, but `nvcc` and `nvdisasm`
+//! (`LOOP_HMMA`, `LOOP_LDSM`, `LOOP_LDGSTS`; `LOOP_FFMA`, `LOOP_LDS`) and none that have no place in it. Needs no GPU, but `nvcc` and `nvdisasm`
 //! (`$NVDISASM`, beside `nvcc`, or on `PATH`); where they are missing it is skipped loudly, or fails if
 //! `LDM_REQUIRE_SASS` is set, as in CI.
 
@@ -77,14 +77,19 @@ impl Listing {
         loops.into_iter().map(|(start, end)| start..=end).collect()
     }
 
-    /// Of the loops that multiply and have none inside that does, the one with most products.
-    fn main_loop(&self) -> Option<RangeInclusive<usize>> {
+    /// Of the loops that multiply and have none inside that does, the one with most products; by float units, which other
+    /// loops need too, the one of which they are the largest share.
+    fn main_loop(&self, product: &str) -> Option<RangeInclusive<usize>> {
         let mut loops = self.loops();
-        loops.retain(|l| self.count(l.clone(), "HMMA") > 0);
+        loops.retain(|l| self.count(l.clone(), product) > 0);
+        let weight = |l: &RangeInclusive<usize>| {
+            let (products, all) = (self.count(l.clone(), product), l.end() - l.start() + 1);
+            if product == "FFMA" { products * 10_000 / all } else { products }
+        };
         let inner = |l: &&RangeInclusive<usize>| {
             !loops.iter().any(|o| o != *l && o.start() >= l.start() && o.end() <= l.end())
         };
-        loops.iter().filter(inner).max_by_key(|l| self.count((*l).clone(), "HMMA")).cloned()
+        loops.iter().filter(inner).max_by_key(|l| weight(l)).cloned()
     }
 }
 
@@ -94,10 +99,11 @@ fn complaints(listing: &Listing, want: &[(&str, u32)]) -> Vec<String> {
     for i in listing.code.iter().filter(|i| ["LDL", "STL"].contains(&i.kind())) {
         wrong.push(format!("{} (local memory)", i.code));
     }
-    let Some(body) = listing.main_loop() else {
-        let products = listing.code.iter().any(|i| i.kind() == "HMMA");
+    let product = if want.iter().any(|(kind, _)| *kind == "FFMA") { "FFMA" } else { "HMMA" };
+    let Some(body) = listing.main_loop(product) else {
+        let products = listing.code.iter().any(|i| i.kind() == product);
         if products || !want.is_empty() {
-            wrong.push("no loop holds an HMMA".into());
+            wrong.push(format!("no loop holds an {product}"));
         }
         return wrong;
     };
@@ -240,6 +246,16 @@ fn a_wrong_main_loop_is_found() {
         assert!(got.contains(says) && says.is_empty() == got.is_empty(), "want `{says}`; got `{got}`");
     }
     assert!(of_sample("LDSM", "LDSM", &[]).contains("the file has no LOOP_HMMA"));
+    // By float units: the shorter loop, of which they are more, is the main one.
+    let floats = "        /*0000*/ FFMA R1, R2, R3, R1 ;\n".repeat(4);
+    let slow = "        /*0010*/ MUFU.RCP R1, R1 ;\n".repeat(2);
+    let other = format!("{floats}{slow}").repeat(2);
+    let main = format!(".L_x_8:\n{floats}        /*0020*/ @P0 BRA `(.L_x_8) ;\n");
+    let both = format!(".L_x_9:\n{other}        /*0030*/ @P0 BRA `(.L_x_9) ;\n{main}");
+    let exit = "        /*00b0*/                   EXIT ;\n";
+    assert_eq!(of_sample(exit, &format!("{both}{exit}"), &[("FFMA", 4), ("LDS", 0)]), "");
+    let got = of_sample(exit, &format!("{both}{exit}"), &[("FFMA", 4), ("LDS", 1)]);
+    assert_eq!(got, "0 LDS in the main loop; want 1");
     // Twice everything is the same loop, unrolled.
     let body = SAMPLE.split_once(".L_x_2:\n").unwrap().1.split_once("        /*0090*/").unwrap().0;
     let copies = "        /*0050*/                   LDGSTS.E.BYPASS.128 [R1], [R8.64], P1 ;\n";

@@ -2,14 +2,16 @@
 # The CUDA code on a real card, on a machine that has an NVIDIA driver and no Rust.
 #
 #   tools/gpu.sh pack    on the machine that builds (with nvcc): fills dist/gpu with stripped binaries and this script
+#   tools/gpu.sh probes FILE    there too: compiles tools/probes.cu alone
 #
 # and in a copy of that folder, on the machine with the card, in this order:
 #
 #   ./gpu.sh test        every room against its specification, then the models, each test in a process of its own
-#   ./gpu.sh step        a step of Stable Diffusion 1.5 at 512×512 in bf16, its UNet, and the decoder, node by node
-#   ./gpu.sh probe       how fast the card multiplies and copies at most, and what a kernel costs that does nothing
+#   ./gpu.sh step        a step of Stable Diffusion 1.5 at 512×512, its UNet, and the decoder, node by node, in bf16; the step in f32
+#   ./gpu.sh probe       how fast the card's units, products and copies are at most, and what a kernel costs that does nothing
+#   ./gpu.sh sweep       the heaviest products of that step and of the decoder with every tile and number of splits, in bf16 and f32
 #   ./gpu.sh bench       every real shape of every room in bf16; of one room with `./gpu.sh bench conv2d`
-#   ./gpu.sh torch       the same shapes in PyTorch, eager and compiled, where python3 has it
+#   ./gpu.sh torch       the UNet and the same shapes in PyTorch, eager and compiled, where python3 has it
 #   ./gpu.sh report      what there is, as a table and as results/results.json
 #   ./gpu.sh             all of that
 #
@@ -23,6 +25,15 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 budget=${LDM_GPU_SECONDS:-540}
 code=0
 
+# nvcc of LDM_NVCC, of the path, or of the wheels in VIRTUAL_ENV, as build.rs looks for it.
+probes() {
+    cd "$here/.."
+    local nvcc
+    nvcc=$(command -v "${LDM_NVCC:-nvcc}" || ls "${VIRTUAL_ENV:-/}"/lib/python3*/site-packages/nvidia/cu13/bin/nvcc)
+    "$nvcc" -std=c++17 -O3 -DT_BF16 -Ikernels -L"$(dirname "$nvcc")/../lib" --allow-unsupported-compiler \
+        -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -o "$1" tools/probes.cu
+}
+
 pack() {
     cd "$here/.."
     rm -rf dist/gpu
@@ -32,15 +43,16 @@ pack() {
     local kind path
     {
         cargo test --release --no-run --test ops --test models --test attention --test norms --test replay
-        cargo bench --no-run --bench ops --bench steps
+        cargo bench --no-run --bench ops --bench steps --bench sweep
     } 2>&1 | tee /dev/stderr | sed -nE 's/^ *Executable (tests|benches)\/.*\((.*)\)$/\1 \2/p' |
         while read -r kind path; do
             cp "$path" "dist/gpu/bin/$kind-$(basename "$path" | sed 's/-[0-9a-f]*$//')"
         done
     cargo build --release --bin ldm
     cp "${CARGO_TARGET_DIR:-target}/release/ldm" dist/gpu/bin/
+    probes dist/gpu/bin/probes
     cp -r tests/golden dist/gpu/tests/
-    cp tools/gpu.sh tools/gpu_torch.py dist/gpu/
+    cp tools/gpu.sh tools/gpu_torch.py tools/gpu_unet.py dist/gpu/
     git describe --always --dirty --abbrev=12 >dist/gpu/commit
     du -sh dist/gpu
 }
@@ -62,7 +74,7 @@ once() {
     if [ "$(left)" -lt 20 ]; then
         stop "out of time before $name"
     fi
-    timeout "$(left)" "$@" >"$out/$name.log" 2>&1 || status=$?
+    timeout "$(left)" "$@" >"$out/$name.log" 2>&1 </dev/null || status=$?
     if [ "$status" = 124 ] && [ "$(left)" -lt 5 ]; then
         # With a whole call to itself it would take too long again.
         if [ -e "$out/late/$name" ]; then
@@ -93,19 +105,21 @@ run_test() {
 
 # One file of `ldm bench` per part: time by events, memory, and every node.
 run_step() {
-    local part
-    for part in step unet vae-decoder; do
-        once "sd15-$part" bin/ldm bench --preset sd15 --component "$part" -W 512 -H 512 --dtype bf16 --device cuda \
-            --warmup 5 --iterations 50 --per-op --top 0 --json "$out/sd15-$part.json"
-        tail -n 40 "$out/sd15-$part.log"
-    done
+    local name part dtype
+    while read -r name part dtype; do
+        once "$name" bin/ldm bench --preset sd15 --component "$part" -W 512 -H 512 --dtype "$dtype" --device cuda \
+            --warmup 5 --iterations 50 --per-op --top 0 --json "$out/$name.json"
+        tail -n 40 "$out/$name.log"
+    done <<<$'sd15-step step bf16\nsd15-unet unet bf16\nsd15-vae-decoder vae-decoder bf16\nsd15-step-f32 step f32'
 }
 
-# P-7, the peak of mma.sync as the engine's own product reaches it, is among the ceilings of the first. P-5, what lies
+# The card's units, one by one, are in tools/probes.cu. P-7, the peak of mma.sync as the engine's own product reaches it, is among the ceilings of the first. P-5, what lies
 # between two kernels: a model so small that its kernels do next to nothing, from one graph and launched one by one; the
 # time of an evaluation divided by `nodes` of the file.
 run_probe() {
     local graph
+    once probe-units sh -c "bin/probes >'$out/units.tmp' && mv '$out/units.tmp' '$out/probe-units.json'"
+    [ ! -e "$out/probe-units.json" ] || sed -n 's/.*"name": "\([^"]*\)", "value": \([0-9.]*\), "unit": "\([^"]*\)".*/\1: \2 \3/p' "$out/probe-units.json"
     once probe-peak bin/ldm bench -m tests/golden/sd15-tiny --component text --dtype bf16 --device cuda --roofline \
         --json "$out/probe-peak.json"
     for graph in on off; do
@@ -125,9 +139,29 @@ run_bench() {
     [ -n "${1:-}" ] || once bench-steps bin/benches-steps --bench --noplot --output-format bencher
 }
 
+# Every line of sweep-*.jsonl is one launch: what the room would take is `chosen`.
+run_sweep() {
+    local dtype status
+    for dtype in bf16 f32; do
+        # It stops by itself, and goes on where it stopped.
+        status=0
+        bin/benches-sweep --dtype $dtype --out "$out/sweep-$dtype.jsonl" --seconds "$(left)" \
+            >>"$out/sweep-$dtype.log" 2>&1 || status=$?
+        [ "$status" != 3 ] || stop "out of time in the sweep"
+        [ "$status" = 0 ] || { code=1; tail -n 5 "$out/sweep-$dtype.log"; }
+        printf '%s: %s launches measured\n' "sweep-$dtype" "$(wc -l <"$out/sweep-$dtype.jsonl")"
+    done
+}
+
 run_torch() {
     python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || { echo "no PyTorch with CUDA: left out"; return 0; }
-    local mode status
+    local mode dtype status
+    # What a call has compiled and tuned, the next one finds again.
+    export TORCHINDUCTOR_CACHE_DIR=$out/inductor
+    while read -r mode dtype; do
+        once "torch-unet-$mode-$dtype" python3 gpu_unet.py --mode "$mode" --dtype "$dtype" --out "$out/torch-unet.jsonl"
+        tail -n 1 "$out/torch-unet-$mode-$dtype.log"
+    done <<<$'eager bf16\ncompiled bf16\neager f32'
     for mode in eager compiled; do
         # It stops by itself, and goes on where it stopped.
         status=0
@@ -141,6 +175,14 @@ run_torch() {
 # Lines `name<TAB>ns<TAB>±ns` of a bench's log.
 benches_of() {
     sed -nE 's/^test (.*) \.\.\. bench: +([0-9,]+) ns\/iter \(\+\/- ([0-9,]+)\)$/\1\t\2\t\3/p' "$1" | tr -d ,
+}
+
+# JSON lines as the elements of a list.
+lines_of() {
+    local file
+    for file in "$@"; do
+        if [ -e "$file" ]; then cat "$file"; fi
+    done | awk '{ printf "%s\n  %s", sep, $0; sep = "," }'
 }
 
 # One JSON file of all there is. The names hold no quotes and no backslashes.
@@ -160,9 +202,9 @@ report() {
             if [ -e "$file" ]; then benches_of "$file"; fi
         done | awk -F '\t' '{ printf "%s\n  {\"name\": \"%s\", \"ns\": %s, \"plus_minus\": %s}", sep, $1, $2, $3; sep = "," }'
         printf '\n],\n"torch": ['
-        for file in "$out"/torch-*.jsonl; do
-            if [ -e "$file" ]; then cat "$file"; fi
-        done | awk '{ printf "%s\n  %s", sep, $0; sep = "," }'
+        lines_of "$out"/torch-*.jsonl
+        printf '\n],\n"sweep": ['
+        lines_of "$out"/sweep-*.jsonl
         printf '\n]'
         for file in "$out"/sd15-*.json "$out"/probe-*.json; do
             [ -e "$file" ] || continue
@@ -199,9 +241,12 @@ case $what in
 pack)
     pack
     ;;
-test | step | probe | bench | torch | report | all)
+probes)
+    probes "${2:?a file to write}"
+    ;;
+test | step | probe | sweep | bench | torch | report | all)
     prepare
-    for part in test step probe bench torch; do
+    for part in test step probe sweep bench torch; do
         if [ "$what" = all ] || [ "$what" = $part ]; then "run_$part" "${2:-}"; fi
     done
     report

@@ -71,7 +71,7 @@ pub fn linear(g: &mut Graph, at: &str, x: Var, o: usize, bias: bool, act: Act) -
     if bias {
         inputs.push(g.weight(&join(at, "bias"), Layout::Same, dtype, [o])?);
     }
-    g.push(at, Linear { epi: Epi { bias, act, ..Epi::default() }, more: 0 }, &inputs)
+    g.push(at, Linear { epi: Epi { bias, act, ..Epi::default() }, ..Linear::default() }, &inputs)
 }
 
 /// Group normalisation with an activation.

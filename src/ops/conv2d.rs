@@ -3,16 +3,19 @@
 //! y[b,h,w,o] = Σ x[b, h·s − top + kh, w·s − left + kw, c] · w[o,kh,kw,c], zero outside; with `upsample` x is first
 //! doubled by nearest neighbour. PyTorch: `F.conv2d`, `F.linear`, `F.interpolate(scale_factor=2)`.
 //! Kernels, one implicit GEMM for both: `kernels/conv2d_mma.cu` on tensor cores, for 16-bit types and channels that are
-//! multiples of 8, and `kernels/conv2d.cu` for the rest.
+//! multiples of 8; `kernels/conv2d_f32.cu` by float units, for f32 and multiples of 4; `kernels/conv2d.cu` for the rest.
 mod cases;
 mod epi;
+mod floats;
 mod fold;
 mod grad;
 mod tensor_cores;
+mod tiles;
 
 pub use epi::{Epi, SLAB};
 pub(super) use fold::{absorb_residual, gates, together};
 pub use grad::{TransposeWeights, WeightGrad, Window};
+pub use tiles::Choice;
 
 use super::Op;
 use super::activation::code;
@@ -23,6 +26,7 @@ use crate::backend::cpu::gemm::{BatchAdd, Conv, ConvShape, Dense, Epilogue, Weig
 use crate::backend::cpu::winograd;
 use crate::kernels::conv2d as k;
 use tensor_cores::Product;
+use tiles::Fast;
 
 /// Convolution of x (B,H,W,C) with w (O,KH,KW,C); further inputs in the order of [`Epi`], then those of the shortcut.
 #[derive(Clone, PartialEq, Debug)]
@@ -40,6 +44,8 @@ pub struct Conv2d {
     /// Inputs u (B,H',W',U) and, with 2, v (B,H',W',V), then their weights (O,U+V) and bias (O): the 1×1 convolution of
     /// their concatenation is added to the sum, as a residual block that changes its channels does.
     pub shortcut: usize,
+    /// Tile and splits on a GPU, for measurements and tests; by default the room chooses.
+    pub choice: Option<Choice>,
 }
 
 /// Matrix product of x (…,C) with w (O,C); further inputs in the order of [`Epi`].
@@ -50,6 +56,8 @@ pub struct Linear {
     /// Two: further weights (O,C) follow w, and y (…,3·O) holds the three products side by side, such as queries, keys and
     /// values. Takes nothing of [`Epi`].
     pub more: usize,
+    /// Tile and splits on a GPU, for measurements and tests; by default the room chooses.
+    pub choice: Option<Choice>,
 }
 
 const WANT: &str = "x (B,H,W,C), w (O,KH,KW,C)[, bias (O)][, time (B or 1,O)[, counter (4) i32]][, residual (B,H',W',O)]\
@@ -58,6 +66,8 @@ const WANT: &str = "x (B,H,W,C), w (O,KH,KW,C)[, bias (O)][, time (B or 1,O)[, c
 const WANT_LINEAR: &str = "x (…,C), w (O,C)[, bias (O)][, residual (…,O)], or x and three weights (O,C), one float type \
     (with gates, statistics or three weights a 16-bit one, C a multiple of 8; with gates w (2·O,C), bias (2·O), O a multiple of 8; \
     with three weights O a multiple of 16)";
+const WANT_CHOICE: &str =
+    "inputs that the tile and the splits suit which are asked for: `choices` lists those that do";
 
 impl Epi {
     /// Reads what both rooms have in common; `f` multiplies. `pixels` are the rows of y that one row of `time` serves.
@@ -146,7 +156,7 @@ impl Conv2d {
     pub fn same(kernel: usize) -> Conv2d {
         let p = kernel / 2;
         let epi = Epi { bias: true, ..Epi::default() };
-        Conv2d { stride: 1, pad: [p; 4], upsample: false, phases: false, epi, shortcut: 0 }
+        Conv2d { stride: 1, pad: [p; 4], upsample: false, phases: false, epi, shortcut: 0, choice: None }
     }
 
     fn shape(&self, x: Shape, w: Shape) -> Option<ConvShape> {
@@ -238,8 +248,10 @@ impl Operation for Conv2d {
         };
         ensure!(!self.phases || keeps(), Self::NAME, WANT, x);
         ensure!(self.epi.fits(x, y.shape[3], y) && self.shortcut_fits(x, y), Self::NAME, WANT, x);
-        let fused = self.shortcut > 0 || self.phases || self.epi.fused();
+        let fused = self.shortcut > 0 || self.epi.fused();
         ensure!(!fused || Product::conv(self, x).is_some(), Self::NAME, WANT, x);
+        ensure!(!self.phases || Fast::conv(self, x).is_some(), Self::NAME, WANT, x);
+        ensure!(self.choice.is_none() || Fast::conv(self, x).is_some(), Self::NAME, WANT_CHOICE, x);
         Ok(self.epi.outputs(y))
     }
 
@@ -295,7 +307,7 @@ impl Operation for Conv2d {
 
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
         let Some(s) = self.shape(io.x_spec(0).shape, io.x_spec(1).shape) else { return Ok(()) };
-        if let Some(product) = Product::conv(self, &specs(io)) {
+        if let Some(product) = Fast::conv(self, &specs(io)) {
             return product.launch_conv(self, &s, io);
         }
         let p = k::Conv2dFwd {
@@ -320,7 +332,7 @@ impl Operation for Conv2d {
     }
 
     fn scratch(&self, x: &[Spec], _y: &[Spec]) -> usize {
-        Product::conv(self, x).map_or(0, |product| product.partial_bytes())
+        Fast::conv(self, x).map_or(0, |product| product.partial_bytes())
     }
 
     fn fuse(&self, g: &Graph, at: Var, target: Target) -> Option<Rewrite> {
@@ -328,14 +340,19 @@ impl Operation for Conv2d {
     }
 
     fn variant(&self, x: &[Spec]) -> &'static str {
-        Product::conv(self, x).map_or("", |product| product.variant())
+        Fast::conv(self, x).map_or("", |product| product.variant())
     }
 
     fn launches(&self, x: &[Spec]) -> Vec<LaunchPlan> {
-        Product::conv(self, x).map(|product| product.plan(x[0].dtype)).into_iter().collect()
+        Fast::conv(self, x).map(|product| product.plan(x[0].dtype)).into_iter().collect()
     }
 
-    /// Behind an upsampling: four 2×2 convolutions, where tensor cores take them.
+    fn choices(&self, x: &[Spec]) -> Vec<Op> {
+        let with = |choice| Conv2d { choice: Some(choice), ..self.clone() }.into();
+        Fast::choices_conv(self, x).into_iter().map(with).collect()
+    }
+
+    /// Behind an upsampling: four 2×2 convolutions, where a kernel with tiles takes them.
     fn prepared(&self, x: &[Spec]) -> Option<(Op, usize, Op)> {
         let op = Conv2d { phases: true, ..self.clone() };
         let w = super::PhaseWeights.infer(&x[1..2]).ok()?[0];
@@ -397,6 +414,7 @@ impl Operation for Linear {
         let y = Spec::new(x[0].dtype, x[0].shape.with_last(self.epi.columns(rows)));
         ensure!(self.epi.fits(x, rows, y), Self::NAME, WANT_LINEAR, x);
         ensure!(!self.epi.fused() || Product::linear(self, x).is_some(), Self::NAME, WANT_LINEAR, x);
+        ensure!(self.choice.is_none() || Fast::linear(self, x).is_some(), Self::NAME, WANT_CHOICE, x);
         Ok(self.epi.outputs(y))
     }
 
@@ -427,7 +445,7 @@ impl Operation for Linear {
     }
 
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
-        if let Some(product) = Product::linear(self, &specs(io)) {
+        if let Some(product) = Fast::linear(self, &specs(io)) {
             return product.launch_linear(self, io);
         }
         let s = io.x_spec(0).shape;
@@ -451,15 +469,20 @@ impl Operation for Linear {
     }
 
     fn scratch(&self, x: &[Spec], _y: &[Spec]) -> usize {
-        Product::linear(self, x).map_or(0, |product| product.partial_bytes())
+        Fast::linear(self, x).map_or(0, |product| product.partial_bytes())
     }
 
     fn variant(&self, x: &[Spec]) -> &'static str {
-        Product::linear(self, x).map_or("", |product| product.variant())
+        Fast::linear(self, x).map_or("", |product| product.variant())
     }
 
     fn launches(&self, x: &[Spec]) -> Vec<LaunchPlan> {
-        Product::linear(self, x).map(|product| product.plan(x[0].dtype)).into_iter().collect()
+        Fast::linear(self, x).map(|product| product.plan(x[0].dtype)).into_iter().collect()
+    }
+
+    fn choices(&self, x: &[Spec]) -> Vec<Op> {
+        let with = |choice| Linear { choice: Some(choice), ..self.clone() }.into();
+        Fast::choices_linear(self, x).into_iter().map(with).collect()
     }
 
     fn with_stats(&self, x: &[Spec]) -> Option<Op> {

@@ -21,6 +21,10 @@ pub const MMA: f64 = 470e6;
 /// FLOP in a microsecond on 16-bit types by the best instructions that the card has.
 const PEAK: f64 = 790e6;
 
+/// FLOP in a microsecond in f32 by float units, on the whole card: 128 of them in a multiprocessor of compute capability 9.0
+/// (CUDA C++ Programming Guide, "Arithmetic Instructions": 128 results of a 32-bit multiply-add per clock).
+pub const FFMA: f64 = 2.0 * 128.0 * MULTIPROCESSORS as f64 * CLOCK;
+
 /// FLOP in a microsecond by a kernel that uses no tensor cores: a guess, a sixth of what the float units could do.
 pub(super) const PLAIN: f64 = 10e6;
 
@@ -100,6 +104,11 @@ pub fn floor(cost: Cost) -> f64 {
 /// Microseconds below which no kernel does it by `mma.sync`.
 pub fn mma_floor(cost: Cost) -> f64 {
     f64::max(cost.flops / MMA, cost.bytes / MEMORY)
+}
+
+/// Microseconds below which no kernel does it in f32 by float units.
+pub fn f32_floor(cost: Cost) -> f64 {
+    f64::max(cost.flops / FFMA, cost.bytes / MEMORY)
 }
 
 /// Kernels that an op launches, and the predicted time of all of them. A room that does not say is taken to launch

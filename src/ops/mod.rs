@@ -185,6 +185,12 @@ pub trait Operation: Clone + PartialEq + Debug + Into<Op> {
         vec![]
     }
 
+    /// This op with each of the launches that its kernel could make for these inputs, for a measurement; empty where there is
+    /// nothing to choose.
+    fn choices(&self, _x: &[Spec]) -> Vec<Op> {
+        vec![]
+    }
+
     /// The shapes that tests and benches walk.
     fn cases() -> Vec<Case>;
 
@@ -294,6 +300,8 @@ macro_rules! define {
             pub fn variant(&self, x: &[Spec]) -> &'static str { each!(self, op => op.variant(x)) }
             /// [`Operation::launches`].
             pub fn launches(&self, x: &[Spec]) -> Vec<LaunchPlan> { each!(self, op => op.launches(x)) }
+            /// [`Operation::choices`].
+            pub fn choices(&self, x: &[Spec]) -> Vec<Op> { each!(self, op => op.choices(x)) }
         }
 
         fn name_of(op: &Op) -> &'static str {
@@ -306,7 +314,7 @@ rooms!(define);
 
 pub use activation::Act;
 pub use cast::cast;
-pub use conv2d::{Epi, SLAB, Window};
+pub use conv2d::{Choice, Epi, SLAB, Window};
 pub use group_norm::Given;
 pub use group_stats::channel_stats;
 pub use loss::Distance;

@@ -2,7 +2,7 @@
 
 use super::super::activation::Act;
 use super::super::prelude::*;
-use super::{Conv2d, Epi, Linear};
+use super::{Choice, Conv2d, Epi, Linear};
 
 const SIXTEEN: &[DType] = &[DType::F16, DType::BF16];
 
@@ -43,7 +43,8 @@ pub(super) fn conv() -> Vec<Case> {
     let phases = |stats: bool, x: [usize; 4], o: usize| {
         let epi = Epi { stats, ..up.epi.clone() };
         let w = t([4, o, 2, 2, x[3]]).normal(0.0, 1.0 / (2.0 * (x[3] as f64).sqrt()));
-        Case::new(Conv2d { epi, phases: true, ..up.clone() }, [t(x), w, t([o])]).only(SIXTEEN)
+        let case = Case::new(Conv2d { epi, phases: true, ..up.clone() }, [t(x), w, t([o])]);
+        if stats { case.only(SIXTEEN) } else { case }
     };
     let mut small = vec![
         conv(same(3), [1, 1, 1, 1], 1, 3),
@@ -85,6 +86,17 @@ pub(super) fn conv() -> Vec<Case> {
         conv(stats(&down([1; 4])), [1, 16, 16, 256], 40, 3).only(SIXTEEN),
         conv(stats(&same(3)), [129, 8, 8, 8], 256, 3).only(SIXTEEN),
     ];
+    // Tiles of the f32 kernel that small sizes do not take by themselves, with rows and columns to spare, whole and split.
+    let asked =
+        |variant, splits, op: &Conv2d| Conv2d { choice: Some(Choice { variant, splits }), ..op.clone() };
+    let asked = |variant, splits, op, x, o| conv(asked(variant, splits, op), x, o, 3).only(&[DType::F32]);
+    small.extend([
+        asked("BM=128,BN=128", 1, &full(Act::Silu), [2, 9, 11, 20], 132),
+        asked("BM=128,BN=128", 2, &same(3), [2, 8, 9, 16], 130),
+        asked("BM=128,BN=64", 1, &up, [1, 9, 8, 12], 68),
+        asked("BM=128,BN=64", 2, &full(Act::None), [3, 8, 8, 16], 100),
+        asked("BM=64,BN=64", 1, &down([1; 4]), [2, 16, 18, 36], 65),
+    ]);
     let real = |op, [b, side, c, o]: [usize; 4], k| conv(op, [b, side, side, c], o, k).weights(1..3).bench();
     for &(b, side, c, outs) in REAL {
         // A block that changes the channels has a 1×1 beside it; one that does not may change the size.
@@ -109,8 +121,7 @@ pub(super) fn random_conv(r: &mut Small) -> Case {
     pad[2] += k.saturating_sub(x[1] + pad[0] + pad[2]);
     pad[3] += k.saturating_sub(x[2] + pad[1] + pad[3]);
     let epi = Epi { bias: r.below(2) == 0, time: r.below(3) == 0, ..Epi::default() };
-    let op =
-        Conv2d { stride: r.below(2) + 1, pad, upsample: r.below(4) == 0, phases: false, epi, shortcut: 0 };
+    let op = Conv2d { stride: r.below(2) + 1, pad, upsample: r.below(4) == 0, epi, ..Conv2d::same(k) };
     let w = t([o, k, k, x[3]]).normal(0.0, 1.0 / (k as f64 * (x[3] as f64).sqrt()));
     let mut args = vec![t(x), w];
     args.extend(op.epi.bias.then(|| t([o])));
@@ -124,7 +135,7 @@ pub(super) fn linear() -> Vec<Case> {
         let mut args = vec![t(x), t([o, c]).normal(0.0, 1.0 / (c as f64).sqrt())];
         args.extend(epi.bias.then(|| t([o])));
         args.extend(epi.residual.then(|| t(Shape::new(x).with_last(o))));
-        Case::new(Linear { epi, more: 0 }, args)
+        Case::new(Linear { epi, ..Linear::default() }, args)
     };
     let bias = Epi { bias: true, ..Epi::default() };
     let res = Epi { residual: true, ..bias.clone() };
@@ -174,7 +185,7 @@ pub(super) fn random_linear(r: &mut Small) -> Case {
     let mut args = vec![t([rows, c]), t([o, c]).normal(0.0, 1.0 / (c as f64).sqrt())];
     args.extend(epi.bias.then(|| t([o])));
     args.extend(epi.residual.then(|| t([rows, o])));
-    Case::new(Linear { epi, more: 0 }, args)
+    Case::new(Linear { epi, ..Linear::default() }, args)
 }
 
 /// Convolutions 3×3 that keep the size, for the benches: images, side, C, each O. UNets of SD 1.5 (64×64 latents), SDXL

@@ -12,7 +12,7 @@ pub(in crate::ops) fn absorb_residual(g: &Graph, at: Var) -> Option<Rewrite> {
         let node = g.maker(product).filter(|_| uses[product.index()] == 1 && product != other)?;
         let mut op = node.op.clone();
         match &mut op {
-            Op::Conv2d(Conv2d { epi, .. }) | Op::Linear(Linear { epi, more: 0 }) if !epi.residual => {
+            Op::Conv2d(Conv2d { epi, .. }) | Op::Linear(Linear { epi, more: 0, .. }) if !epi.residual => {
                 epi.residual = true
             }
             _ => return None,
@@ -44,7 +44,7 @@ pub(super) fn shortcut(g: &Graph, at: Var, target: Target) -> Option<Rewrite> {
     }
     let linear = sole(g, node.x[residual])?;
     let plain = Epi { bias: true, ..Epi::default() };
-    if linear.op != Op::Linear(Linear { epi: plain, more: 0 }) {
+    if linear.op != Op::Linear(Linear { epi: plain, ..Linear::default() }) {
         return None;
     }
     let from = linear.x[0];
@@ -64,9 +64,9 @@ pub(super) fn shortcut(g: &Graph, at: Var, target: Target) -> Option<Rewrite> {
 pub(in crate::ops) fn gates(g: &Graph, at: Var, target: Target) -> Option<Rewrite> {
     let node = g.maker(at).filter(|_| target == Target::Cuda)?;
     let product = sole(g, node.x[0])?;
-    let Op::Linear(Linear { epi, more: 0 }) = &product.op else { return None };
+    let Op::Linear(Linear { epi, more: 0, choice: None }) = &product.op else { return None };
     let plain = Epi { bias: epi.bias, ..Epi::default() };
-    let glu = Linear { epi: Epi { glu: true, ..epi.clone() }, more: 0 };
+    let glu = Linear { epi: Epi { glu: true, ..epi.clone() }, ..Linear::default() };
     if *epi == plain { offer(g, glu, product.x.clone()) } else { None }
 }
 

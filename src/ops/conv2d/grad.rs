@@ -72,8 +72,7 @@ impl Conv2d {
         let before = [window[1] - 1 - top, window[2] - 1 - left];
         let after = [0, 1].map(|i| size[i] + window[1 + i] - 1 - before[i] - d[1 + i]);
         let pad = [before[0], before[1], after[0], after[1]];
-        let epi = Epi::default();
-        let op = Conv2d { stride: 1, pad, upsample: false, phases: false, epi, shortcut: 0 };
+        let op = Conv2d { pad, epi: Epi::default(), ..Conv2d::same(1) };
         let dx = g.push("dx", op, &[dz, w])?;
         if self.upsample { g.push("dx.pooled", SumPool, &[dx]) } else { Ok(dx) }
     }
@@ -84,7 +83,7 @@ impl Linear {
         if !plain(&self.epi) || self.more > 0 {
             return Err(Error::NoGradient(Self::NAME));
         }
-        let bare = Linear { epi: Epi { act: Act::None, residual: false, ..self.epi.clone() }, more: 0 };
+        let bare = Linear { epi: Epi { act: Act::None, residual: false, ..self.epi.clone() }, ..self.clone() };
         let (dz, mut dx) = epilogue(bare.into(), &self.epi, g, x, dy)?;
         dx[1] = Some(g.push("dw", WeightGrad { window: None }, &[x[0], dz])?);
         let w = g.push("w.transposed", TransposeWeights, &[x[1]])?;
@@ -122,7 +121,7 @@ impl WeightGrad {
             let one = ConvShape { b: 1, h: rows, w: 1, c, kh: 1, kw: 1, stride: 1, ..ConvShape::default() };
             return Some(ConvShape { out_h: rows, out_w: 1, ..one });
         };
-        let op = Conv2d { stride, pad, upsample, phases: false, epi: Epi::default(), shortcut: 0 };
+        let op = Conv2d { stride, pad, upsample, epi: Epi::default(), ..Conv2d::same(1) };
         op.shape(x, [dy.last(), kernel[0], kernel[1], x.last()].into())
     }
 

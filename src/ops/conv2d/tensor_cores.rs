@@ -2,26 +2,15 @@
 
 use super::super::activation::code;
 use super::super::prelude::*;
+use super::tiles::{Choice, Sums, Tile, tile};
 use super::{Conv2d, Epi, Linear, SLAB};
 use crate::backend::cpu::gemm::ConvShape;
 use crate::kernels::DevicePtr;
 use crate::kernels::conv2d_mma as k;
 
-/// A variant of the kernel.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Tile {
-    name: &'static str,
-    rows: usize,
-    columns: usize,
-}
-
-const fn tile(name: &'static str, rows: usize, columns: usize) -> Tile {
-    Tile { name, rows, columns }
-}
-
 /// 160 divides the channels of the Stable Diffusion family, 128 those of the autoencoders; lower tiles are for the small
 /// levels, and the narrow one for the last layers.
-const TILES: [Tile; 5] = [
+pub(super) const TILES: [Tile; 5] = [
     tile("BM=128,BN=160", 128, 160),
     tile("BM=128,BN=128", 128, 128),
     tile("BM=64,BN=160", 64, 160),
@@ -29,71 +18,54 @@ const TILES: [Tile; 5] = [
     tile("BM=64,BN=16", 64, 16),
 ];
 
-/// Most parts that a sum is split into.
-const MOST_SPLITS: usize = 16;
-
 /// One product as the kernel sees it.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub(super) struct Product {
-    /// Rows of y.
-    m: usize,
-    /// Rows of w.
-    n: usize,
-    /// Blocks of `BK` channels in the sum.
-    blocks: usize,
+    sums: Sums,
     tile: Tile,
     splits: usize,
 }
 
-impl Tile {
-    fn count(self, m: usize, n: usize) -> usize {
-        m.div_ceil(self.rows) * n.div_ceil(self.columns)
-    }
-
-    /// Microseconds that a product takes by a model of an H200: tensor cores at 470 TFLOP/s through `mma.sync`, 128 bytes of
-    /// shared memory per clock and multiprocessor, 6153 bytes of operands per clock from the second-level cache, 4.3 TB/s of
-    /// memory, and a wave of blocks as long as its slowest. Not measured: it orders the choices.
-    fn microseconds(self, m: usize, n: usize, blocks: usize, splits: usize) -> f64 {
-        const SMS: f64 = launch::MULTIPROCESSORS as f64;
-        const FMA: f64 = launch::MMA / 2.0 / SMS / launch::CLOCK; // per clock and multiprocessor
-        let [bm, bn, bk, splits] = [self.rows, self.columns, k::BK, splits].map(|n| n as f64);
-        let (warps_n, warps) = (if self.columns >= 64 { 2.0 } else { 1.0 }, 4.0);
-        let read = warps * (bm / (warps / warps_n) + bn / warps_n) * bk * 2.0;
-        let write = (bm + bn) * bk * 2.0;
-        let grid = self.count(m, n) as f64 * splits;
-        let each = (grid / SMS).ceil(); // blocks that one multiprocessor runs
-        let alone = if each < 2.0 { 1.2 } else { 1.0 }; // nothing hides the latencies of a single one
-        let steps = (blocks as f64 / splits).ceil();
-        let step = f64::max(bm * bn * bk / FMA, (read + write) / 128.0) * alone;
-        let parts = if splits > 1.0 { bm * bn * 4.0 * 2.0 / 40.0 } else { 0.0 };
-        let end = bm * bn * 8.0 / 128.0 * 1.5 + parts;
-        let clocks = f64::max(each * (steps * step + end) + 1500.0, grid * steps * write / 6153.0);
-        let bytes = (n * blocks) as f64 * bk * 2.0;
-        f64::max(clocks / launch::CLOCK, bytes / launch::MEMORY) + launch::GAP
-    }
+/// Microseconds that a product takes by a model of an H200: tensor cores at 470 TFLOP/s through `mma.sync`, 128 bytes of
+/// shared memory per clock and multiprocessor, 6153 bytes of operands per clock from the second-level cache, 4.3 TB/s of
+/// memory, and a wave of blocks as long as its slowest. Not measured: it orders the choices.
+fn microseconds(tile: Tile, &Sums { m, n, blocks, .. }: &Sums, splits: usize) -> f64 {
+    const SMS: f64 = launch::MULTIPROCESSORS as f64;
+    const FMA: f64 = launch::MMA / 2.0 / SMS / launch::CLOCK; // per clock and multiprocessor
+    let [bm, bn, bk, splits] = [tile.rows, tile.columns, k::BK, splits].map(|n| n as f64);
+    let (warps_n, warps) = (if tile.columns >= 64 { 2.0 } else { 1.0 }, 4.0);
+    let read = warps * (bm / (warps / warps_n) + bn / warps_n) * bk * 2.0;
+    let write = (bm + bn) * bk * 2.0;
+    let grid = tile.count(m, n) as f64 * splits;
+    let each = (grid / SMS).ceil(); // blocks that one multiprocessor runs
+    let alone = if each < 2.0 { 1.2 } else { 1.0 }; // nothing hides the latencies of a single one
+    let steps = (blocks as f64 / splits).ceil();
+    let step = f64::max(bm * bn * bk / FMA, (read + write) / 128.0) * alone;
+    let parts = if splits > 1.0 { bm * bn * 4.0 * 2.0 / 40.0 } else { 0.0 };
+    let end = bm * bn * 8.0 / 128.0 * 1.5 + parts;
+    let clocks = f64::max(each * (steps * step + end) + 1500.0, grid * steps * write / 6153.0);
+    let bytes = (n * blocks) as f64 * bk * 2.0;
+    f64::max(clocks / launch::CLOCK, bytes / launch::MEMORY) + launch::GAP
 }
 
 impl Product {
-    /// The tile and the number of splits with the least predicted time.
-    /// Tiles are of `part` columns or of a divisor of it, and of a divisor of `rows` where that is not all of them.
-    fn new([m, n, blocks]: [usize; 3], part: usize, rows: usize) -> Product {
-        let whole = |t: &Tile| (part == n || part % t.columns == 0) && (rows == m || rows % t.rows == 0);
-        let mut best = Product { m, n, blocks, tile: TILES[0], splits: 1 };
-        let mut least = f64::INFINITY;
-        for tile in TILES.into_iter().filter(whole) {
-            for splits in 1..=MOST_SPLITS.min(blocks / 4).max(1) {
-                let time = tile.microseconds(m, n, blocks, splits);
-                let counted = splits == 1 || tile.count(m, n) <= cuda::COUNTERS;
-                if counted && time < 0.98 * least {
-                    (best, least) = (Product { m, n, blocks, tile, splits }, time);
-                }
-            }
-        }
-        best
+    fn new(sums: Sums, asked: Option<Choice>) -> Option<Product> {
+        let (tile, splits) = sums.choose(&TILES, asked, |tile, splits| microseconds(tile, &sums, splits))?;
+        Some(Product { sums, tile, splits })
     }
 
     /// As the kernel takes a convolution; `None` for what it does not take.
     pub(super) fn conv(op: &Conv2d, x: &[Spec]) -> Option<Product> {
+        Product::new(Product::sums_conv(op, x)?, op.choice)
+    }
+
+    /// As the kernel takes a matrix product; `None` for what it does not take.
+    pub(super) fn linear(op: &Linear, x: &[Spec]) -> Option<Product> {
+        Product::new(Product::sums_linear(op, x)?, op.choice)
+    }
+
+    /// A convolution as the kernel takes it; `None` for what it does not take.
+    pub(super) fn sums_conv(op: &Conv2d, x: &[Spec]) -> Option<Sums> {
         let s = op.shape(x[0].shape, x[1].shape)?;
         let first = op.epi.inputs().end;
         let others: Vec<usize> = x[first..].iter().take(op.shortcut).map(|s| s.shape.last()).collect();
@@ -110,11 +82,11 @@ impl Product {
         let (rows, taps) = if op.phases { (s.h * s.w, 4) } else { (m, s.kh * s.kw) };
         let sum = taps * blocks(s.c) + others.into_iter().map(blocks).sum::<usize>();
         let fits = fits && m * n > 0 && (!op.phases || rows % SLAB == 0);
-        fits.then(|| Product::new([m, n, sum], n, rows))
+        fits.then_some(Sums { rows, ..Sums::new(m, n, sum) })
     }
 
-    /// As the kernel takes a matrix product; `None` for what it does not take.
-    pub(super) fn linear(op: &Linear, x: &[Spec]) -> Option<Product> {
+    /// A matrix product as the kernel takes it; `None` for what it does not take.
+    pub(super) fn sums_linear(op: &Linear, x: &[Spec]) -> Option<Sums> {
         let (m, c, part) = (x[0].shape.rows(), x[0].shape.last(), x[1].shape[0]);
         let n = part * (1 + op.more);
         let fits = takes(x)
@@ -122,13 +94,12 @@ impl Product {
             && m * n * c > 0
             && (!op.epi.glu || n % 16 == 0)
             && (op.more == 0 || part % 16 == 0);
-        fits.then(|| Product::new([m, n, c.div_ceil(k::BK)], part, m))
+        fits.then(|| Sums { part, ..Sums::new(m, n, c.div_ceil(k::BK)) })
     }
 
     /// Bytes of the partial sums.
     pub(super) fn partial_bytes(&self) -> usize {
-        let Tile { rows, columns, .. } = self.tile;
-        if self.splits == 1 { 0 } else { self.splits * self.tile.count(self.m, self.n) * rows * columns * 4 }
+        self.tile.partial_bytes(self.sums.m, self.sums.n, self.splits)
     }
 
     /// Name of the kernel variant.
@@ -138,12 +109,12 @@ impl Product {
 
     /// Blocks along x, y and z.
     fn grid(&self) -> [usize; 3] {
-        [self.m.div_ceil(self.tile.rows), self.n.div_ceil(self.tile.columns), self.splits]
+        [self.sums.m.div_ceil(self.tile.rows), self.sums.n.div_ceil(self.tile.columns), self.splits]
     }
 
     /// The launch, and its time by the model.
     pub(super) fn plan(&self, dtype: DType) -> LaunchPlan {
-        let time = self.tile.microseconds(self.m, self.n, self.blocks, self.splits);
+        let time = microseconds(self.tile, &self.sums, self.splits);
         let plan = LaunchPlan::new(k::CONV2D_MMA, dtype, self.tile.name, self.grid(), k::BLOCK, time);
         LaunchPlan { splits: self.splits, ..plan }
     }
@@ -169,9 +140,7 @@ impl Product {
         if op.phases {
             (p.phases, p.upsample, p.kh, p.kw, p.w_row) = (1, 0, 2, 2, 4 * p.c);
         }
-        // A 1×1 window that meets each pixel once is no window.
-        p.flat = ((s.kh, s.kw, s.stride, s.pad_top, s.pad_left, s.upsample) == (1, 1, 1, 0, 0, false)
-            && (s.out_h, s.out_w) == (s.h, s.w)) as i32;
+        p.flat = s.pointwise() as i32;
         if op.shortcut > 0 {
             let first = op.epi.inputs().end;
             let width = |i: usize| io.x_spec(first + i).shape.last();
@@ -199,7 +168,7 @@ impl Product {
             c,
             kh: 1,
             kw: 1,
-            out_h: io.int(self.m)?,
+            out_h: io.int(self.sums.m)?,
             out_w: 1,
             flat: 1,
             w_row: c,
@@ -218,7 +187,8 @@ impl Product {
         p.counter = input(at.step);
         p.time_rows = if epi.time { io.int(io.x_spec(at.time).shape.rows())? } else { 1 };
         p.stats = if epi.stats { io.y(1) } else { DevicePtr::NULL };
-        (p.m, p.o, p.blocks) = (io.int(self.m)?, io.int(epi.columns(self.n))?, io.int(self.blocks)?);
+        let Sums { m, n, blocks, .. } = self.sums;
+        (p.m, p.o, p.blocks) = (io.int(m)?, io.int(epi.columns(n))?, io.int(blocks)?);
         (p.act, p.glu) = (code(epi.act), epi.glu as i32);
         if self.splits > 1 {
             (p.partial, p.counters) = (io.scratch, io.counters()?);
@@ -246,7 +216,7 @@ mod tests {
     }
 
     fn chosen(m: usize, n: usize, k: usize) -> (&'static str, usize) {
-        let p = Product::new([m, n, k / 32], n, m);
+        let p = Product::new(Sums::new(m, n, k / 32), None).unwrap();
         (p.tile.name, p.splits)
     }
 
@@ -265,8 +235,8 @@ mod tests {
             (262144, 128, 1152),
             (8192, 4, 2880),
         ] {
-            let p = Product::new([m, n, k / 32], n, m);
-            let us = p.tile.microseconds(m, n, k / 32, p.splits);
+            let p = Product::new(Sums::new(m, n, k / 32), None).unwrap();
+            let us = p.plan(DType::F16).microseconds;
             let rate = 2.0 * (m * n * k) as f64 / us / 1e6;
             println!("{m} {n} {k}: {:?} {us:.1} us, {rate:.0} TFLOP/s", chosen(m, n, k));
         }
@@ -274,8 +244,8 @@ mod tests {
 
     #[test]
     fn a_case_with_statistics_ends_half_way_through_a_tile() {
-        let p = Product::new([129 * SLAB, 256, 9], 256, 129 * SLAB);
-        assert_eq!((p.tile.rows, p.m % p.tile.rows), (128, SLAB), "{p:?}");
+        let p = Product::new(Sums::new(129 * SLAB, 256, 9), None).unwrap();
+        assert_eq!((p.tile.rows, p.sums.m % p.tile.rows), (128, SLAB), "{p:?}");
         let case = |c: &Case| {
             matches!(&c.op, crate::ops::Op::Conv2d(op) if op.epi.stats) && *c.args[0].shape == [129, 8, 8, 8]
         };

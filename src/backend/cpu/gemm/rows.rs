@@ -169,6 +169,14 @@ pub struct ConvShape {
     pub upsample: bool,
 }
 
+impl ConvShape {
+    /// Whether the window is of one pixel and meets each pixel of x once: a matrix product.
+    pub fn pointwise(&self) -> bool {
+        (self.kh, self.kw, self.stride, self.pad_top, self.pad_left, self.upsample) == (1, 1, 1, 0, 0, false)
+            && (self.out_h, self.out_w) == (self.h, self.w)
+    }
+}
+
 /// A convolution's input as a matrix: row m = (b·H' + oh)·W' + ow, column k = (kh·KW + kw)·C + c.
 #[derive(Clone, Copy)]
 pub struct Conv<'a> {
