@@ -3,8 +3,9 @@
 //! y[b,h,w,o] = Σ x[b, h·s − top + kh, w·s − left + kw, c] · w[o,kh,kw,c], zero outside; with `upsample` x is first
 //! doubled by nearest neighbour. PyTorch: `F.conv2d`, `F.linear`, `F.interpolate(scale_factor=2)`.
 //! Kernels, one implicit GEMM for both: `kernels/conv2d_mma.cu` on tensor cores, for 16-bit types and channels that are
-//! multiples of 8, and `kernels/conv2d.cu` for the rest.
+//! multiples of 8, and `kernels/conv2d.cu` for the rest; `kernels/conv2d_edge.cu` for first layers in 16 bits.
 mod cases;
+mod edge;
 mod epi;
 mod fold;
 mod tensor_cores;
@@ -20,6 +21,7 @@ use crate::backend::cpu::SliceMut;
 use crate::backend::cpu::gemm::{BatchAdd, Conv, ConvShape, Dense, Epilogue, Weights, gemm, working_bytes};
 use crate::backend::cpu::winograd;
 use crate::kernels::conv2d as k;
+use edge::Edge;
 use tensor_cores::Product;
 
 /// Convolution of x (B,H,W,C) with w (O,KH,KW,C); further inputs in the order of [`Epi`], then those of the shortcut.
@@ -52,7 +54,7 @@ pub struct Linear {
 
 const WANT: &str = "x (B,H,W,C), w (O,KH,KW,C)[, bias (O)][, time (B or 1,O)[, counter (4) i32]][, residual (B,H',W',O)]\
     [, u (B,H',W',U)[, v (B,H',W',V)], w (O,U+V), bias (O)], one float type (with shortcut or statistics a 16-bit one, with \
-    C, U, V multiples of 8 and H'·W' of 64)";
+    C, U, V multiples of 8, or as a first layer, and H'·W' of 64)";
 const WANT_LINEAR: &str = "x (…,C), w (O,C)[, bias (O)][, residual (…,O)], or x and three weights (O,C), one float type \
     (with gates, statistics or three weights a 16-bit one, C a multiple of 8; with gates w (2·O,C), bias (2·O), O a multiple of 8; \
     with three weights O a multiple of 16)";
@@ -237,7 +239,8 @@ impl Operation for Conv2d {
         ensure!(!self.phases || keeps(), Self::NAME, WANT, x);
         ensure!(self.epi.fits(x, y.shape[3], y) && self.shortcut_fits(x, y), Self::NAME, WANT, x);
         let fused = self.shortcut > 0 || self.phases || self.epi.fused();
-        ensure!(!fused || Product::conv(self, x).is_some(), Self::NAME, WANT, x);
+        let takes = || Edge::conv(self, x).is_some() || Product::conv(self, x).is_some();
+        ensure!(!fused || takes(), Self::NAME, WANT, x);
         Ok(self.epi.outputs(y))
     }
 
@@ -293,6 +296,9 @@ impl Operation for Conv2d {
 
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
         let Some(s) = self.shape(io.x_spec(0).shape, io.x_spec(1).shape) else { return Ok(()) };
+        if let Some(edge) = Edge::conv(self, &specs(io)) {
+            return edge.launch(self, &s, io);
+        }
         if let Some(product) = Product::conv(self, &specs(io)) {
             return product.launch_conv(self, &s, io);
         }
@@ -314,6 +320,9 @@ impl Operation for Conv2d {
     }
 
     fn scratch(&self, x: &[Spec], _y: &[Spec]) -> usize {
+        if Edge::conv(self, x).is_some() {
+            return 0;
+        }
         Product::conv(self, x).map_or(0, |product| product.partial_bytes())
     }
 
@@ -322,11 +331,13 @@ impl Operation for Conv2d {
     }
 
     fn variant(&self, x: &[Spec]) -> &'static str {
-        Product::conv(self, x).map_or("", |product| product.variant())
+        let product = || Product::conv(self, x).map(|product| product.variant());
+        Edge::conv(self, x).map(|edge| edge.variant()).or_else(product).unwrap_or_default()
     }
 
     fn launches(&self, x: &[Spec]) -> Vec<LaunchPlan> {
-        Product::conv(self, x).map(|product| product.plan(x[0].dtype)).into_iter().collect()
+        let product = || Product::conv(self, x).map(|product| product.plan(x[0].dtype));
+        Edge::conv(self, x).map(|edge| edge.plan(x[0].dtype)).or_else(product).into_iter().collect()
     }
 
     /// Behind an upsampling: four 2×2 convolutions, where tensor cores take them.
