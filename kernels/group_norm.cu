@@ -1,4 +1,5 @@
-// y = act((x - mean) * rstd * w + bias), statistics over the pixels and channels of a group. Grid: (G, B); a block owns
+// y = act(((x - mean) * rstd * w + bias) * (1 + scale) + shift), statistics over the pixels and channels of a group, scale and
+// shift (zeros without `film`) of an image and channel. Grid: (G, B); a block owns
 // one group of one image, in three passes: mean, variance about it, result. Sums are of x - pivot, with the group's first
 // element as pivot, so that a mean far from zero costs no digits; the mean is kept as a pair for the same reason.
 #include "dev.cuh"
@@ -10,6 +11,9 @@ struct GroupNormFwd {
     const T* x;     // (B,HW,C)
     const T* w;     // (C)
     const T* bias;  // (C)
+    const T* film;       // (film_rows,2·C) or null: scales, shifts
+    const int* counter;  // null, or the row of film that serves every image
+    int film_rows;       // 1, or one per image; any number with a counter
     int hw, c, groups;
     float eps;
     int act;
@@ -40,11 +44,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_fwd(const __grid_
     }
     const float rstd = rsqrt_f(block_sum<BLOCK>(square, s.scratch) / float(n) + p.eps);
 
+    const int row = p.counter ? load(p.counter) : p.film_rows > 1 ? block_y() : 0;
+    const T* film = p.film + (p.film ? 2ll * row * p.c + first : 0);
     for (int i = thread_x(); i < n; i += BLOCK) {
         const int pixel = i / cpg, c = i - pixel * cpg;
         const long long at = base + (long long)pixel * p.c + c;
         const float v = (to_float(load(p.x + at)) - mean.high - mean.low) * rstd;
         const float w = to_float(load(p.w + first + c)), b = to_float(load(p.bias + first + c));
-        store(p.y + at, from_float<T>(activate_f(p.act, fma_f(v, w, b))));
+        float z = fma_f(v, w, b);
+        if (p.film) z = fma_f(z, 1.0f + to_float(load(film + c)), to_float(load(film + p.c + c)));
+        store(p.y + at, from_float<T>(activate_f(p.act, z)));
     }
 }

@@ -1,5 +1,6 @@
 // y = act((x - mean) * rstd * w + bias), from x and its channel statistics. x may come as two tensors that lie side by side
-// along the channels, x0 (C0) and x1 (C1); groups may straddle the seam. y is written as one tensor of C = C0 + C1.
+// along the channels, x0 (C0) and x1 (C1); groups may straddle the seam. y is written as one tensor of C = C0 + C1. With `film`,
+// before act, · (1 + scale) + shift of the image and channel, folded into the factors.
 // Grid: (ceil(C / STRIP), ceil(HW / rows), B). A block owns `rows` pixels of STRIP channels of one image.
 //
 // Statistics: an image's pixels are cut into `count` slabs of `each` pixels; a slab's entry holds, for each channel, the
@@ -31,12 +32,15 @@ struct GroupNormApply {
     const T* x1;          // (B,HW,C1), not read if C1 is 0
     const T* w;           // (C0+C1)
     const T* bias;        // (C0+C1)
+    const T* film;        // (film_rows,2·(C0+C1)) or null: scales, shifts
+    const int* counter;   // null, or the row of film that serves every image
     const float* stats0;  // (B,count,C0,2) mean, sum of squares about it
     const float* stats1;  // (B,count,C1,2)
     int hw, c0, c1, groups;
     int rows;   // pixels of a block
     int count;  // slabs of an image
     int each;   // pixels of a slab
+    int film_rows;  // 1, or one per image; any number with a counter
     float eps;
     int silu;  // 1: SiLU after it
 };
@@ -126,12 +130,23 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) group_norm_apply(const __
     int g = c / cpg, in_group = c - g * cpg;
     g -= first / cpg;
     const Vec<T, V> w = load<V>(p.w + c), bias = load<V>(p.bias + c);
+    Vec<T, V> scale, shift;
+    if (p.film) {
+        const int row = p.counter ? load(p.counter) : p.film_rows > 1 ? image : 0;
+        scale = load<V>(p.film + 2ll * row * all + c);
+        shift = load<V>(p.film + (2ll * row + 1) * all + c);
+    }
     float high[V], a[V], b[V];
     UNROLL
     for (int k = 0; k < V; k++) {
         high[k] = s.high[g];
         a[k] = to_float(w[k]) * s.rstd[g];
         b[k] = fma_f(-s.low[g], a[k], to_float(bias[k]));
+        if (p.film) {
+            const float factor = 1.0f + to_float(scale[k]);
+            a[k] *= factor;
+            b[k] = fma_f(b[k], factor, to_float(shift[k]));
+        }
         in_group++;
         if (in_group == cpg) {
             in_group = 0;

@@ -7,17 +7,19 @@ use ldm::exec::run_op;
 use ldm::ops::{Array, Attention, Case, Op, t};
 use ldm::tensor::{DType, HostTensor};
 
-/// Types and head sizes (two heads) that take, in turn, the kernels on tensor cores and the plain one.
-const KERNELS: [(DType, usize); 6] = [
-    (DType::F16, 40),
-    (DType::BF16, 64),
-    (DType::BF16, 160),
-    (DType::F16, 168),
-    (DType::BF16, 36),
-    (DType::F32, 40),
+/// Types, head sizes (two heads) and keys that take, in turn, the kernels on tensor cores and the plain one. With `causal`
+/// the second and third take what any number of keys takes.
+const KERNELS: [(DType, usize, usize); 8] = [
+    (DType::F16, 40, 150),
+    (DType::BF16, 64, 77),
+    (DType::F16, 80, 83),
+    (DType::BF16, 64, 130),
+    (DType::BF16, 160, 83),
+    (DType::F16, 168, 83),
+    (DType::BF16, 36, 83),
+    (DType::F32, 40, 83),
 ];
 const QUERIES: usize = 70;
-const KEYS: usize = 83;
 
 struct Run {
     case: Case,
@@ -26,8 +28,8 @@ struct Run {
 }
 
 impl Run {
-    fn new(dtype: DType, d: usize, causal: bool) -> Run {
-        let (q, kv) = ([1, QUERIES, 2 * d], [1, KEYS, 2 * d]);
+    fn new(dtype: DType, d: usize, keys: usize, causal: bool) -> Run {
+        let (q, kv) = ([1, QUERIES, 2 * d], [1, keys, 2 * d]);
         let case = Case::new(Attention { heads: 2, causal, joined: false }, [t(q), t(kv), t(kv)]);
         let x = case.inputs(dtype, 5);
         Run { case, dtype, x }
@@ -50,8 +52,8 @@ impl Run {
 #[test]
 fn a_nan_reaches_all_that_depends_on_it_and_nothing_else() {
     common::on_cuda(|device| {
-        for (dtype, d) in KERNELS {
-            let run = Run::new(dtype, d, false);
+        for (dtype, d, keys) in KERNELS {
+            let run = Run::new(dtype, d, keys, false);
             let good = run.result(device, &[], 0.0);
             assert!(good.iter().all(|v| v.is_finite()));
             // All in the first of two heads: a query's whole row; with a key all queries; with a value one column.
@@ -68,7 +70,7 @@ fn a_nan_reaches_all_that_depends_on_it_and_nothing_else() {
             };
             check((0, 67, 3), &|row, column| row == 67 && column < d);
             check((1, 0, d - 1), &|_, column| column < d);
-            check((1, KEYS - 1, 0), &|_, column| column < d);
+            check((1, keys - 1, 0), &|_, column| column < d);
             check((2, 69, 5), &|_, column| column == 5);
         }
     });
@@ -77,16 +79,16 @@ fn a_nan_reaches_all_that_depends_on_it_and_nothing_else() {
 #[test]
 fn a_nan_in_a_key_does_not_reach_the_queries_before_it() {
     common::on_cuda(|device| {
-        for (dtype, d) in KERNELS {
-            let run = Run::new(dtype, d, true);
+        for (dtype, d, keys) in KERNELS {
+            let run = Run::new(dtype, d, keys, true);
             let good = run.result(device, &[], 0.0);
             assert!(good.iter().all(|v| v.is_finite()), "{dtype:?}, d = {d}: no row without keys");
-            // Query i sees keys up to i + 13.
-            for key in [0, 13, 50, KEYS - 1] {
+            // Query i sees keys up to i + keys − 70.
+            for key in [0, keys - QUERIES, 50, keys - 1] {
                 let got = run.result(device, &[(1, key, 2)], f64::NAN);
                 for (i, (got, good)) in got.iter().zip(&good).enumerate() {
                     let (row, column) = (i / (2 * d), i % (2 * d));
-                    let hit = column < d && key <= row + KEYS - QUERIES;
+                    let hit = column < d && key <= row + keys - QUERIES;
                     let as_wanted = if hit { got.is_nan() } else { got == good };
                     assert!(
                         as_wanted,
@@ -101,13 +103,13 @@ fn a_nan_in_a_key_does_not_reach_the_queries_before_it() {
 #[test]
 fn scores_that_overflow_are_no_weights() {
     common::on_cuda(|device| {
-        for (dtype, d) in KERNELS {
+        for (dtype, d, keys) in KERNELS {
             // Beyond f32: -inf for all keys, or +inf for some. f16 holds no such operands.
             if dtype == DType::F16 {
                 continue;
             }
-            let run = Run::new(dtype, d, false);
-            let all: Vec<_> = (0..KEYS).map(|key| (1, key, 0)).chain([(0, 4, 0)]).collect();
+            let run = Run::new(dtype, d, keys, false);
+            let all: Vec<_> = (0..keys).map(|key| (1, key, 0)).chain([(0, 4, 0)]).collect();
             let mut x = run.x.clone();
             for &(input, token, column) in &all {
                 let width = x[input].shape.last();
@@ -127,27 +129,18 @@ fn scores_that_overflow_are_no_weights() {
 
 #[test]
 fn shared_memory_has_no_bank_conflicts() {
-    // Every variant, by (heads, head size), in whole and partial blocks.
-    let sizes = [
-        (1, 32),
-        (1, 40),
-        (1, 64),
-        (1, 80),
-        (1, 96),
-        (1, 128),
-        (1, 160),
-        (264, 40),
-        (264, 64),
-        (1, 256),
-        (1, 384),
-        (1, 512),
-    ];
+    // Every variant, by (heads, head size, keys), in whole and partial blocks.
+    let any = [32, 40, 64, 80, 96, 128, 160, 256, 384, 512].map(|d| (1, d, 130));
+    let large = [(264, 40, 130), (264, 64, 130)];
+    let few = [40, 64, 80, 160].map(|d| (1, d, 77));
+    let more = [40, 64, 80].map(|d| (1, d, 120));
+    let sizes: Vec<(usize, usize, usize)> = [&any[..], &large, &few, &more].concat();
     common::on_cuda_with(&["order=forward;async=late;banks=count"], |device| {
         // On a card there is nothing to count.
         let Ok(Some(emulator)) = common::emulator::start() else { return };
-        for (heads, d) in sizes {
+        for &(heads, d, keys) in &sizes {
             emulator.reset();
-            let kv = [1, 70, heads * d];
+            let kv = [1, keys, heads * d];
             let case = Case::new(
                 Attention { heads, causal: false, joined: false },
                 [t([1, 66, heads * d]), t(kv), t(kv)],
@@ -159,7 +152,7 @@ fn shared_memory_has_no_bank_conflicts() {
             let copies = rows.iter().filter(|row| row.access == "cp_async").count();
             assert!(copies > 0 && rows.len() > copies, "d = {d}: {rows:?}");
             for row in rows {
-                assert_eq!(row.actual, row.ideal, "{heads} heads of {d}: {row:?}");
+                assert_eq!(row.actual, row.ideal, "{heads} heads of {d}, {keys} keys: {row:?}");
             }
         }
         emulator.configure("banks=off");

@@ -33,6 +33,7 @@ const RECORDS: &[(&str, &str, &[&str], usize, usize)] = &[
     ("sd15-tiny", "sd15-tiny.mod", &[], 11, 11),
     ("sd2-tiny", "sd2-tiny.mod", &[], 10, 10),
     ("inpaint-tiny", "inpaint-tiny.mod", &[], 11, 11),
+    ("film-tiny", "film-tiny.mod", &["unet"], 1, 1),
     ("vq4-tiny", "vq4-tiny.mod", &["vq"], 4, 2),
     ("sd15-tiny", "sd15-tiny.pipe-ddim", &[], 12, 12),
     ("sd15-tiny", "sd15-tiny.pipe-pndm", &[], 14, 14),

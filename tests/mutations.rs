@@ -1,4 +1,4 @@
-//! Two questions to the kernels with asynchronous copies, which are found by what their files contain: is every barrier
+//! Two questions to the kernels with asynchronous copies or matrices, which are found by what their files contain: is every barrier
 //! needed, and do accesses to shared memory meet in a bank?
 //!
 //! Mutants: each barrier, wait, commit and fence of theirs is made to do nothing, in turn.
@@ -103,13 +103,16 @@ fn start() -> Option<(Emulator, MutexGuard<'static, ()>)> {
     }
 }
 
-/// The stems of the kernel files that use asynchronous copies.
+/// The stems of the kernel files that use asynchronous copies or read matrices from shared memory.
 fn pipelined() -> Vec<String> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
     let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     let files = files.filter(|path| path.extension().is_some_and(|e| e == "cu"));
     let mut stems: Vec<String> = files
-        .filter(|path| std::fs::read_to_string(path).unwrap().contains("cp_async"))
+        .filter(|path| {
+            let text = std::fs::read_to_string(path).unwrap();
+            ["cp_async", "ldmatrix("].iter().any(|word| text.contains(word))
+        })
         .map(|path| path.file_stem().unwrap().to_str().unwrap().to_string())
         .collect();
     stems.sort();

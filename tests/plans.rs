@@ -196,6 +196,6 @@ const F32_PRODUCTS: f64 = 27.9;
 
 /// Most kernels that a step launches, its predicted time, and the ratio of the worst of its heaviest shapes to what
 /// `mma.sync` and memory allow. To be lowered, not raised.
-const KERNELS: usize = 324;
-const MILLISECONDS: f64 = 5.05;
+const KERNELS: usize = 323;
+const MILLISECONDS: f64 = 5.02;
 const RATIO: f64 = 2.44;

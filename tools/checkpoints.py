@@ -8,6 +8,7 @@
     sd15-tiny       Stable Diffusion 1.x: quick-GELU text encoder, 1x1 convolutions around attention, PNDM
     sd2-tiny        of 2.x: heads per level, linear projections, GELU, v-prediction, pad token "!"; three levels
     inpaint-tiny    a UNet with nine input channels: latents, mask, masked picture
+    film-tiny       a UNet alone, in which the time embedding scales and shifts what the norms give
     vq4-tiny        a VQ autoencoder with factor 4, without a UNet
     sd15            Stable Diffusion 1.5 in full size, 4.3 GB; made only when named
 
@@ -18,7 +19,7 @@ layers are scaled by a measured factor, so that errors are relative to outputs w
 pictures). All draws come from a generator that the checkpoint's name seeds.
 
 The tokenizer is that of tests/golden: a byte-level vocabulary of 1000 entries, whatever the size of the text encoder's
-table. tests/golden has sd2-tiny and inpaint-tiny as made here; its sd15-tiny and vq4-tiny have the dimensions of those
+table. tests/golden has sd2-tiny, inpaint-tiny and film-tiny as made here; its sd15-tiny and vq4-tiny have the dimensions of those
 here, but 32 groups (some of one channel) and weights drawn by an older script.
 """
 import argparse
@@ -95,6 +96,18 @@ RECIPES = {
             norm_num_groups=16,
         ),
         vae=TINY_VAE,
+    ),
+    "film-tiny": dict(
+        context=24,
+        unet=dict(
+            widths=(16, 32),
+            levels="x-",
+            sample_size=16,
+            layers_per_block=1,
+            attention_head_dim=2,
+            norm_num_groups=4,
+            resnet_time_scale_shift="scale_shift",
+        ),
     ),
     "vq4-tiny": dict(
         vq=dict(
@@ -267,12 +280,15 @@ def stable_diffusion(name, folder, recipe):
     pipeline.save_pretrained(folder)
 
 
-def vq_alone(name, folder, recipe):
+def alone(name, folder, recipe):
     from diffusers import __version__
 
-    vq = check(name, Weights(name).vq(autoencoder("VQModel", side=16, **recipe["vq"])))
-    vq.save_pretrained(folder / "vqvae")
-    index = {"_class_name": "LDMPipeline", "_diffusers_version": __version__, "vqvae": ["diffusers", "VQModel"]}
+    if "vq" in recipe:
+        part, model = "vqvae", Weights(name).vq(autoencoder("VQModel", side=16, **recipe["vq"]))
+    else:
+        part, model = "unet", Weights(name).unet(unet(recipe["context"], **recipe["unet"]))
+    check(name, model).save_pretrained(folder / part)
+    index = {"_class_name": "LDMPipeline", "_diffusers_version": __version__, part: ["diffusers", type(model).__name__]}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -284,7 +300,7 @@ def main():
     for name in a.only or [n for n in RECIPES if n not in ONLY_WHEN_NAMED]:
         recipe, folder = RECIPES[name], a.out / name
         with torch.no_grad():
-            (vq_alone if "vq" in recipe else stable_diffusion)(name, folder, recipe)
+            (stable_diffusion if "text" in recipe else alone)(name, folder, recipe)
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
         print(f"{folder}: {size / 1e6:.1f} MB", flush=True)
 

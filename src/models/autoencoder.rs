@@ -89,7 +89,7 @@ impl Codec {
     }
 
     fn res(&self) -> ResBlock {
-        ResBlock { groups: self.groups, eps: EPS }
+        ResBlock { groups: self.groups, eps: EPS, film: false }
     }
 
     fn middle(&self, g: &mut Graph, at: &str, x: Var) -> Result<Var> {

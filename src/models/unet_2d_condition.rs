@@ -125,7 +125,6 @@ fn only_neutral(c: &Config) -> Result<()> {
         c.neutral::<bool>(key, &[])?;
     }
     c.neutral("mid_block_type", &["UNetMidBlock2DCrossAttn"])?;
-    c.neutral("resnet_time_scale_shift", &["default"])?;
     c.neutral("time_embedding_type", &["positional"])?;
     c.neutral("attention_type", &["default"])?;
     c.neutral("act_fn", &["silu", "swish"])?;
@@ -178,6 +177,11 @@ impl Model for UNet2DCondition {
                 return Err(c.error("transformer_layers_per_block", format!("at most {MAX_LAYERS}")));
             }
         }
+        let film = match c.opt_str("resnet_time_scale_shift")? {
+            None | Some("default") => false,
+            Some("scale_shift") => true,
+            Some(_) => return Err(c.error("resnet_time_scale_shift", "default or scale_shift")),
+        };
         let level = |i: usize| Level {
             channels: channels[i],
             layers: layers[i],
@@ -191,7 +195,7 @@ impl Model for UNet2DCondition {
             out_channels: c.usize_or("out_channels", 4)?,
             context: c.usize_or("cross_attention_dim", 1280)?,
             sample_size: c.usize_or("sample_size", 64)?,
-            res: ResBlock { groups, eps: c.f64_or("norm_eps", 1e-5)? },
+            res: ResBlock { groups, eps: c.f64_or("norm_eps", 1e-5)?, film },
             time_width: c.usize_or("time_embedding_dim", 4 * channels[0])?,
             flip: c.bool_or("flip_sin_to_cos", true)?,
             shift: c.f64_or("freq_shift", 0.0)?,

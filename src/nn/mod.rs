@@ -79,10 +79,30 @@ pub fn linear(g: &mut Graph, at: &str, x: Var, o: usize, bias: bool, act: Act) -
 /// # Errors
 /// When the channels do not divide into the groups.
 pub fn group_norm(g: &mut Graph, at: &str, x: Var, groups: usize, eps: f64, act: Act) -> Result<Var> {
+    norm_with(g, at, x, groups, eps, act, None)
+}
+
+/// [`group_norm`], with a time embedding of 2·C channels that scales and shifts its result before the activation.
+fn norm_with(
+    g: &mut Graph,
+    at: &str,
+    x: Var,
+    groups: usize,
+    eps: f64,
+    act: Act,
+    film: Option<Time>,
+) -> Result<Var> {
     let (c, dtype) = (g.shape(x).last(), g.spec(x).dtype);
     let w = g.weight(&join(at, "weight"), Layout::Same, dtype, [c])?;
     let b = g.weight(&join(at, "bias"), Layout::Same, dtype, [c])?;
-    g.push(at, GroupNorm::new(groups, eps as f32, act), &[x, w, b])
+    let counter = film.and_then(|t| t.counter);
+    let op = GroupNorm {
+        film: film.is_some(),
+        step: counter.is_some(),
+        ..GroupNorm::new(groups, eps as f32, act)
+    };
+    let inputs: Vec<Var> = [x, w, b].into_iter().chain(film.map(|t| t.rows)).chain(counter).collect();
+    g.push(at, op, &inputs)
 }
 
 /// Layer normalisation over the last axis.
@@ -119,11 +139,14 @@ pub struct ResBlock {
     pub groups: usize,
     /// Epsilon of the norms: 1e-5 in the UNet, 1e-6 in the autoencoders.
     pub eps: f64,
+    /// The time scales and shifts what the second norm gives, instead of being added before it.
+    pub film: bool,
 }
 
 impl ResBlock {
     /// Norm, SiLU, 3×3, plus time; norm, SiLU, 3×3; plus x, through a 1×1 where the channels change.
-    /// x (B,H,W,C) to (B,H,W,O); time of E channels, with SiLU applied already. diffusers `ResnetBlock2D`.
+    /// x (B,H,W,C) to (B,H,W,O); time of E channels, with SiLU applied already. diffusers `ResnetBlock2D`, with `film` as by
+    /// `time_embedding_norm="scale_shift"`.
     ///
     /// # Errors
     /// When x does not fit.
@@ -131,11 +154,15 @@ impl ResBlock {
         let at = |name: &str| join(at, name);
         let h = group_norm(g, &at("norm1"), x, self.groups, self.eps, Act::Silu)?;
         let time = match time {
-            Some(t) => Some(Time { rows: linear(g, &at("time_emb_proj"), t.rows, o, true, Act::None)?, ..t }),
+            Some(t) => {
+                let width = if self.film { 2 * o } else { o };
+                Some(Time { rows: linear(g, &at("time_emb_proj"), t.rows, width, true, Act::None)?, ..t })
+            }
             None => None,
         };
-        let h = conv_with(g, &at("conv1"), h, o, 3, Conv2d::same(3), time)?;
-        let h = group_norm(g, &at("norm2"), h, self.groups, self.eps, Act::Silu)?;
+        let (added, film) = if self.film { (None, time) } else { (time, None) };
+        let h = conv_with(g, &at("conv1"), h, o, 3, Conv2d::same(3), added)?;
+        let h = norm_with(g, &at("norm2"), h, self.groups, self.eps, Act::Silu, film)?;
         let shortcut =
             if g.shape(x).last() == o { x } else { linear(g, &at("conv_shortcut"), x, o, true, Act::None)? };
         let h = conv3x3(g, &at("conv2"), h, o)?;

@@ -1,8 +1,9 @@
 //! y = softmax(scale · q kᵀ) v per head, without the score matrix in memory.
 //!
 //! Flash attention (Dao et al. 2022): blocks of keys pass by while maximum, sum and result are kept per query.
-//! PyTorch: `F.scaled_dot_product_attention`. Kernels: `kernels/attention_flash.cu` and `kernels/attention_wide.cu` on
-//! tensor cores, `kernels/attention.cu` for all that those do not take.
+//! PyTorch: `F.scaled_dot_product_attention`. Kernels: `kernels/attention_flash.cu`, `kernels/attention_wide.cu` and, for the
+//! few keys of a text, `kernels/attention_short.cu` on tensor cores, `kernels/attention.cu` for all that those do not take.
+mod choice;
 mod grad;
 
 pub use grad::AttentionGrad;
@@ -10,7 +11,9 @@ pub use grad::AttentionGrad;
 use super::prelude::*;
 use crate::kernels::attention as plain;
 use crate::kernels::attention_flash as flash;
+use crate::kernels::attention_short as short;
 use crate::kernels::attention_wide as wide;
+use choice::{Choice, Kernel, choose};
 use std::borrow::Cow;
 use std::f64::consts::LOG2_E;
 
@@ -145,7 +148,7 @@ impl Operation for Attention {
         let Sizes { t, s, .. } = self.sizes(q.shape, keys.shape);
         ensure!(s > 0 && (!self.causal || s >= t), Self::NAME, want, x);
         let tensor_cores =
-            || !matches!(choose(q.dtype, width / self.heads, t, self.heads).kernel, Kernel::Plain);
+            || !matches!(choose(q.dtype, width / self.heads, [t, s], self.heads, true).kernel, Kernel::Plain);
         ensure!(!self.joined || tensor_cores(), Self::NAME, want, x);
         Ok(vec![q])
     }
@@ -186,7 +189,7 @@ impl Operation for Attention {
         let x = separate(self.joined, &io.x.iter().map(|x| x.spec).collect::<Vec<_>>());
         let Sizes { b, t, s, d } = self.sizes(x[0].shape, x[1].shape);
         let dtype = x[0].dtype;
-        let Choice { kernel, variant, queries } = choose(dtype, d, t, self.heads * b);
+        let Choice { kernel, variant, queries } = choose(dtype, d, [t, s], self.heads * b, self.causal);
         let grid = [t.div_ceil(queries), self.heads, b];
         let width = self.heads * d;
         let third = |i: usize| io.x(0).offset(i * width * dtype.size());
@@ -206,6 +209,12 @@ impl Operation for Attention {
                 let p = flash::AttentionFlashFwd { y, q, k, v, t, s, d, ldq, ldk, ldv, ldy, scale, causal };
                 io.launch(flash::ATTENTION_FLASH_FWD, dtype, variant, grid, flash::BLOCK, p)
             }
+            Kernel::Short => {
+                let scale = (self.scale(d as usize) * LOG2_E) as f32;
+                let walk = io.int(queries / short::BM)?;
+                let p = short::AttentionShortFwd { y, q, k, v, t, s, d, ldq, ldk, ldv, ldy, walk, scale };
+                io.launch(short::ATTENTION_SHORT_FWD, dtype, variant, grid, short::BLOCK, p)
+            }
             Kernel::Wide => {
                 let scale = (self.scale(d as usize) * LOG2_E) as f32;
                 let p = wide::AttentionWideFwd { y, q, k, v, t, s, d, ldq, ldk, ldv, ldy, scale, causal };
@@ -223,33 +232,25 @@ impl Operation for Attention {
         Cost::streaming((4.0 * pairs * d) as usize, x, y)
     }
 
-    /// The model: products by `mma.sync` on whole tiles of 16 columns and 8 keys, and seven tenths of the exponentials, 16 in
-    /// a clock, which the products do not hide; as long as the multiprocessor with most blocks takes.
     fn launches(&self, x: &[Spec]) -> Vec<LaunchPlan> {
         let x = &separate(self.joined, x);
         let Sizes { b, t, s, d } = self.sizes(x[0].shape, x[1].shape);
-        let Choice { kernel, variant, queries } = choose(x[0].dtype, d, t, self.heads * b);
+        let choice = choose(x[0].dtype, d, [t, s], self.heads * b, self.causal);
+        let Choice { kernel, variant, queries } = choice;
         let grid = [t.div_ceil(queries), self.heads, b];
-        let blocks = grid.iter().product::<usize>();
-        let each = blocks.div_ceil(launch::MULTIPROCESSORS) as f64;
-        let keys = if self.causal { (s - t) as f64 + t as f64 / 2.0 } else { s.next_multiple_of(8) as f64 };
-        let scores = queries as f64 * keys;
-        let products = 2.0 * scores * (d.next_multiple_of(16) + d.next_multiple_of(8)) as f64;
-        let one = |rate: f64| products / (rate / launch::MULTIPROCESSORS as f64);
-        let exponentials = 0.7 * scores / 16.0 / launch::CLOCK;
         let bytes = (2 * x[0].bytes() + x[1].bytes() + x[2].bytes()) as f64;
-        let time = |rate| {
-            f64::max(each * (one(rate) + exponentials), launch::streaming(bytes, blocks) - launch::GAP)
-        };
-        let (dtype, [fast, slow]) =
-            (x[0].dtype, [launch::MMA, launch::PLAIN].map(|rate| time(rate) + launch::GAP));
+        let time = choice.microseconds(grid.iter().product(), [t, s], d, self.causal, bytes);
+        let dtype = x[0].dtype;
         vec![match kernel {
-            Kernel::Plain => LaunchPlan::new(plain::ATTENTION_FWD, dtype, variant, grid, plain::BLOCK, slow),
+            Kernel::Plain => LaunchPlan::new(plain::ATTENTION_FWD, dtype, variant, grid, plain::BLOCK, time),
             Kernel::Flash => {
-                LaunchPlan::new(flash::ATTENTION_FLASH_FWD, dtype, variant, grid, flash::BLOCK, fast)
+                LaunchPlan::new(flash::ATTENTION_FLASH_FWD, dtype, variant, grid, flash::BLOCK, time)
+            }
+            Kernel::Short => {
+                LaunchPlan::new(short::ATTENTION_SHORT_FWD, dtype, variant, grid, short::BLOCK, time)
             }
             Kernel::Wide => {
-                LaunchPlan::new(wide::ATTENTION_WIDE_FWD, dtype, variant, grid, wide::BLOCK, fast)
+                LaunchPlan::new(wide::ATTENTION_WIDE_FWD, dtype, variant, grid, wide::BLOCK, time)
             }
         }]
     }
@@ -279,8 +280,8 @@ impl Operation for Attention {
 
     fn variant(&self, x: &[Spec]) -> &'static str {
         let x = separate(self.joined, x);
-        let Sizes { b, t, d, .. } = self.sizes(x[0].shape, x[1].shape);
-        choose(x[0].dtype, d, t, self.heads * b).variant
+        let Sizes { b, t, s, d } = self.sizes(x[0].shape, x[1].shape);
+        choose(x[0].dtype, d, [t, s], self.heads * b, self.causal).variant
     }
 
     fn cases() -> Vec<Case> {
@@ -330,6 +331,18 @@ impl Operation for Attention {
             heads(1, 512, 1, 70, 72, false),
             heads(44, 40, 3, 130, 70, false).only(&SIXTEEN),
             heads(66, 64, 2, 160, 160, true).only(&SIXTEEN),
+            // Few keys: every variant, the fewest and the most of them, tails of queries; blocks that walk over four tiles.
+            heads(2, 8, 1, 64, 65, false),
+            heads(2, 40, 2, 70, 80, false),
+            heads(1, 48, 2, 9, 66, false),
+            heads(2, 72, 1, 65, 80, false),
+            heads(1, 136, 2, 20, 77, false),
+            heads(1, 160, 1, 66, 80, false),
+            heads(2, 40, 1, 66, 81, false),
+            heads(1, 56, 3, 17, 128, false),
+            heads(1, 80, 1, 70, 120, false),
+            joined(2, 64, 2, 77, false),
+            heads(66, 8, 6, 250, 77, false).only(&SIXTEEN),
             // All weights alike; weights of which few are not zero.
             of(heads(2, 40, 1, 20, 77, false), |q| q.values(vec![0.0])),
             of(heads(1, 512, 1, 20, 37, false), |q| q.values(vec![0.0])),
@@ -372,115 +385,3 @@ impl Operation for Attention {
 
 /// The types of the kernels on tensor cores.
 const SIXTEEN: [DType; 2] = [DType::F16, DType::BF16];
-
-/// The kernel files of this room.
-#[derive(Clone, Copy, PartialEq, Debug)]
-enum Kernel {
-    /// All types and head sizes, without tensor cores.
-    Plain,
-    /// 16 bits, heads of up to 160.
-    Flash,
-    /// 16 bits, heads of up to 512.
-    Wide,
-}
-
-/// What computes an attention.
-#[derive(Clone, Copy, PartialEq, Debug)]
-struct Choice {
-    kernel: Kernel,
-    /// As its file lists it.
-    variant: &'static str,
-    /// Queries of one block.
-    queries: usize,
-}
-
-/// The kernel for a head size `d` and `t` queries in each of `n` heads, those of all images together. Tensor cores want 16
-/// bits and rows of whole 16-byte chunks.
-fn choose(dtype: DType, d: usize, t: usize, n: usize) -> Choice {
-    // Large blocks read keys and values half as often, if there are enough to give each multiprocessor of the largest
-    // cards (132) the two that its registers hold.
-    let many = n * t.div_ceil(128) >= 2 * 132;
-    let tensor_cores = SIXTEEN.contains(&dtype) && d.is_multiple_of(8);
-    let (kernel, variant, queries) = match d {
-        ..=32 if tensor_cores => (Kernel::Flash, "BM=64,D=32", 64),
-        ..=40 if tensor_cores && many => (Kernel::Flash, "BM=128,D=40", 128),
-        ..=40 if tensor_cores => (Kernel::Flash, "BM=64,D=40", 64),
-        ..=64 if tensor_cores && many => (Kernel::Flash, "BM=128,D=64", 128),
-        ..=64 if tensor_cores => (Kernel::Flash, "BM=64,D=64", 64),
-        ..=80 if tensor_cores => (Kernel::Flash, "BM=64,D=80", 64),
-        ..=96 if tensor_cores => (Kernel::Flash, "BM=64,D=96", 64),
-        ..=128 if tensor_cores => (Kernel::Flash, "BM=64,D=128", 64),
-        ..=160 if tensor_cores => (Kernel::Flash, "BM=64,D=160", 64),
-        ..=256 if tensor_cores => (Kernel::Wide, "D=256", 64),
-        ..=384 if tensor_cores => (Kernel::Wide, "D=384", 64),
-        ..=512 if tensor_cores => (Kernel::Wide, "D=512", 64),
-        ..=64 => (Kernel::Plain, "D=64", 32),
-        65..=160 => (Kernel::Plain, "D=160", 32),
-        161..=512 => (Kernel::Plain, "D=512", 8),
-        _ => (Kernel::Plain, "D=1024", 8),
-    };
-    Choice { kernel, variant, queries }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_head_size_has_a_variant_that_holds_it() {
-        for (d, dtype, t) in
-            (1..=1024).flat_map(|d| DType::FLOATS.map(|dtype| [(d, dtype, 64), (d, dtype, 4096)])).flatten()
-        {
-            let Choice { kernel, variant, queries } = choose(dtype, d, t, 16);
-            let listed: &[&str] = match kernel {
-                Kernel::Plain => plain::VARIANTS,
-                Kernel::Flash => flash::VARIANTS,
-                Kernel::Wide => wide::VARIANTS,
-            };
-            let macros: Vec<(&str, usize)> = variant
-                .split(',')
-                .map(|m| m.split_once('=').map(|(k, v)| (k, v.parse().unwrap())).unwrap())
-                .collect();
-            let of = |name| macros.iter().find(|(k, _)| *k == name).map(|(_, v)| *v);
-            assert!(
-                listed.contains(&variant) && d <= of("D").unwrap(),
-                "{dtype:?} {d}: {kernel:?} {variant}"
-            );
-            assert_eq!(of("BM").unwrap_or(queries), queries, "{variant}");
-            assert!(kernel != Kernel::Wide || queries == wide::BM, "{variant}");
-            assert!(
-                kernel == Kernel::Plain || (dtype != DType::F32 && d % 8 == 0 && d <= 512),
-                "{dtype:?} {d}"
-            );
-        }
-    }
-
-    #[test]
-    fn what_the_models_run() {
-        use Kernel::{Flash, Plain, Wide};
-        // Heads × images, head size, queries.
-        let table = [
-            ("SD 1.5, 64×64", 16, 40, 4096, Flash, "BM=128,D=40"),
-            ("SD 1.5, 32×32", 16, 80, 1024, Flash, "BM=64,D=80"),
-            ("SD 1.5, 16×16", 16, 160, 256, Flash, "BM=64,D=160"),
-            ("SD 1.5, 8×8", 16, 160, 64, Flash, "BM=64,D=160"),
-            ("SDXL, 64×64", 20, 64, 4096, Flash, "BM=128,D=64"),
-            ("SDXL, 32×32", 40, 64, 1024, Flash, "BM=128,D=64"),
-            ("LDM 1.45B, 32×32", 16, 40, 1024, Flash, "BM=64,D=40"),
-            ("CLIP, and LDM's transformer", 24, 64, 77, Flash, "BM=64,D=64"),
-            ("LDM with heads of 32", 14, 32, 4096, Flash, "BM=64,D=32"),
-            ("LDM on ImageNet, one head", 2, 384, 1024, Wide, "D=384"),
-            ("LDM on ImageNet, one head", 2, 960, 64, Plain, "D=1024"),
-            ("autoencoder", 1, 512, 4096, Wide, "D=512"),
-        ];
-        for (name, n, d, t, kernel, variant) in table {
-            for dtype in SIXTEEN {
-                let got = choose(dtype, d, t, n);
-                assert_eq!((got.kernel, got.variant), (kernel, variant), "{name}, {dtype:?}");
-            }
-            assert_eq!(choose(DType::F32, d, t, n).kernel, Plain, "{name}");
-        }
-        assert_eq!(choose(DType::F32, 40, 4096, 16).variant, "D=64");
-        assert_eq!(choose(DType::BF16, 44, 4096, 16), choose(DType::F32, 44, 4096, 16), "no whole chunks");
-    }
-}

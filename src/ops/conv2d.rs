@@ -3,8 +3,10 @@
 //! y[b,h,w,o] = Σ x[b, h·s − top + kh, w·s − left + kw, c] · w[o,kh,kw,c], zero outside; with `upsample` x is first
 //! doubled by nearest neighbour. PyTorch: `F.conv2d`, `F.linear`, `F.interpolate(scale_factor=2)`.
 //! Kernels, one implicit GEMM for both: `kernels/conv2d_mma.cu` on tensor cores, for 16-bit types and channels that are
-//! multiples of 8; `kernels/conv2d_f32.cu` by float units, for f32 and multiples of 4; `kernels/conv2d.cu` for the rest.
+//! multiples of 8; `kernels/conv2d_f32.cu` by float units, for f32 and multiples of 4; `kernels/conv2d_edge.cu` for first
+//! layers in 16 bits; `kernels/conv2d.cu` for the rest.
 mod cases;
+mod edge;
 mod epi;
 mod floats;
 mod fold;
@@ -25,6 +27,7 @@ use crate::backend::cpu::SliceMut;
 use crate::backend::cpu::gemm::{BatchAdd, Conv, ConvShape, Dense, Epilogue, Weights, gemm, working_bytes};
 use crate::backend::cpu::winograd;
 use crate::kernels::conv2d as k;
+use edge::Edge;
 use tensor_cores::Product;
 use tiles::Fast;
 
@@ -62,7 +65,7 @@ pub struct Linear {
 
 const WANT: &str = "x (B,H,W,C), w (O,KH,KW,C)[, bias (O)][, time (B or 1,O)[, counter (4) i32]][, residual (B,H',W',O)]\
     [, u (B,H',W',U)[, v (B,H',W',V)], w (O,U+V), bias (O)], one float type (with shortcut or statistics a 16-bit one, with \
-    C, U, V multiples of 8 and H'·W' of 64)";
+    C, U, V multiples of 8, or as a first layer, and H'·W' of 64)";
 const WANT_LINEAR: &str = "x (…,C), w (O,C)[, bias (O)][, residual (…,O)], or x and three weights (O,C), one float type \
     (with gates, statistics or three weights a 16-bit one, C a multiple of 8; with gates w (2·O,C), bias (2·O), O a multiple of 8; \
     with three weights O a multiple of 16)";
@@ -187,6 +190,11 @@ impl Conv2d {
         })
     }
 
+    /// The kernel of first layers, where it takes these inputs and no tile is asked for.
+    fn edge(&self, x: &[Spec]) -> Option<Edge> {
+        Edge::conv(self, x).filter(|_| self.choice.is_none())
+    }
+
     /// Channels of y.
     fn columns(&self, w: Shape) -> usize {
         if self.phases { w[1] } else { w[0] }
@@ -249,7 +257,8 @@ impl Operation for Conv2d {
         ensure!(!self.phases || keeps(), Self::NAME, WANT, x);
         ensure!(self.epi.fits(x, y.shape[3], y) && self.shortcut_fits(x, y), Self::NAME, WANT, x);
         let fused = self.shortcut > 0 || self.epi.fused();
-        ensure!(!fused || Product::conv(self, x).is_some(), Self::NAME, WANT, x);
+        let takes = || self.edge(x).is_some() || Product::conv(self, x).is_some();
+        ensure!(!fused || takes(), Self::NAME, WANT, x);
         ensure!(!self.phases || Fast::conv(self, x).is_some(), Self::NAME, WANT, x);
         ensure!(self.choice.is_none() || Fast::conv(self, x).is_some(), Self::NAME, WANT_CHOICE, x);
         Ok(self.epi.outputs(y))
@@ -307,6 +316,9 @@ impl Operation for Conv2d {
 
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
         let Some(s) = self.shape(io.x_spec(0).shape, io.x_spec(1).shape) else { return Ok(()) };
+        if let Some(edge) = self.edge(&specs(io)) {
+            return edge.launch(self, &s, io);
+        }
         if let Some(product) = Fast::conv(self, &specs(io)) {
             return product.launch_conv(self, &s, io);
         }
@@ -332,7 +344,10 @@ impl Operation for Conv2d {
     }
 
     fn scratch(&self, x: &[Spec], _y: &[Spec]) -> usize {
-        Fast::conv(self, x).map_or(0, |product| product.partial_bytes())
+        match self.edge(x) {
+            Some(_) => 0,
+            None => Fast::conv(self, x).map_or(0, |product| product.partial_bytes()),
+        }
     }
 
     fn fuse(&self, g: &Graph, at: Var, target: Target) -> Option<Rewrite> {
@@ -340,11 +355,13 @@ impl Operation for Conv2d {
     }
 
     fn variant(&self, x: &[Spec]) -> &'static str {
-        Fast::conv(self, x).map_or("", |product| product.variant())
+        let product = || Fast::conv(self, x).map(|product| product.variant());
+        self.edge(x).map(|edge| edge.variant()).or_else(product).unwrap_or_default()
     }
 
     fn launches(&self, x: &[Spec]) -> Vec<LaunchPlan> {
-        Fast::conv(self, x).map(|product| product.plan(x[0].dtype)).into_iter().collect()
+        let product = || Fast::conv(self, x).map(|product| product.plan(x[0].dtype));
+        self.edge(x).map(|edge| edge.plan(x[0].dtype)).or_else(product).into_iter().collect()
     }
 
     fn choices(&self, x: &[Spec]) -> Vec<Op> {

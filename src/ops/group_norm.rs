@@ -1,8 +1,11 @@
-//! y = act((x − mean) · rstd · w + bias), mean and variance over the pixels and channels of a group.
+//! y = act((x − mean) · rstd · w + bias), mean and variance over the pixels and channels of a group; with `film`
+//! y = act(((x − mean) · rstd · w + bias) · (1 + scale) + shift), scale and shift of an image and channel (Perez et al. 2018,
+//! as diffusers' `time_embedding_norm="scale_shift"`).
 //!
 //! PyTorch: `F.silu(F.group_norm(x, groups, w, b, eps))`. Kernels: `kernels/group_norm.cu`, which computes the statistics
 //! itself and takes any shape; and `kernels/group_norm_apply.cu`, which is given them by channel and slab of pixels
 //! ([`channel_stats`]); where there are many slabs, `kernels/group_norm_merge.cu` makes them fewer first.
+mod cases;
 mod grad;
 
 pub use grad::GroupNormGrad;
@@ -11,6 +14,7 @@ use super::Op;
 use super::activation::{Act, code};
 use super::group_stats::{SLAB, VECTOR, channel_stats};
 use super::prelude::*;
+use super::sampler::checked_row;
 use crate::graph::GivenStats;
 use crate::kernels::group_norm as k;
 use crate::kernels::group_norm_apply as apply;
@@ -47,6 +51,10 @@ pub struct GroupNorm {
     pub act: Act,
     /// The inputs.
     pub given: Given,
+    /// Behind bias: input film (R,2·C), the scales and then the shifts of an image, R = B, or 1 for all.
+    pub film: bool,
+    /// With `film`, behind it: input counter (4) i32; film has a row for each evaluation, and row counter\[0\] serves every image.
+    pub step: bool,
 }
 
 /// Statistics of a group in f64: mean, mean of absolute values, reciprocal deviation.
@@ -90,11 +98,16 @@ fn side_by_side(a: &Array, b: &Array) -> Array {
 impl GroupNorm {
     /// A norm that computes its statistics.
     pub fn new(groups: usize, eps: f32, act: Act) -> GroupNorm {
-        GroupNorm { groups, eps, act, given: Given::Input }
+        GroupNorm { groups, eps, act, given: Given::Input, film: false, step: false }
+    }
+
+    /// Which input is the first one with statistics.
+    fn stats(&self) -> usize {
+        self.given.sources() + 2 + self.film as usize + self.step as usize
     }
 
     /// Each element through `f(x, statistics, w, b)`.
-    fn each(&self, x: &[Array], f: impl Fn(f64, Stats, f64, f64) -> f64) -> Vec<Array> {
+    fn each(&self, x: &[Array], f: impl Fn(f64, Stats, [f64; 2], [f64; 2]) -> f64) -> Vec<Array> {
         let n = self.given.sources();
         let mut y = if n == 2 { side_by_side(&x[0], &x[1]) } else { x[0].clone() };
         let (c, batch, eps) = (y.shape.last(), y.shape[0], self.eps as f64);
@@ -104,7 +117,8 @@ impl GroupNorm {
             let entries =
                 (b * slabs..(b + 1) * slabs).flat_map(|s| (g * cpg..(g + 1) * cpg).map(move |c| (s, c)));
             let entries = entries.map(|(s, c)| {
-                let (stats, c) = if c < c0 { (&x[n + 2], c) } else { (&x[n + 3], c - c0) };
+                let first = self.stats();
+                let (stats, c) = if c < c0 { (&x[first], c) } else { (&x[first + 1], c - c0) };
                 [stats.at(&[s, c, 0]), stats.at(&[s, c, 1])]
             });
             let [mean, var] = merged(entries.clone());
@@ -119,8 +133,15 @@ impl GroupNorm {
                 _ => given(b, g),
             });
             let stats: Vec<_> = stats.collect();
+            let row = match self.film {
+                true if self.step => x[n + 3].data[0] as usize,
+                true if x[n + 2].shape[0] > 1 => b,
+                _ => 0,
+            };
             for (i, v) in y.data[b * per_image..][..per_image].iter_mut().enumerate() {
-                *v = f(*v, stats[i % c / (c / self.groups)], x[n].data[i % c], x[n + 1].data[i % c]);
+                let (c0, wb) = (i % c, [x[n].data[i % c], x[n + 1].data[i % c]]);
+                let film = self.film.then(|| [x[n + 2].at(&[row, c0]), x[n + 2].at(&[row, c + c0])]);
+                *v = f(*v, stats[c0 / (c / self.groups)], wb, film.unwrap_or_default());
             }
         }
         vec![y]
@@ -157,13 +178,40 @@ impl GroupNorm {
     }
 }
 
+/// `f` of the factors and biases that scale and shift of an image leave: w · (1 + scale), bias · (1 + scale) + shift.
+fn with_film((w, bias): (&[f32], &[f32]), film: Option<&[f32]>, f: impl FnOnce((&[f32], &[f32]))) {
+    let Some((scale, shift)) = film.map(|film| film.split_at(w.len())) else { return f((w, bias)) };
+    cpu::with_scratch(2 * w.len(), |both| {
+        let (own_w, own_bias) = both.split_at_mut(w.len());
+        for i in 0..w.len() {
+            own_w[i] = w[i] * (1.0 + scale[i]);
+            own_bias[i] = bias[i] * (1.0 + scale[i]) + shift[i];
+        }
+        f((own_w, own_bias));
+    });
+}
+
 impl GroupNorm {
     /// Computes y on the CPU where the groups have these means and variances (B,G).
-    fn with_moments(&self, io: &mut cpu::Call, stats: &[[f64; 2]]) {
+    fn with_moments(&self, io: &mut cpu::Call, stats: &[[f64; 2]], step: usize) {
         let n = self.given.sources();
         let (x, w, bias) = ([io.slice(0), io.slice(n - 1)], io.slice(n), io.slice(n + 1));
         let (c0, c, batch) = (io.x[0].shape.last(), io.y[0].shape.last(), io.y[0].shape[0]);
         let (pixels, cpg, groups) = (io.y[0].shape.rows() / batch.max(1), c / self.groups, self.groups);
+        let (table, rows) = match self.film {
+            true => (io.f32(n + 2), io.x[n + 2].shape.rows()),
+            false => (vec![].into(), 1),
+        };
+        let row = |image: usize| {
+            if self.step {
+                step
+            } else if rows > 1 {
+                image
+            } else {
+                0
+            }
+        };
+        let film = |image| self.film.then(|| &table[row(image) * 2 * c..][..2 * c]);
         w.with_all(|w| {
             bias.with_all(|bias| {
                 io.rows(0, c, |first, y| {
@@ -175,7 +223,9 @@ impl GroupNorm {
                         let stats = &stats[p / pixels * groups..][..groups];
                         if n == 1 {
                             x[0].with(p * c..p * c + y.len(), |x| {
-                                self.normalise(x, stats, cpg, (w, bias), y)
+                                with_film((w, bias), film(p / pixels), |wb| {
+                                    self.normalise(x, stats, cpg, wb, y)
+                                });
                             });
                         } else {
                             cpu::with_scratch(y.len(), |both| {
@@ -183,7 +233,9 @@ impl GroupNorm {
                                     x[0].read((p + i) * c0, &mut row[..c0]);
                                     x[1].read((p + i) * (c - c0), &mut row[c0..]);
                                 }
-                                self.normalise(both, stats, cpg, (w, bias), y);
+                                with_film((w, bias), film(p / pixels), |wb| {
+                                    self.normalise(both, stats, cpg, wb, y)
+                                });
                             });
                         }
                         (p, rest) = (p + count, tail);
@@ -198,7 +250,7 @@ impl GroupNorm {
         let n = self.given.sources();
         let (c0, c, batch) = (io.x[0].shape.last(), io.y[0].shape.last(), io.y[0].shape[0]);
         let (slabs, cpg) = (io.y[0].shape.rows() / batch.max(1) / SLAB, c / self.groups);
-        let stats = [io.f32(n + 2), io.f32(2 * n + 1)];
+        let stats = [io.f32(self.stats()), io.f32(self.stats() + n - 1)];
         let entry = |s: usize, c1: usize| {
             let (stats, at) =
                 if c1 < c0 { (&stats[0], s * c0 + c1) } else { (&stats[1], s * (c - c0) + c1 - c0) };
@@ -216,11 +268,15 @@ impl GroupNorm {
     fn launch_whole(&self, io: &cuda::Call) -> Result<()> {
         let s = io.x_spec(0).shape;
         let (b, c) = (s[0], s.last());
+        let input = |there: bool, i: usize| if there { io.x(i) } else { Default::default() };
         let p = k::GroupNormFwd {
             y: io.y(0),
             x: io.x(0),
             w: io.x(1),
             bias: io.x(2),
+            film: input(self.film, 3),
+            counter: input(self.step, 4),
+            film_rows: if self.film { io.int(io.x_spec(3).shape.rows())? } else { 1 },
             hw: io.int(s.rows() / b.max(1) * (c / self.groups)).and(io.int(s.rows() / b.max(1)))?,
             c: io.int(c)?,
             groups: io.int(self.groups)?,
@@ -237,8 +293,9 @@ impl GroupNorm {
         let (b, c, c0) = (y.shape[0], y.shape.last(), io.x_spec(0).shape.last());
         let hw = y.shape.rows() / b.max(1);
         let (slabs, count) = (hw / SLAB, slabs_kept(hw / SLAB));
-        let second = |i: usize| if n == 2 { io.x(i) } else { Default::default() };
-        let (mut stats0, mut stats1) = (io.x(n + 2), second(n + 3));
+        let input = |there: bool, i: usize| if there { io.x(i) } else { Default::default() };
+        let second = |i: usize| input(n == 2, i);
+        let (mut stats0, mut stats1) = (io.x(self.stats()), second(self.stats() + 1));
         if count < slabs {
             let (from0, from1) = (stats0, stats1);
             (stats0, stats1) = (io.scratch, io.scratch.offset(b * count * c0 * 2 * size_of::<f32>()));
@@ -263,6 +320,9 @@ impl GroupNorm {
             x1: second(1),
             w: io.x(n),
             bias: io.x(n + 1),
+            film: input(self.film, n + 2),
+            counter: input(self.step, n + 3),
+            film_rows: if self.film { io.int(io.x_spec(n + 2).shape.rows())? } else { 1 },
             stats0,
             stats1,
             hw: io.int(hw)?,
@@ -324,14 +384,27 @@ impl Operation for GroupNorm {
                  HW % {SLAB} == 0, no activation or SiLU"
             ),
         };
-        let inputs = if self.given == Given::Input { 3 } else { 2 * n + 2 };
-        ensure!(x.len() == inputs, Self::NAME, want, x);
+        let want = if self.film {
+            format!("{want}; behind bias film (B or 1,2·C)[, counter (4) i32]")
+        } else {
+            want
+        };
+        let inputs = self.stats() + if self.given == Given::Input { 0 } else { n };
+        ensure!(x.len() == inputs && (self.film || !self.step), Self::NAME, want, x);
         let (x0, w, b) = (x[0], x[n], x[n + 1]);
         let c: usize = x[..n].iter().map(|s| s.shape.last()).sum();
         let fits = x0.shape.len() >= 2 && g > 0 && c.is_multiple_of(g) && *w.shape == [c] && w == b;
         ensure!(fits && w.dtype == x0.dtype && DType::FLOATS.contains(&x0.dtype), Self::NAME, want, x);
+        if self.film {
+            let film = x[n + 2];
+            let rows = self.step || [1, x0.shape[0]].contains(&film.shape.rows());
+            let counter = !self.step || x[n + 3] == Spec::new(DType::I32, [4]);
+            let fits = film.dtype == x0.dtype && film.shape.len() == 2 && film.shape.last() == 2 * c;
+            ensure!(fits && rows && counter, Self::NAME, want, x);
+        }
         if self.given != Given::Input {
-            let stats = x[..n].iter().zip(&x[n + 2..]).all(|(x, stats)| channel_stats(*x) == Some(*stats));
+            let stats =
+                x[..n].iter().zip(&x[self.stats()..]).all(|(x, stats)| channel_stats(*x) == Some(*stats));
             let alike = x[n - 1] == Spec::new(x0.dtype, x0.shape.with_last(x[n - 1].shape.last()));
             ensure!(stats && alike && [Act::None, Act::Silu].contains(&self.act), Self::NAME, want, x);
         }
@@ -339,22 +412,28 @@ impl Operation for GroupNorm {
     }
 
     fn spec(&self, x: &[Array]) -> Vec<Array> {
-        self.each(x, |v, s, w, b| self.act.apply_f64((v - s.mean) * s.rstd * w + b))
+        self.each(x, |v, s, [w, b], [scale, shift]| {
+            self.act.apply_f64(((v - s.mean) * s.rstd * w + b) * (1.0 + scale) + shift)
+        })
     }
 
     /// What is summed: x, and the group's values into its mean, both amplified by rstd.
     fn magnitude(&self, x: &[Array]) -> Vec<Array> {
-        self.each(x, |v, s, w, b| (v.abs() + s.size) * s.rstd * w.abs() + b.abs())
+        self.each(x, |v, s, [w, b], [scale, shift]| {
+            ((v.abs() + s.size) * s.rstd * w.abs() + b.abs()) * (1.0 + scale.abs()) + shift.abs()
+        })
     }
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
+        let film = self.given.sources() + 2;
+        let step = if self.step { checked_row(io.i32_at(film + 1, 0), io.x[film].shape.rows())? } else { 0 };
         if self.given != Given::Input {
             let stats = self.given_moments(io);
-            self.with_moments(io, &stats);
+            self.with_moments(io, &stats, step);
             return Ok(());
         }
         let (x, c, batch) = (io.slice(0), io.x[0].shape.last(), io.x[0].shape[0]);
-        cpu::math::group_stats(x, batch, c, self.groups, |stats| self.with_moments(io, stats));
+        cpu::math::group_stats(x, batch, c, self.groups, |stats| self.with_moments(io, stats, step));
         Ok(())
     }
 
@@ -397,7 +476,9 @@ impl Operation for GroupNorm {
     }
 
     fn grad(&self, g: &mut Graph, x: &[Var], _y: &[Var], dy: &[Option<Var>]) -> Result<Vec<Option<Var>>> {
-        let Given::Input = self.given else { return Err(Error::NoGradient(Self::NAME)) };
+        if self.given != Given::Input || self.film {
+            return Err(Error::NoGradient(Self::NAME));
+        }
         let [Some(dy)] = dy else { return Ok(vec![None; 3]) };
         let op = GroupNormGrad { groups: self.groups, eps: self.eps, act: self.act };
         Ok(g.push_all("grad", op, &[x[0], x[1], x[2], *dy])?.into_iter().map(Some).collect())
@@ -439,112 +520,12 @@ impl Operation for GroupNorm {
     }
 
     fn cases() -> Vec<Case> {
-        let norm = |groups, eps, act, x: &[usize]| {
-            let c = x[x.len() - 1];
-            let weight = t([c]).normal(1.0, 0.2);
-            Case::new(GroupNorm::new(groups, eps, act), [t(x), weight, t([c])])
-        };
-        let far = |case: Case| {
-            case.only(&[DType::F32]).loose(
-                8.0,
-                "the norm bound assumes |y| near |x|; here the input's own rounding is 1e-3 of its deviation",
-            )
-        };
-        let mut plain_far = norm(4, 1e-5, Act::None, &[2, 9, 7, 32]);
-        plain_far.args[0] = t([2, 9, 7, 32]).normal(100.0, 0.01);
-        let one =
-            |groups, act, x: &[usize]| given(groups, act, &x[..x.len() - 1], &x[x.len() - 1..], 0.0, 1.0);
-        let two = |groups, act, x: &[usize], c: [usize; 2]| given(groups, act, x, &c, 0.5, 1.0);
-        let mut small = vec![
-            norm(1, 1e-5, Act::None, &[1, 1, 1, 4]),
-            norm(2, 1e-5, Act::None, &[2, 3, 3, 4]),
-            norm(32, 1e-5, Act::Silu, &[2, 8, 8, 32]),
-            norm(32, 1e-6, Act::Silu, &[3, 5, 7, 96]),
-            norm(32, 1e-6, Act::None, &[1, 16, 16, 64]),
-            norm(16, 1e-5, Act::Silu, &[2, 6, 5, 80]),
-            norm(3, 1e-5, Act::None, &[1, 40, 9]),
-            norm(32, 1e-5, Act::Silu, &[1, 33, 31, 160]),
-            far(plain_far),
-            one(1, Act::None, &[1, 8, 8, 8]),
-            one(8, Act::Silu, &[3, 64, 8]),
-            one(4, Act::Silu, &[2, 8, 16, 40]),
-            one(1, Act::None, &[1, 8, 8, 320]),
-            one(32, Act::Silu, &[2, 16, 16, 96]),
-            one(3, Act::Silu, &[1, 8, 40, 72]),
-            // 65 slabs, merged in fives; 67, which nothing divides.
-            one(2, Act::Silu, &[2, 65, 64, 16]),
-            two(2, Act::None, &[1, 67, 64], [8, 8]),
-            // Seams inside a group, inside a strip, and between strips.
-            two(4, Act::Silu, &[2, 8, 16], [24, 16]),
-            two(3, Act::None, &[1, 8, 8], [64, 32]),
-            two(2, Act::Silu, &[1, 16, 16], [8, 152]),
-            far(given(4, Act::None, &[2, 8, 16], &[40], 100.0, 0.01)),
-            far(given(2, Act::Silu, &[1, 65, 64], &[16, 8], 100.0, 0.01)),
-        ];
-        // UNets of SD 1.5, SDXL and LDM 1.45B; KL-f8 at 512×512 and VQ-f4 at 256×256, without a batch. Before attention
-        // there is no activation: one of those in each size stands for them.
-        let real: [(usize, usize, &[usize]); 10] = [
-            (2, 128, &[320, 640, 960]),
-            (2, 64, &[320, 640, 960, 1280, 1920]),
-            (2, 32, &[320, 640, 960, 1280, 1920, 2560]),
-            (2, 16, &[320, 640, 960, 1280, 1920, 2560]),
-            (2, 8, &[640, 1280, 1920, 2560]),
-            (2, 4, &[1280, 2560]),
-            (1, 64, &[512]),
-            (1, 128, &[256, 512]),
-            (1, 256, &[128, 256, 512]),
-            (1, 512, &[128, 256]),
-        ];
-        for (b, side, channels) in real {
-            let eps = if b == 1 { 1e-6 } else { 1e-5 };
-            let case = |act, c| norm(32, eps, act, &[b, side, side, c]).weights(1..3).bench();
-            small.extend(channels.iter().map(|&c| case(Act::Silu, c)));
-        }
-        for (b, side, c) in [(2, 64, 320), (2, 32, 640), (2, 16, 1280), (2, 8, 1280), (1, 64, 512)] {
-            small.push(norm(32, 1e-6, Act::None, &[b, side, side, c]).weights(1..3).bench());
-            small.push(one(32, Act::Silu, &[b, side, side, c]).weights(1..3).bench());
-        }
-        for (side, c) in [(64, [640, 320]), (32, [1280, 640]), (16, [1280, 1280]), (8, [1280, 1280])] {
-            small.push(two(32, Act::Silu, &[2, side, side], c).weights(2..4).bench());
-        }
-        small.push(one(32, Act::Silu, &[1, 512, 512, 128]).weights(1..3).bench());
-        small
+        cases::listed()
     }
 
     fn random(r: &mut Small) -> Case {
-        let groups = [1, 2, 3, 8, 32][r.below(5)];
-        let c = groups * (r.below(6) + 1);
-        let x = [r.below(3) + 1, r.below(12) + 2, r.below(12) + 2, c];
-        let act = [Act::None, Act::Silu][r.below(2)];
-        if r.below(2) == 0 {
-            let c: Vec<usize> = (0..r.below(2) + 1).map(|_| 8 * (r.below(8) + 1)).collect();
-            let all: usize = c.iter().sum();
-            let groups = [1, 2, 4, 8, all / 8, all][r.below(6)];
-            return given(groups, act, &[r.below(3) + 1, 8, 8 * (r.below(3) + 1)], &c, 0.3, 2.0);
-        }
-        Case::new(GroupNorm::new(groups, 1e-5, act), [t(x).normal(0.3, 2.0), t([c]).normal(1.0, 0.2), t([c])])
+        cases::random(r)
     }
-}
-
-/// A norm that is given statistics: x with these leading axes and, as one or two tensors, `c` channels, of this mean and
-/// deviation. The statistics are drawn, like x, so that they are what the result is computed from.
-fn given(groups: usize, act: Act, lead: &[usize], c: &[usize], mean: f64, deviation: f64) -> Case {
-    let form = if c.len() == 2 { Given::Halves } else { Given::Stats };
-    let (mut r, all) = (Small::new(c[0] as u64), c.iter().sum::<usize>());
-    let x = |&c: &usize| t([lead, &[c]].concat().as_slice()).normal(mean, deviation);
-    let mut args: Vec<_> = c.iter().map(x).collect();
-    args.push(t([all]).normal(1.0, 0.2));
-    args.push(t([all]));
-    for c in c {
-        let mut entry = || {
-            let squares = SLAB as f64 * (deviation * (0.6 + 0.1 * r.below(9) as f64)).powi(2);
-            [mean + 0.3 * deviation * r.normal(), squares]
-        };
-        // Prime, so that slabs and channels differ when it is repeated.
-        let values = (0..1009).flat_map(|_| entry()).collect();
-        args.push(f32s([lead.iter().product::<usize>() / SLAB, *c, 2]).values(values));
-    }
-    Case::new(GroupNorm { groups, eps: 1e-5, act, given: form }, args)
 }
 
 #[cfg(test)]

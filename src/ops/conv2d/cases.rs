@@ -82,9 +82,19 @@ pub(super) fn conv() -> Vec<Case> {
         shortcut(same(3), [1, 7, 5, 40], 72, &[24, 48]),
         shortcut(stats(&same(3)), [2, 8, 8, 64], 96, &[128, 40]),
         conv(stats(&full(Act::None)), [2, 8, 16, 32], 64, 3).only(SIXTEEN),
-        conv(stats(&same(3)), [1, 64, 64, 8], 320, 3).only(SIXTEEN),
+        conv(stats(&same(3)), [1, 64, 64, 16], 320, 3).only(SIXTEEN),
         conv(stats(&down([1; 4])), [1, 16, 16, 256], 40, 3).only(SIXTEEN),
-        conv(stats(&same(3)), [129, 8, 8, 8], 256, 3).only(SIXTEEN),
+        conv(stats(&same(3)), [129, 8, 8, 16], 256, 3).only(SIXTEEN),
+        // First layers: every number of channels, tails of pixels and of channels, statistics, blocks that walk over two tiles.
+        conv(same(3), [2, 5, 7, 3], 24, 3),
+        conv(bare.clone(), [3, 9, 8, 4], 72, 3),
+        conv(same(3), [1, 10, 13, 8], 40, 3),
+        conv(same(3), [1, 3, 50, 9], 64, 3),
+        conv(with(&|o| o.pad = [0, 2, 1, 0]), [3, 16, 10, 4], 24, 3),
+        conv(stats(&same(3)), [2, 8, 8, 3], 128, 3).only(SIXTEEN),
+        conv(stats(&same(3)), [3, 8, 16, 4], 80, 3).only(SIXTEEN),
+        conv(stats(&bare), [1, 16, 4, 9], 8, 3).only(SIXTEEN),
+        conv(same(3), [33, 32, 64, 4], 8, 3).only(SIXTEEN),
     ];
     // Tiles of the f32 kernel that small sizes do not take by themselves, with rows and columns to spare, whole and split.
     let asked =
@@ -247,10 +257,12 @@ const REAL_UP: [[usize; 3]; 11] = [
 ];
 
 /// First and last layers: images, side, C, O.
-const REAL_EDGE: [[usize; 4]; 10] = [
+const REAL_EDGE: [[usize; 4]; 13] = [
     [2, 128, 4, 320],
     [2, 128, 320, 4],
     [2, 64, 4, 320],
+    [2, 64, 8, 320],
+    [2, 64, 9, 320],
     [2, 64, 320, 4],
     [2, 32, 4, 320],
     [2, 32, 320, 4],
@@ -258,6 +270,7 @@ const REAL_EDGE: [[usize; 4]; 10] = [
     [1, 64, 4, 512],
     [1, 256, 128, 3],
     [1, 512, 128, 3],
+    [1, 512, 3, 128],
 ];
 
 /// Rows and width of the transformers in those UNets.

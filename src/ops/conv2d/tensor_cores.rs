@@ -247,7 +247,7 @@ mod tests {
         let p = Product::new(Sums::new(129 * SLAB, 256, 9), None).unwrap();
         assert_eq!((p.tile.rows, p.sums.m % p.tile.rows), (128, SLAB), "{p:?}");
         let case = |c: &Case| {
-            matches!(&c.op, crate::ops::Op::Conv2d(op) if op.epi.stats) && *c.args[0].shape == [129, 8, 8, 8]
+            matches!(&c.op, crate::ops::Op::Conv2d(op) if op.epi.stats) && *c.args[0].shape == [129, 8, 8, 16]
         };
         assert!(super::super::cases::conv().iter().any(case));
     }

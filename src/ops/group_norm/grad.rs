@@ -202,11 +202,13 @@ impl Operation for GroupNormGrad {
     }
 }
 
-/// The case of the gradients for one of the op; none where statistics are given.
+/// The case of the gradients for one of the op; none where statistics, or scale and shift, are given.
 fn with_gradient(case: Case) -> Option<Case> {
-    let super::Op::GroupNorm(GroupNorm { groups, eps, act, given: super::Given::Input }) = case.op else {
+    let super::Op::GroupNorm(op) = case.op else { return None };
+    if op.given != super::Given::Input || op.film {
         return None;
-    };
+    }
+    let GroupNorm { groups, eps, act, .. } = op;
     let dy = t(case.args[0].shape);
     let args = [&case.args[..3], &[dy]].concat();
     Some(Case { op: GroupNormGrad { groups, eps, act }.into(), args, weights: 0..0, ..case })

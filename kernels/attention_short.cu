@@ -1,0 +1,195 @@
+// y = softmax(scale · q kᵀ) v per head on tensor cores, where keys are few (the tokens of a text): all of them stay on chip, a
+// query's scores stand in registers at once, and the softmax takes one pass.
+//
+// Grid: (ceil(T / (BM · walk)), N, B). A block loads the keys and values of its head once and walks over up to `walk` tiles
+// of BM queries. Each of its four warps has 16 queries of every tile, and goes its own way after the one barrier.
+// Operands of a warp: q is read into registers (`qf`, left operand); the scores of 16 queries × KEYS keys (`sc`) and then the
+// result (`o`) are f32 accumulators in registers; the weights p become 16 bits in registers (`pf`), where the accumulator's
+// layout is that of a left operand. k and v lie in shared memory. A warp has two slots of 16 rows there: one holds the q of this
+// turn and then, in its place, y on its way out; into the other the q of the next turn is copied meanwhile.
+//
+// Waits: before the loop, wait<0> and the block's barrier make k, v and everybody's first q visible. In a turn all is the
+// warp's own: behind the products wait<0> and a barrier of the warp make the next q visible, and y of this turn to the lanes
+// that store it. No other barrier is needed: ldmatrix and mma keep a warp together, so no lane still reads q when another
+// writes y over it; and a lane copies the next q over those chunks of y alone that it has stored itself.
+//
+// Shared memory: rows of PITCH chunks of 16 bytes, PITCH = 2^A · odd. Chunk c of row r lies at chunk r · PITCH + (c ^ x),
+// x = the A bits of r from bit 3 - A on (A at most 3). Without conflicts, since each eighth of a warp's access touches
+// each of the 8 chunk columns (mod 8) once: eight rows of one ldmatrix either differ in x, or in odd · r mod 2^(3-A); copies
+// and the reads of y take chunks in their order, which x permutes within aligned groups of 2^A.
+//
+// Softmax, in base 2: p = 2^(s·c - m), c = scale · log2 e, m = c · the row's largest score; the sum is divided out at the end.
+// A row whose scores are all -inf, one with +inf and one with a NaN become NaN.
+//
+// Edges: rows from S on (T for q) and columns from d on are zeros in shared memory; scores of keys from S on are -inf. S is
+// more than FEWEST, so that the first scores are not looked at. Columns from d on and rows from T on of y are not stored. A
+// copy that writes zeros touches no memory at its address, which may lie outside.
+// Wants: FEWEST < S <= KEYS, d <= D, a multiple of 8; pointers aligned to 16 bytes, pitches multiples of 8, scale > 0.
+// Occupancy: registers allow the BLOCKS that are asked for. Shared memory (27 to 90 KB) allows as many on sm_90; on sm_80 one
+// where D is 160 and two where KEYS is 128 and D 80; on sm_86 and sm_89 three, two, and in those two variants one.
+//
+// types: f16 bf16
+// variants: KEYS=80,D=40 KEYS=80,D=64 KEYS=80,D=80 KEYS=80,D=160 KEYS=128,D=40 KEYS=128,D=64 KEYS=128,D=80
+#include "dev.cuh"
+
+constexpr int BLOCK = 128;
+constexpr int BM = 64;                        // queries of a tile
+constexpr int FEWEST = KEYS == 80 ? 64 : 80;  // keys that are always there
+constexpr int STEPS = (D + 15) / 16;          // steps of 16 columns of q kᵀ
+constexpr int PITCH = 2 * STEPS;              // chunks in a row
+constexpr int TILE = 16 * PITCH * 8;          // elements of 16 rows
+constexpr int A = PITCH % 8 == 0 ? 3 : PITCH % 4 == 0 ? 2 : 1;
+constexpr int BLOCKS = D > 80 ? 2 : D > 64 || KEYS > 80 ? 3 : 4;  // on a multiprocessor
+constexpr int SMEM_BYTES = (2 * KEYS + 2 * BM) * PITCH * 16;
+// Instructions of a turn, which a test counts in the machine code.
+constexpr int LOOP_HMMA = STEPS * KEYS / 8 + KEYS / 16 * D / 8, LOOP_LDSM = STEPS + KEYS / 16 * 2 * STEPS;
+constexpr int LOOP_LDGSTS = STEPS, LOOP_MUFU = KEYS / 2 + 2;
+
+struct AttentionShortFwd {
+    T* y;        // (B,T,N·d)
+    const T* q;  // (B,T,N·d)
+    const T* k;  // (B,S,N·d)
+    const T* v;  // (B,S,N·d)
+    int t, s, d;
+    int ldq, ldk, ldv;  // elements from a token to the next
+    int ldy;
+    int walk;     // tiles of a block
+    float scale;  // of the scores, times log2 e
+};
+
+struct alignas(128) ShortSmem {
+    T k[KEYS * PITCH * 8];
+    T v[KEYS * PITCH * 8];
+    T slot[BLOCK / WARP][2][TILE];
+};
+static_assert(sizeof(ShortSmem) == SMEM_BYTES, "what the launch asks for");
+
+// Where chunk c of row r begins, in elements. Eight rows on, the same chunk lies TILE / 2 further.
+DEV int chunk(int r, int c) {
+    constexpr int LOW = (1 << A) - 1;
+    return (r * PITCH + (c & ~LOW) + ((c ^ (r >> (3 - A))) & LOW)) * 8;
+}
+
+// Starts the copy of ROWS rows by so many threads; rows from `rows` on and columns from d on become zeros.
+template <int ROWS, int THREADS>
+DEV void copy_rows(T* to, const T* from, int rows, int ld, int d, int thread) {
+    UNROLL
+    for (int i = 0; i < ROWS * PITCH; i += THREADS) {
+        const int at = i + thread, r = at / PITCH, c = at % PITCH;
+        if (ROWS * PITCH % THREADS != 0 && at >= ROWS * PITCH) break;
+        cp_async(to + chunk(r, c), from + r * ld + c * 8, r < rows && c * 8 < d);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) attention_short_fwd(const __grid_constant__ AttentionShortFwd p) {
+    ShortSmem& s = smem_dynamic<ShortSmem>();
+    const int l = lane(), quad = l % 4, head = block_y() * p.d;
+    const int first = block_x() * p.walk * BM, end = first + p.walk * BM < p.t ? first + p.walk * BM : p.t;
+    const int own = warp() * 16;  // of this warp's queries in a tile
+    const T* q = p.q + ((long long)block_z() * p.t + first + own) * p.ldq + head;
+    T* y = p.y + ((long long)block_z() * p.t + first + own) * p.ldy + head;
+
+    copy_rows<16, WARP>(s.slot[warp()][0], q, p.t - first - own, p.ldq, p.d, l);
+    copy_rows<KEYS, BLOCK>(s.k, p.k + (long long)block_z() * p.s * p.ldk + head, p.s, p.ldk, p.d, thread_x());
+    copy_rows<KEYS, BLOCK>(s.v, p.v + (long long)block_z() * p.s * p.ldv + head, p.s, p.ldv, p.d, thread_x());
+    cp_async_commit();
+    cp_async_wait<0>();
+    sync_block();
+
+    for (int at = first, turn = 0; at < end; at += BM, turn ^= 1) {
+        T* slot = s.slot[warp()][turn];
+        if (at + BM < end) {
+            q += (long long)BM * p.ldq;
+            copy_rows<16, WARP>(s.slot[warp()][turn ^ 1], q, p.t - at - BM - own, p.ldq, p.d, l);
+            cp_async_commit();
+        }
+        unsigned qf[STEPS][4];
+        UNROLL
+        for (int j = 0; j < STEPS; j++) ldmatrix(qf[j], slot + chunk(l % 16, 2 * j + l / 16));
+
+        float sc[KEYS / 8][4] = {};
+        UNROLL
+        for (int j = 0; j < STEPS; j++) {
+            UNROLL
+            for (int n = 0; n < KEYS / 16; n++) {
+                // 16 keys × 16 columns: words 0, 1 are keys 0 to 7, words 2, 3 keys 8 to 15.
+                unsigned kf[4];
+                ldmatrix(kf, s.k + chunk(l % 8 + l / 16 * 8, 2 * j + l / 8 % 2) + n * TILE);
+                const unsigned low[2] = {kf[0], kf[1]}, high[2] = {kf[2], kf[3]};
+                mma<T>(sc[2 * n], qf[j], low);
+                mma<T>(sc[2 * n + 1], qf[j], high);
+            }
+        }
+        UNROLL
+        for (int n = FEWEST / 8; n < KEYS / 8; n++) {
+            UNROLL
+            for (int e = 0; e < 4; e++) {
+                if (8 * n + e % 2 >= p.s - 2 * quad) sc[n][e] = -FLOAT_INF;
+            }
+        }
+
+        float share[2];
+        UNROLL
+        for (int h = 0; h < 2; h++) {
+            float m = -FLOAT_INF, sum = 0.0f;
+            UNROLL
+            for (int n = 0; n < KEYS / 8; n++) m = max_f(m, max_f(sc[n][2 * h], sc[n][2 * h + 1]));
+            m = max_f(m, shfl_xor(m, 1));
+            m = max_f(m, shfl_xor(m, 2)) * p.scale;
+            UNROLL
+            for (int n = 0; n < KEYS / 8; n++) {
+                UNROLL
+                for (int e = 2 * h; e < 2 * h + 2; e++) {
+                    sc[n][e] = exp2_fast_f(fma_f(sc[n][e], p.scale, -m));
+                    sum += sc[n][e];
+                }
+            }
+            sum += shfl_xor(sum, 1);
+            share[h] = rcp_fast_f(sum + shfl_xor(sum, 2));
+        }
+
+        float o[D / 8][4] = {};
+        UNROLL
+        for (int j = 0; j < KEYS / 16; j++) {
+            unsigned pf[4];
+            UNROLL
+            for (int w = 0; w < 4; w++) {
+                const float* pair = sc[2 * j + w / 2] + w % 2 * 2;
+                pf[w] = pack2<T>(pair[0], pair[1]);
+            }
+            UNROLL
+            for (int n = 0; n < D / 16; n++) {
+                // 16 keys × 16 columns: words 0, 1 are columns 0 to 7, words 2, 3 columns 8 to 15.
+                unsigned vf[4];
+                ldmatrix_trans(vf, s.v + chunk(l % 16, 2 * n + l / 16) + j * TILE);
+                const unsigned low[2] = {vf[0], vf[1]}, high[2] = {vf[2], vf[3]};
+                mma<T>(o[2 * n], pf, low);
+                mma<T>(o[2 * n + 1], pf, high);
+            }
+            if (D % 16 != 0) {
+                unsigned vf[2];
+                ldmatrix_trans(vf, s.v + chunk(l % 16, D / 8 - 1) + j * TILE);
+                mma<T>(o[D / 8 - 1], pf, vf);
+            }
+        }
+
+        // y passes through the slot, so that it is stored in whole chunks.
+        UNROLL
+        for (int n = 0; n < D / 8; n++) {
+            UNROLL
+            for (int h = 0; h < 2; h++) {
+                const Vec<unsigned, 1> word = {pack2<T>(o[n][2 * h] * share[h], o[n][2 * h + 1] * share[h])};
+                store_shared(reinterpret_cast<unsigned*>(slot + chunk(l / 4, n) + h * (TILE / 2) + 2 * quad), word);
+            }
+        }
+        cp_async_wait<0>();
+        sync_warp();
+        UNROLL
+        for (int i = 0; i < STEPS; i++) {
+            const int r = (i * WARP + l) / PITCH, c = (i * WARP + l) % PITCH;
+            const Vec<T, 8> part = load_shared<8>(slot + chunk(r, c));
+            if (at + own + r < p.t && c * 8 < p.d) store(y + r * p.ldy + c * 8, part);
+        }
+        y += (long long)BM * p.ldy;
+    }
+}
