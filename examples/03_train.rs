@@ -2,13 +2,13 @@
 //!
 //!     cargo run --release --example 03_train -- CONFIG.json [side] [batch] [steps] [--per-op]
 //!
-//! CONFIG.json is that of a diffusers `UNet2DConditionModel`. Prints the median time of a step, and with --per-op where the
+//! CONFIG.json is that of a diffusers `UNet2DModel`. Prints the median time of a step, and with --per-op where the
 //! time of one goes.
 
 use ldm::exec::timing::Recorder;
 use ldm::exec::{Device, DeviceName, Graph, Program, Weights, human_bytes};
 use ldm::io::Config;
-use ldm::models::{Model, UNet2DCondition};
+use ldm::models::{Model, UNet2D};
 use ldm::ops::{Distance, Loss};
 use ldm::rng::Generator;
 use ldm::tensor::{DType, HostTensor, Shape};
@@ -21,17 +21,16 @@ fn main() -> ldm::Result<()> {
         std::env::args().skip(1).partition(|a| a.starts_with("--"));
     let number = |i: usize, default: usize| words.get(i).and_then(|w| w.parse().ok()).unwrap_or(default);
     let config = words.first().ok_or_else(|| ldm::Error::invalid("want the config.json of a UNet"))?;
-    let model = UNet2DCondition::from_config(&Config::read(config)?)?;
-    let ([side, batch, steps], tokens) = ([number(1, 32), number(2, 8), number(3, 5)], 16);
+    let model = UNet2D::from_config(&Config::read(config)?)?;
+    let [side, batch, steps] = [number(1, 32), number(2, 8), number(3, 5)];
 
     let mut g = Graph::new();
     let x = g.input("x", DType::F32, [batch, side, side, model.in_channels]);
     let t = g.input("t", DType::F32, [batch]);
-    let context = g.input("context", DType::F32, [batch, tokens, model.context]);
     let target = g.input("target", DType::F32, [batch, side, side, model.out_channels]);
     let weights = g.input("weights", DType::F32, [batch]);
     g.train(true);
-    let y = model.build(&mut g, x, (t, None), context)?;
+    let y = model.build(&mut g, x, (t, None))?;
     let loss = g.push("loss", Loss(Distance::L2), &[y, target, weights])?;
     let how = Optimiser::default();
     update(&mut g, loss, &how, &[])?;
@@ -48,7 +47,7 @@ fn main() -> ldm::Result<()> {
         trainer.set(name, value)?;
     }
     let mut random = Generator::new(2);
-    for name in ["x", "context", "target"] {
+    for name in ["x", "target"] {
         let shape: Shape = trainer.program().spec(name)?.shape;
         trainer.write(name, &HostTensor::f32(shape, random.randn(shape.numel()))?)?;
     }

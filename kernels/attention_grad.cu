@@ -2,11 +2,12 @@
 // ds = scale · p · (dy vᵀ - delta); dq = ds k, dk = dsᵀ q, dv = pᵀ dy (Dao et al. 2022, algorithm 4). Scores are made again, in
 // tiles of TILE×TILE whose inner products pass through shared memory CHUNK elements at a time; thread (row, column) owns one.
 //
-// attention_grad_q, grid: (ceil(T / TILE), N, B): a block owns TILE queries. A first pass over the keys gives the logarithm of
-// the sum of exponentials, left in `stats` with delta; a second one dq, of which thread (row, l) owns elements l, l + LANES, ….
-// attention_grad_kv, grid: (ceil(S / TILE), N, B): a block owns TILE keys, a thread its elements of dk and dv, in order of the
+// attention_grad_q, grid: (ceil(T / TILE) · parts, N, B): a block owns TILE queries. A first pass over the keys gives the logarithm of
+// the sum of exponentials, left in `stats` with delta; a second one dq, of which thread (row, l) owns elements l, l + LANES, … of the part.
+// attention_grad_kv, grid: (ceil(S / TILE) · parts, N, B): a block owns TILE keys, a thread its elements of dk and dv, in order of the
 // queries. Nothing is added up by two blocks. Registers limit the blocks in flight: 2 · D / LANES sums a thread.
-// variants: D=64 D=160 D=512 D=1024
+// Heads wider than D are served in parts of D elements, each by blocks of its own that make the scores again.
+// variants: D=64 D=160 D=512
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;
@@ -50,14 +51,15 @@ struct AttentionGradQ {
     const T* v;    // (B,S,N·d)
     const T* y;    // (B,T,N·d)
     const T* dy;   // (B,T,N·d)
-    int t, s, heads, d;  // d <= D
+    int t, s, heads, d, parts;  // d <= parts · D
     float scale;
     int causal;  // query i sees keys up to i + S − T
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_grad_q(const __grid_constant__ AttentionGradQ p) {
     TileSmem& s = smem<TileSmem>();
-    const int thread = thread_x(), row = thread / TILE, column = thread % TILE, t0 = block_x() * TILE, query = t0 + row;
+    const int thread = thread_x(), row = thread / TILE, column = thread % TILE;
+    const int part = block_x() % p.parts, own = part * D + column, t0 = block_x() / p.parts * TILE, query = t0 + row;
     const int width = p.heads * p.d;
     const long long head = (long long)block_y() * p.d;
     const long long queries = (long long)block_z() * p.t * width + head, keys = (long long)block_z() * p.s * width + head;
@@ -102,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_grad_q(const __
         for (int i = 1; i < TILE; i++) delta += s.ds[row][i];
         s.lse[row] = m + log_f(l);
         s.delta[row] = delta;
-        if (query < p.t) {
+        if (part == 0 && query < p.t) {
             float* stats = p.stats + 2 * (((long long)block_z() * p.heads + block_y()) * p.t + query);
             store(stats, s.lse[row]);
             store(stats + 1, delta);
@@ -137,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_grad_q(const __
             const T* from = k.at + (long long)(n0 + j) * width;
             UNROLL
             for (int i = 0; i < OWN; i++) {
-                const int c = column + i * LANES;
+                const int c = own + i * LANES;
                 if (c < p.d) dq[i] = fma_f(ds, to_float(load(from + c)), dq[i]);
             }
         }
@@ -147,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_grad_q(const __
     T* to = p.dq + queries + (long long)query * width;
     UNROLL
     for (int i = 0; i < OWN; i++) {
-        const int c = column + i * LANES;
+        const int c = own + i * LANES;
         if (c < p.d) store(to + c, from_float<T>(dq[i]));
     }
 }
@@ -160,14 +162,15 @@ struct AttentionGradKv {
     const T* k;          // (B,S,N·d)
     const T* v;          // (B,S,N·d)
     const T* dy;         // (B,T,N·d)
-    int t, s, heads, d;  // d <= D
+    int t, s, heads, d, parts;  // d <= parts · D
     float scale;
     int causal;
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_grad_kv(const __grid_constant__ AttentionGradKv p) {
     TileSmem& s = smem<TileSmem>();
-    const int thread = thread_x(), row = thread / TILE, column = thread % TILE, s0 = block_x() * TILE, key = s0 + row;
+    const int thread = thread_x(), row = thread / TILE, column = thread % TILE;
+    const int own = block_x() % p.parts * D + column, s0 = block_x() / p.parts * TILE, key = s0 + row;
     const int width = p.heads * p.d;
     const long long head = (long long)block_y() * p.d;
     const long long queries = (long long)block_z() * p.t * width + head, keys = (long long)block_z() * p.s * width + head;
@@ -212,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_grad_kv(const _
             const long long at = (long long)(t0 + j) * width;
             UNROLL
             for (int i = 0; i < OWN; i++) {
-                const int c = column + i * LANES;
+                const int c = own + i * LANES;
                 if (c < p.d) {
                     dk[i] = fma_f(d, to_float(load(q.at + at + c)), dk[i]);
                     dv[i] = fma_f(w, to_float(load(dy.at + at + c)), dv[i]);
@@ -224,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_grad_kv(const _
     if (key >= p.s) return;
     UNROLL
     for (int i = 0; i < OWN; i++) {
-        const int c = column + i * LANES;
+        const int c = own + i * LANES;
         if (c < p.d) {
             store(p.dk + keys + (long long)key * width + c, from_float<T>(dk[i]));
             store(p.dv + keys + (long long)key * width + c, from_float<T>(dv[i]));

@@ -1,6 +1,6 @@
 """Gradients and loss curves of the small checkpoints from PyTorch autograd: tests/golden/train/*.safetensors.
 
-    python tools/golden_train.py
+    python tools/golden_train.py [unet] [kl] [unconditional]
 
 torch 2.11, diffusers 0.37.1, f32 on the CPU. For each parameter of the model (in the names and axes of its checkpoint): the norm
 of its gradient, and up to 256 of its elements, those at i · 7919 mod n. The losses of AdamW steps with one thread are recorded,
@@ -9,6 +9,7 @@ and by how much two threads, and the same steps in f64, differ from them (roundi
 
 import copy
 import pathlib
+import sys
 
 import diffusers
 import torch
@@ -112,5 +113,35 @@ def kl():
     record("kl", model, {"x": last(x), "noise": last(noise)}, loss, 4.5e-5)
 
 
-unet()
-kl()
+def unconditional():
+    torch.manual_seed(4)
+    model = diffusers.UNet2DModel(
+        sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    model.save_pretrained(GOLDEN / "uncond-tiny" / "unet")
+    model.train()
+    g = torch.Generator().manual_seed(3)
+    sets = 4
+    x = torch.randn(sets, 2, 3, 16, 16, generator=g)
+    target = torch.randn(sets, 2, 3, 16, 16, generator=g)
+    t = torch.randint(0, 1000, (sets, 2), generator=g)
+
+    def loss(model, step):
+        k = step % sets
+        y = model(x[k].to(model.dtype), t[k], return_dict=False)[0]
+        return torch.nn.functional.huber_loss(y, target[k].to(model.dtype), delta=0.5)
+
+    last = lambda a: a.permute(0, 1, 3, 4, 2)
+    record("unet_2d", model, {"x": last(x), "target": last(target), "t": t.float()}, loss, 1e-4)
+
+
+for part in sys.argv[1:] or ["unet", "kl", "unconditional"]:
+    {"unet": unet, "kl": kl, "unconditional": unconditional}[part]()

@@ -96,7 +96,7 @@ impl Codec {
         let c = g.shape(x).last();
         let mut h = self.res().build(g, &join(at, "resnets.0"), x, c, None)?;
         if self.mid_attention {
-            h = self_attention(g, &join(at, "attentions.0"), h, self.groups, EPS)?;
+            h = self_attention(g, &join(at, "attentions.0"), h, 1, self.groups, EPS)?;
         }
         self.res().build(g, &join(at, "resnets.1"), h, c, None)
     }

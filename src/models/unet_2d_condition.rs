@@ -8,7 +8,8 @@ use crate::error::{Error, Result};
 use crate::graph::{Graph, Var};
 use crate::io::Config;
 use crate::nn::{
-    ResBlock, SpatialTransformer, Time, cast, conv3x3, downsample, group_norm, join, linear, spatial_transformer, upsample,
+    ResBlock, SpatialTransformer, Time, cast, conv3x3, downsample, group_norm, join, linear, self_attention,
+    spatial_transformer, upsample,
 };
 use crate::ops::{Act, Concat, Timestep};
 use crate::tensor::DType;
@@ -24,25 +25,26 @@ pub struct UNet2DCondition {
     pub context: usize,
     /// Side of the latents that the model was made for.
     pub sample_size: usize,
-    levels: Vec<Level>,
-    res: ResBlock,
-    time_width: usize,
-    flip: bool,
-    shift: f64,
-    mid: usize,
-    mid_depth: usize,
+    pub(super) levels: Vec<Level>,
+    pub(super) res: ResBlock,
+    pub(super) time_width: usize,
+    pub(super) flip: bool,
+    pub(super) shift: f64,
+    /// Heads in the middle; 0 where there is no attention.
+    pub(super) mid: usize,
+    pub(super) mid_depth: usize,
 }
 
 /// One resolution.
 #[derive(Clone, PartialEq, Debug)]
-struct Level {
-    channels: usize,
-    layers: usize,
-    heads: usize,
+pub(super) struct Level {
+    pub(super) channels: usize,
+    pub(super) layers: usize,
+    pub(super) heads: usize,
     /// Depth of the transformers.
-    depth: usize,
-    down_attention: bool,
-    up_attention: bool,
+    pub(super) depth: usize,
+    pub(super) down_attention: bool,
+    pub(super) up_attention: bool,
 }
 
 const KEYS: &[&str] = &[
@@ -136,7 +138,7 @@ fn only_neutral(c: &Config) -> Result<()> {
 }
 
 /// Which levels have attention, by the names of their blocks.
-fn attention(c: &Config, key: &str, n: usize, plain: &str, cross: &str) -> Result<Vec<bool>> {
+pub(super) fn attention(c: &Config, key: &str, n: usize, plain: &str, cross: &str) -> Result<Vec<bool>> {
     let blocks = c.str_list(key)?;
     if blocks.len() != n || blocks.iter().any(|b| b != plain && b != cross) {
         return Err(c.error(key, format!("{n} of {plain}, {cross}")));
@@ -228,6 +230,17 @@ impl UNet2DCondition {
     /// # Errors
     /// When H or W is no multiple of [`UNet2DCondition::multiple`], or an input does not fit.
     pub fn build(&self, g: &mut Graph, x: Var, t: (Var, Option<Var>), context: Var) -> Result<Var> {
+        self.body(g, x, t, Some(context))
+    }
+
+    /// [`UNet2DCondition::build`]; without a context, pixels attend to each other alone.
+    pub(super) fn body(
+        &self,
+        g: &mut Graph,
+        x: Var,
+        t: (Var, Option<Var>),
+        context: Option<Var>,
+    ) -> Result<Var> {
         let (shape, dtype, m) = (g.shape(x), g.spec(x).dtype, self.multiple());
         if shape.len() != 4 || shape[1] % m != 0 || shape[2] % m != 0 || shape[3] != self.in_channels {
             let want = format!("latents (B,H,W,{}) with H and W multiples of {m}", self.in_channels);
@@ -262,7 +275,9 @@ impl UNet2DCondition {
         let last = &self.levels[self.levels.len() - 1];
         let mid = Level { heads: self.mid, depth: self.mid_depth, ..last.clone() };
         h = self.res.build(g, "mid_block.resnets.0", h, mid.channels, Some(time))?;
-        h = self.transformer(g, "mid_block.attentions.0", h, context, &mid)?;
+        if self.mid > 0 {
+            h = self.transformer(g, "mid_block.attentions.0", h, context, &mid)?;
+        }
         h = self.res.build(g, "mid_block.resnets.1", h, mid.channels, Some(time))?;
 
         for (i, level) in self.levels.iter().rev().enumerate() {
@@ -300,7 +315,17 @@ impl UNet2DCondition {
         Ok(g)
     }
 
-    fn transformer(&self, g: &mut Graph, at: &str, x: Var, context: Var, level: &Level) -> Result<Var> {
+    fn transformer(
+        &self,
+        g: &mut Graph,
+        at: &str,
+        x: Var,
+        context: Option<Var>,
+        level: &Level,
+    ) -> Result<Var> {
+        let Some(context) = context else {
+            return self_attention(g, at, x, level.heads, self.res.groups, self.res.eps);
+        };
         let how = SpatialTransformer { heads: level.heads, depth: level.depth, groups: self.res.groups };
         spatial_transformer(g, at, x, context, how)
     }

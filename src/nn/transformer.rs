@@ -67,18 +67,19 @@ fn cross(g: &mut Graph, at: &str, residual: Var, q: Var, context: Var, heads: us
     add(g, &at("residual"), residual, h)
 }
 
-/// Group norm, one head over all channels, plus x: the attention of the autoencoders' middle. diffusers `Attention`.
+/// Group norm, attention of the pixels to each other, plus x: with one head that of the autoencoders' middle. diffusers
+/// `Attention`.
 ///
 /// # Errors
-/// When x does not fit.
-pub fn self_attention(g: &mut Graph, at: &str, x: Var, groups: usize, eps: f64) -> Result<Var> {
+/// When x does not fit, or the heads do not divide its channels.
+pub fn self_attention(g: &mut Graph, at: &str, x: Var, heads: usize, groups: usize, eps: f64) -> Result<Var> {
     let at = |name: &str| join(at, name);
     let c = g.shape(x).last();
     let n = group_norm(g, &at("group_norm"), x, groups, eps, Act::None)?;
     let q = linear(g, &at("to_q"), n, c, true, Act::None)?;
     let k = linear(g, &at("to_k"), n, c, true, Act::None)?;
     let v = linear(g, &at("to_v"), n, c, true, Act::None)?;
-    let h = attention(g, &at("attention"), [q, k, v], 1, false)?;
+    let h = attention(g, &at("attention"), [q, k, v], heads, false)?;
     let h = linear(g, &at("to_out.0"), h, c, true, Act::None)?;
     add(g, &at("residual"), x, h)
 }

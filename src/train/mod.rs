@@ -7,4 +7,4 @@ mod step;
 
 pub use init::{initial, is_zero_module};
 pub use rates::{Schedule, average_decay};
-pub use step::{Optimiser, Report, Trainer, update};
+pub use step::{Optimiser, Report, Trainer, blocks, update};

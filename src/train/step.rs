@@ -74,6 +74,28 @@ pub fn update(g: &mut Graph, loss: Var, how: &Optimiser, again: &[Range<usize>])
     Ok(())
 }
 
+/// The blocks of a model as ranges of nodes, to be made again in the backward pass in place of being kept: residual blocks,
+/// transformers, and layers of a text encoder, by their names in the checkpoint.
+pub fn blocks(g: &Graph) -> Vec<Range<usize>> {
+    // `down_blocks.0.resnets.1.conv1` belongs to `down_blocks.0.resnets.1`.
+    let block = |label: &str| {
+        let words: Vec<&str> = label.split('.').collect();
+        let kind = |w: &&str| ["resnets", "attentions", "layers"].contains(w);
+        let at = words.iter().position(kind)?;
+        words.get(at + 1)?.parse::<usize>().ok()?;
+        Some(words[..at + 2].join("."))
+    };
+    let mut found: Vec<(String, Range<usize>)> = vec![];
+    for (i, node) in g.nodes().iter().enumerate() {
+        match (block(&node.label), found.last_mut()) {
+            (Some(name), Some((last, range))) if *last == name && range.end == i => range.end = i + 1,
+            (Some(name), _) => found.push((name, i..i + 1)),
+            (None, _) => {}
+        }
+    }
+    found.into_iter().map(|(_, range)| range).collect()
+}
+
 /// What a step found.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Report {

@@ -43,7 +43,7 @@ pub enum Weights<'a> {
     Pixels(Conv<'a>),
 }
 
-/// Most elements of A that are packed whole beside pixels.
+/// Most elements of A, or of pixels, that are packed whole.
 const WHOLE: usize = 1 << 24;
 
 /// A vector per batch item, added to all its rows: the time embedding of a residual block.
@@ -195,6 +195,10 @@ fn typed<T: Element>(isa: Isa, a: &impl Rows, w: Weights, n: usize, epilogue: &E
     let panels = Panels::new(isa, arith(isa, a.dtype()), n, k, KC);
     let product = Product { panels, a, n, k, epilogue };
     match w {
+        Weights::Pixels(x) if m > FEW_ROWS && panels.len() <= WHOLE => scratch(panels.len(), |packed| {
+            panels.pack_all_pixels(&x, packed);
+            product.many_rows(|block, panel, f| f(&panels.view(packed, block, panel)), out);
+        }),
         Weights::Pixels(x) if m > FEW_ROWS || m * k > WHOLE => product.many_rows(
             |block, panel, f| {
                 scratch(KC * MAX_NR, |buffer| {
@@ -229,6 +233,12 @@ pub fn working_bytes(dtype: DType, m: usize, n: usize, k: usize) -> usize {
         threads * (rows * LDA + narrow * (KC * MAX_NR + rows * cols))
     };
     words * size_of::<f32>()
+}
+
+/// What [`gemm`] takes beside [`working_bytes`] for packing [`Weights::Pixels`].
+pub fn pixels_bytes(m: usize, n: usize, k: usize) -> usize {
+    let words = n.saturating_add(MAX_NR).saturating_mul(k);
+    if m > FEW_ROWS && words <= WHOLE { words * size_of::<f32>() } else { 0 }
 }
 
 fn with_panel(w: &Packed, block: usize, panel: usize, f: &mut dyn FnMut(&Panel)) {

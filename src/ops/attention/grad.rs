@@ -51,13 +51,12 @@ impl AttentionGrad {
     }
 }
 
-/// The variant of the kernel that holds heads of `d`.
-fn variant(d: usize) -> &'static str {
+/// The variant of the kernel for heads of `d`, and the parts in which it takes them.
+fn variant(d: usize) -> (&'static str, usize) {
     match d {
-        ..=64 => "D=64",
-        ..=160 => "D=160",
-        ..=512 => "D=512",
-        _ => "D=1024",
+        ..=64 => ("D=64", 1),
+        ..=160 => ("D=160", 1),
+        _ => ("D=512", d.div_ceil(512)),
     }
 }
 
@@ -96,13 +95,15 @@ impl Operation for AttentionGrad {
         let Sizes { b, t, s, d } = op.sizes(io.x_spec(0).shape, io.x_spec(1).shape);
         let (dtype, scale, causal) = (io.x_spec(0).dtype, op.scale(d) as f32, i32::from(self.causal));
         let (stats, [q, key, v, y, dy]) = (io.scratch, [0, 1, 2, 3, 4].map(|i| io.x(i)));
-        let grid = |tokens: usize| [tokens.div_ceil(k::TILE), self.heads, b];
-        let (grid_q, grid_k, variant) = (grid(t), grid(s), variant(d));
-        let (t, s, d, heads) = (io.int(t)?, io.int(s)?, io.int(d)?, io.int(self.heads)?);
-        let p = k::AttentionGradQ { dq: io.y(0), stats, q, k: key, v, y, dy, t, s, heads, d, scale, causal };
+        let (variant, parts) = variant(d);
+        let grid = |tokens: usize| [tokens.div_ceil(k::TILE) * parts, self.heads, b];
+        let (dq, grid_q, grid_k) = (io.y(0), grid(t), grid(s));
+        let (t, s, d, heads, parts) =
+            (io.int(t)?, io.int(s)?, io.int(d)?, io.int(self.heads)?, io.int(parts)?);
+        let p = k::AttentionGradQ { dq, stats, q, k: key, v, y, dy, t, s, heads, d, parts, scale, causal };
         io.launch(k::ATTENTION_GRAD_Q, dtype, variant, grid_q, k::BLOCK, p)?;
         let (dk, dv) = (io.y(1), io.y(2));
-        let p = k::AttentionGradKv { dk, dv, stats, q, k: key, v, dy, t, s, heads, d, scale, causal };
+        let p = k::AttentionGradKv { dk, dv, stats, q, k: key, v, dy, t, s, heads, d, parts, scale, causal };
         io.launch(k::ATTENTION_GRAD_KV, dtype, variant, grid_k, k::BLOCK, p)
     }
 
@@ -116,7 +117,7 @@ impl Operation for AttentionGrad {
     }
 
     fn variant(&self, x: &[Spec]) -> &'static str {
-        variant(x[0].shape.last() / self.heads.max(1))
+        variant(x[0].shape.last() / self.heads.max(1)).0
     }
 
     fn cases() -> Vec<Case> {

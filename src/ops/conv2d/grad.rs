@@ -4,7 +4,7 @@
 use super::super::prelude::*;
 use super::super::{ActivationGrad, Dilate, Op, SumPool, SumRows};
 use super::{Conv2d, Epi, Linear};
-use crate::backend::cpu::gemm::{Conv, ConvShape, Epilogue, Transposed, Weights, gemm, working_bytes};
+use crate::backend::cpu::gemm::{Conv, ConvShape, Epilogue, Transposed, Weights, gemm, pixels_bytes, working_bytes};
 use crate::kernels::conv2d_transpose as turn;
 use crate::kernels::conv2d_weight_grad as k;
 use crate::kernels::reduce;
@@ -243,8 +243,9 @@ impl Operation for WeightGrad {
     }
 
     fn cpu_scratch(&self, x: &[Spec], y: &[Spec]) -> usize {
-        let o = x[1].shape.last();
-        working_bytes(x[0].dtype, o, y[0].shape.numel() / o.max(1), x[1].shape.rows())
+        let (o, pixels) = (x[1].shape.last(), x[1].shape.rows());
+        let n = y[0].shape.numel() / o.max(1);
+        working_bytes(x[0].dtype, o, n, pixels).saturating_add(pixels_bytes(o, n, pixels))
     }
 
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {

@@ -160,6 +160,19 @@ impl Panels {
         });
     }
 
+    /// [`Panels::pack_pixels`] of all, in parallel.
+    pub(super) fn pack_all_pixels(&self, x: &Conv, out: &mut [f32]) {
+        let each = self.isa.nr() * self.k;
+        out.par_chunks_mut(each).enumerate().for_each(|(panel, out)| {
+            let mut rest = out;
+            for block in 0..self.blocks() {
+                let (part, tail) = rest.split_at_mut(self.range(block, panel).len());
+                self.pack_pixels(x, block, panel, part);
+                rest = tail;
+            }
+        });
+    }
+
     /// Packs all of w (N, `elements`), in parallel.
     pub(in crate::backend::cpu) fn pack_all(&self, w: Slice, elements: usize, out: &mut [f32]) {
         let each = self.isa.nr() * self.k;
