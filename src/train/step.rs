@@ -22,12 +22,23 @@ pub struct Optimiser {
     pub clip: f32,
     /// An average of the weights is kept.
     pub average: bool,
+    /// The loss is multiplied by a factor that follows the gradients, for models in f16: it is halved, and the step left out,
+    /// where they are not finite, and doubled after 2000 steps in which they were (PyTorch `GradScaler`).
+    pub loss_scale: bool,
 }
 
 impl Default for Optimiser {
     /// AdamW as PyTorch has it, gradients clipped to a norm of 1.
     fn default() -> Optimiser {
-        Optimiser { betas: [0.9, 0.999], eps: 1e-8, decay: 1e-2, coupled: false, clip: 1.0, average: false }
+        Optimiser {
+            betas: [0.9, 0.999],
+            eps: 1e-8,
+            decay: 1e-2,
+            coupled: false,
+            clip: 1.0,
+            average: false,
+            loss_scale: false,
+        }
     }
 }
 
@@ -103,6 +114,8 @@ pub struct Report {
     pub loss: f32,
     /// The norm of all gradients before clipping.
     pub norm: f32,
+    /// Gradients were not finite under a loss scale: nothing was updated, and the scale is half of what it was.
+    pub skipped: bool,
 }
 
 /// A parameter that is trained.
@@ -119,7 +132,16 @@ pub struct Trainer {
     trained: Vec<Trained>,
     how: Optimiser,
     step: usize,
+    /// The loss scale, and the steps since it changed.
+    scale: (f64, usize),
 }
+
+/// The loss scale at the start, and steps after which it is doubled.
+const FIRST_SCALE: f64 = 65536.0;
+const PATIENCE: usize = 2000;
+
+/// The name under which [`Trainer::states`] gives the loss scale and the steps since it changed.
+const SCALE_STATE: &str = "loss_scale";
 
 impl Trainer {
     /// From a graph that [`update`] has completed. `frozen` holds the weights that are no parameters. All states are zero.
@@ -133,7 +155,8 @@ impl Trainer {
             .map(|p| Trained { name: p.name.clone(), layout: p.layout, shape: graph.shape(p.state) })
             .collect();
         let program = Program::new(graph, frozen, device)?;
-        Ok(Trainer { program, trained, how: how.clone(), step: 0 })
+        let scale = (if how.loss_scale { FIRST_SCALE } else { 1.0 }, 0);
+        Ok(Trainer { program, trained, how: how.clone(), step: 0, scale })
     }
 
     /// Names and shapes of the parameters, as the engine holds them.
@@ -184,18 +207,24 @@ impl Trainer {
     /// Takes a step with a learning rate; the average keeps `keep` of itself.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] where loss or gradients are not finite: then nothing was updated. Else from the device.
+    /// [`Error::NonFinite`] where the loss is not finite, or without a loss scale the gradients are not: then nothing was
+    /// updated. Else from the device.
     pub fn step(&mut self, rate: f64, keep: f64) -> Result<Report> {
         let t = self.step as i32 + 1;
         let [b1, b2] = self.how.betas.map(|b| 1.0 - f64::from(b).powi(t));
         let one = |v: f64| HostTensor::f32([1], vec![v as f32]);
         self.program
             .write(RATES_INPUT, &HostTensor::f32([RATES], [rate, b1, b2, keep].map(|v| v as f32).into())?)?;
-        self.program.write(SCALE, &one(1.0)?)?;
-        self.program.write(UNSCALE, &one(1.0)?)?;
+        self.program.write(SCALE, &one(self.scale.0)?)?;
+        self.program.write(UNSCALE, &one(1.0 / self.scale.0)?)?;
         self.program.run(&mut ())?;
         let [loss, norm] = ["loss", "norm"].map(|name| self.program.read(name));
-        let report = Report { loss: loss?.to_f32()[0], norm: norm?.to_f32()[0] };
+        let mut report = Report { loss: loss?.to_f32()[0], norm: norm?.to_f32()[0], skipped: false };
+        if self.how.loss_scale && report.loss.is_finite() && !report.norm.is_finite() && self.scale.0 > 1.0 {
+            self.scale = (self.scale.0 / 2.0, 0);
+            report.skipped = true;
+            return Ok(report);
+        }
         if !report.loss.is_finite() || !report.norm.is_finite() {
             return Err(Error::NonFinite {
                 op: "training".into(),
@@ -207,10 +236,14 @@ impl Trainer {
             });
         }
         self.step += 1;
+        self.scale.1 += 1;
+        if self.how.loss_scale && self.scale.1 == PATIENCE {
+            self.scale = (2.0 * self.scale.0, 0);
+        }
         Ok(report)
     }
 
-    /// All states as a checkpoint holds them: parameters, `m.…`, `v.…`, `ema.…`.
+    /// All states as a checkpoint holds them: parameters, `m.…`, `v.…`, `ema.…`, and `loss_scale` where there is one.
     ///
     /// # Errors
     /// From the device.
@@ -218,7 +251,13 @@ impl Trainer {
         let kinds: &[&str] = if self.how.average { &["", "m.", "v.", "ema."] } else { &["", "m.", "v."] };
         let names =
             self.trained.iter().flat_map(|p| kinds.iter().map(move |kind| format!("{kind}{}", p.name)));
-        names.map(|name| Ok((name.clone(), self.program.read(&name)?))).collect()
+        let mut all: Vec<_> =
+            names.map(|name| Ok((name.clone(), self.program.read(&name)?))).collect::<Result<_>>()?;
+        if self.how.loss_scale {
+            let (scale, steps) = self.scale;
+            all.push((SCALE_STATE.into(), HostTensor::f32([2], vec![scale as f32, steps as f32])?));
+        }
+        Ok(all)
     }
 
     /// Goes on from states, see [`Trainer::states`], after `step` steps.
@@ -233,6 +272,13 @@ impl Trainer {
                 let value = find(&name)?;
                 self.program.write(&name, &value)?;
             }
+        }
+        if self.how.loss_scale {
+            let kept = find(SCALE_STATE)?.to_f32();
+            let [scale, steps] = kept[..] else {
+                return Err(Error::invalid(format!("{SCALE_STATE}: want two numbers; got {}", kept.len())));
+            };
+            self.scale = (f64::from(scale), steps as usize);
         }
         self.step = step;
         Ok(())
