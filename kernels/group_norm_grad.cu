@@ -1,10 +1,11 @@
-// Gradients of group_norm.cu. With n = (x - mean) * rstd, z = n * w + bias, dz = dy * act'(z) and g = dz * w:
+// Gradients of group_norm.cu. With n = (x - mean) * rstd, z = n * w + bias, dz = dy * act'(z) and g = dz * w, where w and bias
+// are those that an image's scale and shift leave, w * (1 + scale) and bias * (1 + scale) + shift:
 // dx = rstd * (g - mean(g) - n * mean(g * n)), the means over a group; dw = sum dz * n, dbias = sum dz over images and pixels.
 //
 // group_norm_grad, grid: (G, B): a block owns one group of one image, in passes that the caches serve: mean, variance, sums by
 // channel, dx. For the sums thread t takes channel t % cpg (of at most BLOCK at a time) of every (BLOCK / cpg)-th pixel, and
 // the sums of a channel are added in order. They are left in `sums`, from which group_norm_grad_params, grid:
-// ceil(C / BLOCK), a thread a channel, adds up the images.
+// ceil(C / BLOCK), a thread a channel, adds up the images, and makes the gradients of scale and shift of each.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;
@@ -16,10 +17,25 @@ struct GroupNormGrad {
     const T* w;      // (C)
     const T* bias;   // (C)
     const T* dy;     // (B,HW,C)
+    const T* film;   // (B,2C) or null: scales, shifts
     int hw, c, groups;
     float eps;
     int act;
 };
+
+// The factor and the bias of channel c of image b.
+struct Affine {
+    float w, bias;
+};
+DEV Affine affine(const T* w, const T* bias, const T* film, int channels, int b, int c) {
+    Affine a = {to_float(load(w + c)), to_float(load(bias + c))};
+    if (film) {
+        const T* of = film + (long long)b * 2 * channels + c;
+        const float scale = 1.0f + to_float(load(of));
+        a = {a.w * scale, fma_f(a.bias, scale, to_float(load(of + channels)))};
+    }
+    return a;
+}
 
 struct GroupNormGradSmem {
     float scratch[BLOCK / WARP];
@@ -53,12 +69,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_grad(const __grid
         const int width = cpg - c0 < BLOCK ? cpg - c0 : BLOCK, lanes = BLOCK / width;
         const int c = thread % width, lane_p = thread / width;
         float dw = 0.0f, dbias = 0.0f;
-        const float w = to_float(load(p.w + first + c0 + c)), bias = to_float(load(p.bias + first + c0 + c));
+        const Affine a = affine(p.w, p.bias, p.film, p.c, block_y(), first + c0 + c);
         if (lane_p < lanes) {
             for (int pixel = lane_p; pixel < p.hw; pixel += lanes) {
                 const long long at = base + (long long)pixel * p.c + c0 + c;
                 const float v = (to_float(load(p.x + at)) - mean.high - mean.low) * rstd;
-                const float dz = to_float(load(p.dy + at)) * slope_f(p.act, fma_f(v, w, bias));
+                const float dz = to_float(load(p.dy + at)) * slope_f(p.act, fma_f(v, a.w, a.bias));
                 dw = fma_f(dz, v, dw);
                 dbias += dz;
             }
@@ -74,8 +90,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_grad(const __grid
             const long long at = 2 * ((long long)block_y() * p.c + first + c0 + c);
             store(p.sums + at, dw);
             store(p.sums + at + 1, dbias);
-            g_sum = fma_f(dbias, w, g_sum);
-            gn_sum = fma_f(dw, w, gn_sum);
+            g_sum = fma_f(dbias, a.w, g_sum);
+            gn_sum = fma_f(dw, a.w, gn_sum);
         }
         sync_block();
     }
@@ -86,16 +102,20 @@ extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_grad(const __grid
         const int pixel = i / cpg, c = i - pixel * cpg;
         const long long at = base + (long long)pixel * p.c + c;
         const float v = (to_float(load(p.x + at)) - mean.high - mean.low) * rstd;
-        const float w = to_float(load(p.w + first + c)), bias = to_float(load(p.bias + first + c));
-        const float dz = to_float(load(p.dy + at)) * slope_f(p.act, fma_f(v, w, bias));
-        store(p.dx + at, from_float<T>(rstd * (dz * w - g_sum - v * gn_sum)));
+        const Affine a = affine(p.w, p.bias, p.film, p.c, block_y(), first + c);
+        const float dz = to_float(load(p.dy + at)) * slope_f(p.act, fma_f(v, a.w, a.bias));
+        store(p.dx + at, from_float<T>(rstd * (dz * a.w - g_sum - v * gn_sum)));
     }
 }
 
 struct GroupNormGradParams {
     float* dw;          // (C)
     float* dbias;       // (C)
+    T* dfilm;           // (B,2C) or null
     const float* sums;  // (B,C,2)
+    const T* w;         // (C)
+    const T* bias;      // (C)
+    const T* film;      // (B,2C) or null
     int batch, c;
 };
 
@@ -104,8 +124,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_grad_params(const
     if (c >= p.c) return;
     float dw = 0.0f, dbias = 0.0f;
     for (int b = 0; b < p.batch; b++) {
-        dw += load(p.sums + 2 * ((long long)b * p.c + c));
-        dbias += load(p.sums + 2 * ((long long)b * p.c + c) + 1);
+        const float to_w = load(p.sums + 2 * ((long long)b * p.c + c)), to_bias = load(p.sums + 2 * ((long long)b * p.c + c) + 1);
+        float scale = 1.0f;
+        if (p.film) {
+            const long long at = (long long)b * 2 * p.c + c;
+            scale += to_float(load(p.film + at));
+            store(p.dfilm + at, from_float<T>(fma_f(to_float(load(p.w + c)), to_w, to_float(load(p.bias + c)) * to_bias)));
+            store(p.dfilm + at + p.c, from_float<T>(to_bias));
+        }
+        dw = fma_f(scale, to_w, dw);
+        dbias = fma_f(scale, to_bias, dbias);
     }
     store(p.dw + c, dw);
     store(p.dbias + c, dbias);

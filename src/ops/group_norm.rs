@@ -476,12 +476,17 @@ impl Operation for GroupNorm {
     }
 
     fn grad(&self, g: &mut Graph, x: &[Var], _y: &[Var], dy: &[Option<Var>]) -> Result<Vec<Option<Var>>> {
-        if self.given != Given::Input || self.film {
+        let by_image = || g.shape(x[3]).rows() == g.shape(x[0])[0];
+        if self.given != Given::Input || self.step || (self.film && !by_image()) {
             return Err(Error::NoGradient(Self::NAME));
         }
-        let [Some(dy)] = dy else { return Ok(vec![None; 3]) };
-        let op = GroupNormGrad { groups: self.groups, eps: self.eps, act: self.act };
-        Ok(g.push_all("grad", op, &[x[0], x[1], x[2], *dy])?.into_iter().map(Some).collect())
+        let [Some(dy)] = dy else { return Ok(vec![None; x.len()]) };
+        let &GroupNorm { groups, eps, act, film, .. } = self;
+        let inputs = [&x[..3], &[*dy], &x[3..]].concat();
+        Ok(g.push_all("grad", GroupNormGrad { groups, eps, act, film }, &inputs)?
+            .into_iter()
+            .map(Some)
+            .collect())
     }
 
     fn scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {

@@ -55,7 +55,7 @@ impl AttentionGrad {
 fn variant(d: usize) -> (&'static str, usize) {
     match d {
         ..=64 => ("D=64", 1),
-        ..=160 => ("D=160", 1),
+        65..=160 => ("D=160", 1),
         _ => ("D=512", d.div_ceil(512)),
     }
 }

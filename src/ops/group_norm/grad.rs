@@ -1,5 +1,6 @@
 //! Gradients of group normalisation: with n = (x − mean) · rstd, z = n · w + bias, dz = dy · act′(z) and g = dz · w,
-//! dx = rstd · (g − mean(g) − n · mean(g · n)), the means over a group; dw = Σ dz · n, dbias = Σ dz over images and pixels.
+//! dx = rstd · (g − mean(g) − n · mean(g · n)), the means over a group; dw = Σ dz · n, dbias = Σ dz over images and pixels. With
+//! scale and shift of an image, w and bias above are w · (1 + scale) and bias · (1 + scale) + shift.
 //! Kernel: `kernels/group_norm_grad.cu`.
 
 use super::super::prelude::*;
@@ -8,7 +9,7 @@ use crate::backend::cpu::math::{Channels, norm_grad_apply, norm_grad_sums};
 use crate::kernels::group_norm_grad as k;
 use rayon::prelude::*;
 
-/// x (B,…,C), w, bias (C), dy (B,…,C) to dx, and dw, dbias (C) in f32.
+/// x (B,…,C), w, bias (C), dy (B,…,C)\[, film (B,2·C)\] to dx, and dw, dbias (C) in f32\[, and dfilm\].
 #[derive(Clone, PartialEq, Debug)]
 pub struct GroupNormGrad {
     /// As that of [`GroupNorm`].
@@ -17,47 +18,65 @@ pub struct GroupNormGrad {
     pub eps: f32,
     /// As that of [`GroupNorm`].
     pub act: Act,
+    /// There are scale and shift, for each image.
+    pub film: bool,
 }
 
 /// Elements of a part whose sums one task of the CPU adds up.
 const CHUNK: usize = 1 << 15;
+/// What the CPU's code keeps of each channel of an image.
+const ROWS: usize = 7;
 
 impl GroupNormGrad {
-    /// dx, dw, dbias; with `size`, what is summed into each: the slope's argument is off by a share of what it is made of.
+    /// dx, dw, dbias\[, dfilm\]; with `size`, what is summed into each: the slope's argument is off by a share of what it is
+    /// made of.
     fn each(&self, x: &[Array], size: bool) -> Vec<Array> {
         let (c, batch) = (x[0].shape.last(), x[0].shape[0]);
         let (cpg, per_image) = (c / self.groups, x[0].data.len() / batch.max(1));
         let (mut dx, mut dw, mut db) = (x[0].clone(), Array::zeros([c]), Array::zeros([c]));
+        let mut dfilm = self.film.then(|| x[4].map(|_| 0.0));
         let sign = if size { 1.0 } else { -1.0 };
+        let abs = |v: f64| if size { v.abs() } else { v };
         for (b, group) in (0..batch).flat_map(|b| (0..self.groups).map(move |g| (b, g))) {
             let s = moments(&x[0], self.groups, self.eps as f64, b, group);
             let channels = group * cpg..(group + 1) * cpg;
             let members: Vec<usize> = (0..per_image / c)
                 .flat_map(|p| channels.clone().map(move |i| b * per_image + p * c + i))
                 .collect();
+            // 1 + scale, and the factor and bias that it and the shift leave.
+            let affine = |i: usize| {
+                let [scale, shift] =
+                    if self.film { [x[4].at(&[b, i]), x[4].at(&[b, c + i])] } else { [0.0; 2] };
+                let scale = abs(1.0) + abs(scale);
+                (scale, abs(x[1].data[i]) * scale, abs(x[2].data[i]) * scale + abs(shift))
+            };
             // n and dz of an element.
             let at = |k: usize| {
-                let (v, w, bias, dy) = (x[0].data[k], x[1].data[k % c], x[2].data[k % c], x[3].data[k]);
+                let (v, dy, (_, w, bias)) = (x[0].data[k], x[3].data[k], affine(k % c));
                 if size {
                     let n = (v.abs() + s.size) * s.rstd;
-                    let z = if self.act == Act::None { 0.0 } else { n * w.abs() + bias.abs() };
+                    let z = if self.act == Act::None { 0.0 } else { n * w + bias };
                     return (n, dy.abs() * (1.0 + z));
                 }
                 let n = (v - s.mean) * s.rstd;
                 (n, dy * self.act.slope_f64(n * w + bias))
             };
-            let g = |k: usize| at(k).1 * if size { x[1].data[k % c].abs() } else { x[1].data[k % c] };
+            let g = |k: usize| at(k).1 * affine(k % c).1;
             let count = members.len() as f64;
             let mean_g = members.iter().map(|&k| g(k)).sum::<f64>() / count;
             let mean_gn = members.iter().map(|&k| g(k) * at(k).0).sum::<f64>() / count;
             for &k in &members {
-                let (n, dz) = at(k);
+                let ((n, dz), i) = (at(k), k % c);
                 dx.data[k] = s.rstd * (g(k) + sign * (mean_g + n * mean_gn));
-                dw.data[k % c] += dz * n;
-                db.data[k % c] += dz;
+                dw.data[i] += affine(i).0 * dz * n;
+                db.data[i] += affine(i).0 * dz;
+                if let Some(dfilm) = &mut dfilm {
+                    dfilm.data[b * 2 * c + i] += dz * (n * abs(x[1].data[i]) + abs(x[2].data[i]));
+                    dfilm.data[b * 2 * c + c + i] += dz;
+                }
             }
         }
-        vec![dx, dw, db]
+        [dx, dw, db].into_iter().chain(dfilm).collect()
     }
 }
 
@@ -65,13 +84,17 @@ impl Operation for GroupNormGrad {
     const NAME: &'static str = "group_norm_grad";
 
     fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>> {
-        let want =
-            format!("x (B,…,C), w (C), bias (C), dy as x, of one float type, C % {} == 0", self.groups);
-        let [x0, w, bias, dy] = args(Self::NAME, &want, x)?;
+        let film = if self.film { ", film (B,2·C)" } else { "" };
+        let groups = self.groups;
+        let want = format!("x (B,…,C), w (C), bias (C), dy as x{film}, of one float type, C % {groups} == 0");
+        ensure!(x.len() == 4 + self.film as usize, Self::NAME, want, x);
+        let (x0, w, bias, dy) = (x[0], x[1], x[2], x[3]);
         let forward = GroupNorm::new(self.groups, self.eps, self.act);
         ensure!(forward.infer(&[x0, w, bias]).is_ok() && x0 == dy, Self::NAME, want, x);
+        let of_images = Spec::new(x0.dtype, [x0.shape[0], 2 * x0.shape.last()]);
+        ensure!(!self.film || x[4] == of_images, Self::NAME, want, x);
         let param = Spec::new(DType::F32, w.shape);
-        Ok(vec![x0, param, param])
+        Ok([x0, param, param].into_iter().chain(self.film.then_some(of_images)).collect())
     }
 
     fn spec(&self, x: &[Array]) -> Vec<Array> {
@@ -87,35 +110,41 @@ impl Operation for GroupNormGrad {
         let (c, batch) = (shape.last(), shape[0]);
         let (pixels, cpg) = (shape.rows() / batch.max(1), c / self.groups);
         if shape.numel() == 0 {
-            (1..3).for_each(|j| io.write(j, |y| y.fill(0.0)));
+            (1..io.y.len()).for_each(|j| io.write(j, |y| y.fill(0.0)));
             return Ok(());
         }
         let each = (CHUNK / c).max(1);
         let parts = pixels.div_ceil(each);
-        let (w, bias) = (io.f32(1), io.f32(2));
-        // By image: mean (as two floats) and reciprocal deviation of each channel, then the two means of its group.
-        cpu::with_scratch(batch * (5 + 2 * parts) * c, |buffer| {
-            let (by_channel, sums) = buffer.split_at_mut(batch * 5 * c);
+        let (w, bias, film) = (io.f32(1), io.f32(2), self.film.then(|| io.f32(4)));
+        let scale = |b: usize, i: usize| 1.0 + film.as_ref().map_or(0.0, |f| f[b * 2 * c + i]);
+        let shift = |b: usize, i: usize| film.as_ref().map_or(0.0, |f| f[b * 2 * c + c + i]);
+        // By image: mean (as two floats), reciprocal deviation, factor and bias of each channel, then the two means of its
+        // group.
+        cpu::with_scratch(batch * (ROWS + 2 * parts) * c, |buffer| {
+            let (by_channel, sums) = buffer.split_at_mut(batch * ROWS * c);
             cpu::math::group_stats(x, batch, c, self.groups, |stats| {
-                for (rows, stats) in by_channel.chunks_mut(5 * c).zip(stats.chunks(self.groups)) {
+                let images = by_channel.chunks_mut(ROWS * c).zip(stats.chunks(self.groups));
+                for (b, (rows, stats)) in images.enumerate() {
                     for i in 0..c {
                         let [mean, var] = stats[i / cpg];
                         rows[i] = mean as f32;
                         rows[c + i] = (mean - mean as f32 as f64) as f32;
                         rows[2 * c + i] = (1.0 / (var + self.eps as f64).sqrt()) as f32;
+                        rows[3 * c + i] = w[i] * scale(b, i);
+                        rows[4 * c + i] = bias[i] * scale(b, i) + shift(b, i);
                     }
                 }
             });
-            let channels = |rows: &'_ [f32]| -> [std::ops::Range<usize>; 3] {
-                debug_assert!(rows.len() >= 3 * c);
-                [0..c, c..2 * c, 2 * c..3 * c]
+            let channels = |rows: &'_ [f32]| -> [std::ops::Range<usize>; 5] {
+                debug_assert!(rows.len() >= 5 * c);
+                [0, 1, 2, 3, 4].map(|row| row * c..(row + 1) * c)
             };
             let all = &*by_channel;
             sums.par_chunks_mut(2 * c).enumerate().for_each(|(i, sums)| {
                 let (image, first) = (i / parts, i % parts * each);
-                let rows = &all[image * 5 * c..][..5 * c];
-                let [high, low, rstd] = channels(rows).map(|r| &rows[r]);
-                let p = Channels { mean: [high, low], rstd, w: &w, bias: &bias, act: self.act };
+                let rows = &all[image * ROWS * c..][..ROWS * c];
+                let [high, low, rstd, w, bias] = channels(rows).map(|r| &rows[r]);
+                let p = Channels { mean: [high, low], rstd, w, bias, act: self.act };
                 sums.fill(0.0);
                 let (dw, dbias) = sums.split_at_mut(c);
                 let start = (image * pixels + first) * c;
@@ -130,15 +159,28 @@ impl Operation for GroupNormGrad {
             };
             for (which, j) in [(0, 1), (1, 2)] {
                 io.write(j, |y| {
-                    let sum = |i| (0..batch).map(|b| total(b, i, which)).sum::<f64>() as f32;
+                    let one = |b, i| f64::from(scale(b, i)) * total(b, i, which);
+                    let sum = |i| (0..batch).map(|b| one(b, i)).sum::<f64>() as f32;
                     y.iter_mut().enumerate().for_each(|(i, y)| *y = sum(i));
                 });
             }
-            for (b, rows) in by_channel.chunks_mut(5 * c).enumerate() {
+            if self.film {
+                io.write(3, |y| {
+                    for (b, y) in y.chunks_mut(2 * c).enumerate() {
+                        for i in 0..c {
+                            let [n, one] = [total(b, i, 0), total(b, i, 1)];
+                            y[i] = (f64::from(w[i]) * n + f64::from(bias[i]) * one) as f32;
+                            y[c + i] = one as f32;
+                        }
+                    }
+                });
+            }
+            for (b, rows) in by_channel.chunks_mut(ROWS * c).enumerate() {
                 for g in 0..self.groups {
-                    for (which, at) in [(1, 3 * c), (0, 4 * c)] {
+                    for (which, at) in [(1, 5 * c), (0, 6 * c)] {
                         let members = g * cpg..(g + 1) * cpg;
-                        let sum: f64 = members.clone().map(|i| w[i] as f64 * total(b, i, which)).sum();
+                        let own = |i: usize| rows[3 * c + i] as f64 * total(b, i, which);
+                        let sum: f64 = members.clone().map(own).sum();
                         rows[at..][members].fill((sum / (pixels * cpg) as f64) as f32);
                     }
                 }
@@ -149,10 +191,10 @@ impl Operation for GroupNormGrad {
                 while !rest.is_empty() {
                     let count = (pixels - row % pixels).min(rest.len() / c);
                     let (dx, tail) = rest.split_at_mut(count * c);
-                    let rows = &all[row / pixels * 5 * c..][..5 * c];
-                    let [high, low, rstd] = channels(rows).map(|r| &rows[r]);
-                    let p = Channels { mean: [high, low], rstd, w: &w, bias: &bias, act: self.act };
-                    let means = [&rows[3 * c..4 * c], &rows[4 * c..]];
+                    let rows = &all[row / pixels * ROWS * c..][..ROWS * c];
+                    let [high, low, rstd, w, bias] = channels(rows).map(|r| &rows[r]);
+                    let p = Channels { mean: [high, low], rstd, w, bias, act: self.act };
+                    let means = [&rows[5 * c..6 * c], &rows[6 * c..]];
                     let range = row * c..row * c + dx.len();
                     x.with(range.clone(), |x| dy.with(range, |dy| norm_grad_apply(p, x, dy, means, dx)));
                     (row, rest) = (row + count, tail);
@@ -172,6 +214,7 @@ impl Operation for GroupNormGrad {
             w: io.x(1),
             bias: io.x(2),
             dy: io.x(3),
+            film: if self.film { io.x(4) } else { Default::default() },
             hw: io.int(s.rows() / b.max(1) * (c / self.groups)).and(io.int(s.rows() / b.max(1)))?,
             c: io.int(c)?,
             groups: io.int(self.groups)?,
@@ -180,7 +223,18 @@ impl Operation for GroupNormGrad {
         };
         io.launch(k::GROUP_NORM_GRAD, x.dtype, "", [self.groups, b, 1], k::BLOCK, p)?;
         let (batch, columns) = (io.int(b)?, io.int(c)?);
-        let p = k::GroupNormGradParams { dw: io.y(1), dbias: io.y(2), sums: io.scratch, batch, c: columns };
+        let [film, dfilm] = if self.film { [io.x(4), io.y(3)] } else { Default::default() };
+        let p = k::GroupNormGradParams {
+            dw: io.y(1),
+            dbias: io.y(2),
+            dfilm,
+            sums: io.scratch,
+            w: io.x(1),
+            bias: io.x(2),
+            film,
+            batch,
+            c: columns,
+        };
         io.launch(k::GROUP_NORM_GRAD_PARAMS, x.dtype, "", [c.div_ceil(k::BLOCK), 1, 1], k::BLOCK, p)
     }
 
@@ -202,14 +256,15 @@ impl Operation for GroupNormGrad {
     }
 }
 
-/// The case of the gradients for one of the op; none where statistics, or scale and shift, are given.
+/// The case of the gradients for one of the op; none where statistics are given.
 fn with_gradient(case: Case) -> Option<Case> {
     let super::Op::GroupNorm(op) = case.op else { return None };
-    if op.given != super::Given::Input || op.film {
+    if op.given != super::Given::Input || op.step {
         return None;
     }
-    let GroupNorm { groups, eps, act, .. } = op;
-    let dy = t(case.args[0].shape);
-    let args = [&case.args[..3], &[dy]].concat();
-    Some(Case { op: GroupNormGrad { groups, eps, act }.into(), args, weights: 0..0, ..case })
+    let GroupNorm { groups, eps, act, film, .. } = op;
+    let x = case.args[0].shape;
+    let own = film.then(|| t([x[0], 2 * x.last()]).normal(0.0, 0.5));
+    let args = case.args[..3].iter().cloned().chain([t(x)]).chain(own).collect();
+    Some(Case { op: GroupNormGrad { groups, eps, act, film }.into(), args, weights: 0..0, ..case })
 }
