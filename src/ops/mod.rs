@@ -37,6 +37,7 @@ macro_rules! rooms {
             activation: Activation, ActivationGrad;
             add: Add;
             attention: Attention, AttentionGrad;
+            batch_norm: BatchNorm, BatchNormGrad, Running;
             cast: Cast;
             concat: Concat, Slice;
             conv2d: Conv2d, Linear, WeightGrad, TransposeWeights;
