@@ -50,7 +50,7 @@ macro_rules! rooms {
             loss: Loss, LossGrad, Kl, KlGrad;
             optimiser: Adam, SquareSum, Clip;
             phase_weights: PhaseWeights;
-            quantize: Quantize;
+            quantize: Quantize, CodeUsage;
             reduce: SumRows;
             resample: SumPool, Dilate;
             sampler: Prepare, Advance;
