@@ -17,6 +17,8 @@ const NONE: &[(&str, &str)] = &[
     ("square_sum", "the optimiser"),
     ("clip", "the optimiser"),
     ("running", "an average of statistics"),
+    ("adaptive_weight", "a constant of training"),
+    ("scale", "made by training, of gradients"),
     ("timestep", "its input is data"),
     ("sum_rows", "made by gradients"),
     ("slice", "made by gradients"),

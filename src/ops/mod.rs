@@ -36,6 +36,7 @@ macro_rules! rooms {
         $then! {
             activation: Activation, ActivationGrad;
             add: Add;
+            adversarial: LogitLoss, LogitLossGrad, AdaptiveWeight, Scale;
             attention: Attention, AttentionGrad;
             batch_norm: BatchNorm, BatchNormGrad, Running;
             cast: Cast;
@@ -306,6 +307,7 @@ macro_rules! define {
 rooms!(define);
 
 pub use activation::Act;
+pub use adversarial::Criterion;
 pub use cast::cast;
 pub use conv2d::{Epi, SLAB, Window};
 pub use group_norm::Given;
