@@ -70,7 +70,8 @@ impl Parts {
             Some(AnyModel::UNet2DCondition(m)) => self.unet = Some(m),
             Some(AnyModel::AutoencoderKL(m)) => self.vae = Some(Vae::Kl(m)),
             Some(AnyModel::VQModel(m)) => self.vae = Some(Vae::Vq(m)),
-            None => {}
+            // No part of a pipeline.
+            Some(AnyModel::NLayerDiscriminator(_)) | None => {}
         }
         Ok(())
     }
