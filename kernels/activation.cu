@@ -7,7 +7,7 @@ struct ActivationFwd {
     T* y;        // (n)
     const T* x;  // (n)
     long long n;
-    int act;     // 0 none, 1 SiLU, 2 GELU, 3 quick GELU, 4 GELU by tanh
+    int act;     // 0 none, 1 SiLU, 2 GELU, 3 quick GELU, 4 GELU by tanh, 5 ReLU, 6 leaky ReLU
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) activation_fwd(const __grid_constant__ ActivationFwd p) {

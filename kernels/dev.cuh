@@ -121,13 +121,15 @@ DEV float silu_f(float x) { return x / (1.0f + exp_f(-x)); }
 DEV float silu_fast_f(float x) { return x * rcp_fast_f(1.0f + exp2_fast_f(x * -1.44269504f)); }
 DEV float gelu_f(float x) { return 0.5f * x * (1.0f + erf_f(x * 0.707106781f)); }
 
-// The activations by number: 0 none, 1 SiLU, 2 GELU, 3 quick GELU, 4 GELU by tanh.
+// The activations by number: 0 none, 1 SiLU, 2 GELU, 3 quick GELU, 4 GELU by tanh, 5 ReLU, 6 leaky ReLU. NaN stays.
 DEV float activate_f(int act, float x) {
     switch (act) {
         case 1: return silu_f(x);
         case 2: return gelu_f(x);
         case 3: return x / (1.0f + exp_f(-1.702f * x));
         case 4: return 0.5f * x * (1.0f + tanh_f(0.797884561f * fma_f(0.044715f * x * x, x, x)));
+        case 5: return x < 0.0f ? 0.0f : x;
+        case 6: return x < 0.0f ? 0.2f * x : x;
         default: return x;
     }
 }
@@ -150,6 +152,8 @@ DEV float slope_f(int act, float x) {
             const float z = 1.59576912f * fma_f(0.044715f * x * x, x, x);
             return gated_slope_f(x, z, 1.59576912f * fma_f(0.134145f * x, x, 1.0f));
         }
+        case 5: return x > 0.0f ? 1.0f : 0.0f;
+        case 6: return x > 0.0f ? 1.0f : 0.2f;
         default: return 1.0f;
     }
 }

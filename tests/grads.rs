@@ -16,6 +16,9 @@ const NONE: &[(&str, &str)] = &[
     ("adam", "the optimiser"),
     ("square_sum", "the optimiser"),
     ("clip", "the optimiser"),
+    ("running", "an average of statistics"),
+    ("adaptive_weight", "a constant of training"),
+    ("scale", "made by training, of gradients"),
     ("timestep", "its input is data"),
     ("sum_rows", "made by gradients"),
     ("slice", "made by gradients"),
@@ -79,10 +82,11 @@ fn check(case: &Case, seed: u64) -> Result<bool, String> {
     let wrt: Vec<Var> = floats.iter().map(|&i| vars[i]).collect();
     let mut built = gradients(&mut g.clone(), &seeds, &wrt, &[]);
     if seeds.len() > 1 && matches!(built, Err(ldm::Error::NoGradient(_))) {
-        // A loss has a gradient, what it says of single images has none.
-        let (_, dy) = seeds.pop().expect("two of them");
-        leaves.iter_mut().filter(|(v, _)| *v == dy).for_each(|(_, c)| c.data.fill(0.0));
-        weights[1] = weights[1].map(|_| 0.0);
+        // A loss has a gradient, what it says of single images has none; so has a norm, and its statistics.
+        for (_, dy) in seeds.split_off(1) {
+            leaves.iter_mut().filter(|(v, _)| *v == dy).for_each(|(_, c)| c.data.fill(0.0));
+        }
+        weights[1..].iter_mut().for_each(|c| c.data.fill(0.0));
         built = gradients(&mut g.clone(), &seeds, &wrt, &[]);
     }
     if matches!(built, Err(ldm::Error::NoGradient(_))) {
@@ -141,7 +145,7 @@ fn check(case: &Case, seed: u64) -> Result<bool, String> {
 /// Inputs that are data whatever they hold: no gradient is asked of them.
 fn room_data(case: &Case, input: usize) -> bool {
     use ldm::ops::Op;
-    matches!((&case.op, input), (Op::Gaussian(_), 1) | (Op::Loss(_), 1 | 2))
+    matches!((&case.op, input), (Op::Gaussian(_), 1) | (Op::Loss(_), 1 | 2) | (Op::BatchNorm(_), 3 | 4))
 }
 
 fn run(room: &Room) {

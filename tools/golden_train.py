@@ -1,6 +1,6 @@
 """Gradients and loss curves of the small checkpoints from PyTorch autograd: tests/golden/train/*.safetensors.
 
-    python tools/golden_train.py [unet] [kl] [unconditional]
+    python tools/golden_train.py [PART …]
 
 torch 2.11, diffusers 0.37.1, f32 on the CPU. For each parameter of the model (in the names and axes of its checkpoint): the norm
 of its gradient, and up to 256 of its elements, those at i · 7919 mod n. The losses of AdamW steps with one thread are recorded,
@@ -143,5 +143,143 @@ def unconditional():
     record("unet_2d", model, {"x": last(x), "target": last(target), "t": t.float()}, loss, 1e-4)
 
 
-for part in sys.argv[1:] or ["unet", "kl", "unconditional"]:
-    {"unet": unet, "kl": kl, "unconditional": unconditional}[part]()
+class Discriminator(torch.nn.Module):
+    """Of patches (Isola et al. 2017): 4x4 convolutions, batch norms, leaky ReLU; the layout of names is CompVis's."""
+
+    def __init__(self, width, layers):
+        super().__init__()
+        wide = lambda n: width * 2 ** min(n, 3)
+        leaky = lambda: torch.nn.LeakyReLU(0.2)
+        parts = [torch.nn.Conv2d(3, width, 4, 2, 1), leaky()]
+        for n in range(1, layers + 1):
+            stride = 2 if n < layers else 1
+            parts += [torch.nn.Conv2d(wide(n - 1), wide(n), 4, stride, 1, bias=False)]
+            parts += [torch.nn.BatchNorm2d(wide(n)), leaky()]
+        self.main = torch.nn.Sequential(*parts, torch.nn.Conv2d(wide(layers), 1, 4, 1, 1))
+
+    def forward(self, x):
+        return self.main(x)
+
+
+# Few, and with an eps that hides the sign of gradients that are zero but for rounding: else rounding grows too fast to compare.
+ADVERSARIAL_STEPS = 10
+EPS = 1e-3
+RATE = 1e-4
+
+
+def adversarial(name, model, inputs, forward, weight, hinge):
+    """Gradients and losses of both sides, each from the weights before a step. `forward` gives the reconstruction, its
+    likelihood term, and the weighted rest. Discriminators are tried until one is found whose steps stay away from the kinks of
+    the losses (absolute values, leaky ReLU, nearest codes), where rounding decides."""
+    for seed in range(100):
+        if record_adversarial(name, model, inputs, forward, weight, hinge, seed):
+            return
+
+
+def record_adversarial(name, model, inputs, forward, weight, hinge, seed):
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    judge = Discriminator(4, 2).train()
+    # As large as after some training: at the start, with 0.02, its gradients are tiny.
+    for key, p in judge.named_parameters():
+        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 and key.endswith("weight") else 0.0, 0.2)
+    start = {f"start.{k}": v.clone() for k, v in judge.state_dict().items() if "num_batches" not in k}
+    x = inputs["x"]
+    relu, softplus = torch.nn.functional.relu, torch.nn.functional.softplus
+    real_loss, fake_loss = (
+        (lambda v: relu(1 - v), lambda v: relu(1 + v)) if hinge else (lambda v: softplus(-v), softplus)
+    )
+
+    def losses(model, judge, to):
+        y, likelihood, rest = forward(model, {k: v.to(to) for k, v in inputs.items()})
+        fake, real = judge(y), judge(x.to(to))
+        generator, last = -fake.mean(), model.decoder.conv_out.weight
+        norm = lambda v: torch.autograd.grad(v, last, retain_graph=True)[0].norm()
+        adaptive = (norm(likelihood) / (norm(generator) + 1e-4)).clamp(0, 1e4).detach() * weight
+        total = likelihood + rest + adaptive * generator
+        return total, 0.5 * (real_loss(real).mean() + fake_loss(fake).mean()), adaptive
+
+    def backward(model, judge, to=torch.float32):
+        total, lost, adaptive = losses(model, judge, to)
+        for m, value in ((model, total), (judge, lost)):
+            ps = list(m.parameters())
+            for p, d in zip(ps, torch.autograd.grad(value, ps, retain_graph=True)):
+                p.grad = d
+        return total, lost, adaptive
+
+    def run(to, shaken=0):
+        m, j = copy.deepcopy(model).to(to), copy.deepcopy(judge).to(to)
+        if shaken:
+            torch.manual_seed(shaken)
+            for p in [*m.parameters(), *j.parameters()]:
+                p.data *= 1 + 2e-7 * torch.randn_like(p)
+        adam = [torch.optim.Adam(side.parameters(), lr=RATE, betas=(0.5, 0.9), eps=EPS) for side in (m, j)]
+        curve = []
+        for _ in range(ADVERSARIAL_STEPS):
+            total, lost, _ = backward(m, j, to)
+            [a.step() for a in adam]
+            curve.append([total.item(), lost.item()])
+        return torch.tensor(curve), j
+
+    one, after = run(torch.float32)
+    differs = 0
+    for to, shaken in [(torch.float64, 0), *((torch.float32, k) for k in range(1, 9))]:
+        other, _ = run(to, shaken)
+        differs = max(differs, ((one - other).abs() / one.abs()).max().item())
+        if differs > 3e-5:
+            return False
+    total, lost, adaptive = backward(model, judge)
+    tensors = {k.replace(".", ".discriminator.", 1): v for k, v in gradients(judge).items()}
+    running = {f"after.{k}": v for k, v in after.state_dict().items() if "running" in k}
+    last = lambda a: a.permute(0, 2, 3, 1)
+    # In evaluation mode, with the weights before the steps and the running statistics after them.
+    judge.load_state_dict({k: v for k, v in after.state_dict().items() if "running" in k}, strict=False)
+    judged = {"judged": last(judge.eval()(x).detach())}
+    scalars = {"loss": total, "discriminator.loss": lost, "adaptive_weight": adaptive}
+    scalars = {k: v.detach().reshape(1) for k, v in scalars.items()}
+    pictures = {k: last(v) for k, v in inputs.items()}
+    tensors = {**pictures, **start, **gradients(model), **tensors, **running, **scalars, **judged, "curve": one}
+    write(name, tensors, {"differs": str(differs), "rate": str(RATE), "eps": str(EPS)})
+    print(name, seed, total.item(), lost.item(), adaptive.item(), one[-1].tolist(), differs)
+    return True
+
+
+def kl_adversarial():
+    model = diffusers.AutoencoderKL.from_pretrained(GOLDEN / "sd15-tiny" / "vae", torch_dtype=torch.float32).train()
+    g = torch.Generator().manual_seed(3)
+    x = torch.rand(2, 3, 32, 32, generator=g) * 2 - 1
+    noise = torch.randn(model.encode(x).latent_dist.mean.shape, generator=g)
+
+    def forward(model, inputs):
+        d = model.encode(inputs["x"]).latent_dist
+        y = model.decode(d.mean + d.std * inputs["noise"], return_dict=False)[0]
+        return y, (y - inputs["x"]).abs().sum() / len(y), 1e-6 * d.kl().mean()
+
+    adversarial("kl-hinge", model, {"x": x, "noise": noise}, forward, 0.5, True)
+
+
+def vq_adversarial(legacy):
+    model = diffusers.VQModel.from_pretrained(GOLDEN / "vq4-tiny" / "vqvae", torch_dtype=torch.float32).train()
+    g = torch.Generator().manual_seed(4)
+    x = torch.rand(2, 3, 32, 32, generator=g) * 2 - 1
+    model.quantize.legacy = legacy
+
+    def forward(model, inputs):
+        z = model.encode(inputs["x"]).latents
+        q, loss, _ = model.quantize(z)
+        y = model.decoder(model.post_quant_conv(q))
+        return y, (y - inputs["x"]).abs().mean(), loss
+
+    adversarial("vq-vanilla" if legacy else "vq-hinge", model, {"x": x}, forward, 0.8, not legacy)
+
+
+PARTS = {
+    "unet": unet,
+    "kl": kl,
+    "unconditional": unconditional,
+    "kl-hinge": kl_adversarial,
+    "vq-vanilla": lambda: vq_adversarial(True),
+    "vq-hinge": lambda: vq_adversarial(False),
+}
+for part in sys.argv[1:] or PARTS:
+    PARTS[part]()

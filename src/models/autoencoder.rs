@@ -322,6 +322,14 @@ impl VQModel {
     /// When z has other channels.
     pub fn decode(&self, g: &mut Graph, z: Var) -> Result<Var> {
         let z = self.quantize(g, z)?.quantized;
+        self.decode_quantized(g, z)
+    }
+
+    /// Entries of the codebook (B,h,w,Z) to x (B,H,W,C) in −1…1.
+    ///
+    /// # Errors
+    /// When z has other channels.
+    pub fn decode_quantized(&self, g: &mut Graph, z: Var) -> Result<Var> {
         let z = linear(g, "post_quant_conv", z, self.codec.latent_channels, true, Act::None)?;
         self.codec.decoder(g, z)
     }

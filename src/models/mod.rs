@@ -39,6 +39,7 @@ macro_rules! models {
         $then! {
             autoencoder: AutoencoderKL, VQModel;
             clip_text: ClipText;
+            patchgan: NLayerDiscriminator;
             unet_2d: UNet2D;
             unet_2d_condition: UNet2DCondition;
         }
@@ -84,3 +85,4 @@ macro_rules! define {
 models!(define);
 
 pub use autoencoder::{Codec, Encoded};
+pub use patchgan::Statistics;

@@ -1,6 +1,6 @@
 //! y = f(x), elementwise, for the activations of the models.
 //!
-//! PyTorch: `F.silu`, `F.gelu`, `F.gelu(approximate="tanh")`; quick GELU is x · sigmoid(1.702 x), as in CLIP.
+//! PyTorch: `F.silu`, `F.gelu`, `F.gelu(approximate="tanh")`, `F.relu`, `F.leaky_relu(0.2)`; quick GELU is x · sigmoid(1.702 x), as in CLIP.
 //! Kernel: `kernels/activation.cu`.
 use super::Op;
 use super::prelude::*;
@@ -21,6 +21,8 @@ pub(crate) fn code(act: Act) -> i32 {
         Act::Gelu => 2,
         Act::QuickGelu => 3,
         Act::GeluTanh => 4,
+        Act::Relu => 5,
+        Act::LeakyRelu => 6,
     }
 }
 
@@ -81,15 +83,32 @@ impl Operation for Activation {
             all.push(Case::new(Activation(act), [t([2, 9, 9, 32])]));
             all.push(Case::new(Activation(act), [t([64]).normal(0.0, 30.0)]));
         }
+        for act in [Act::Relu, Act::LeakyRelu] {
+            all.extend([&[1][..], &[3, 5, 77], &[2, 9, 9, 32]].map(|x| bent(act, x, 5)));
+        }
         // The time embedding of a UNet, and a picture's worth for the bandwidth.
-        all.extend([&[2, 1280][..], &[2, 64, 64, 320]].map(|x| Case::new(Activation(Act::Silu), [t(x)]).bench()));
+        all.extend(
+            [&[2, 1280][..], &[2, 64, 64, 320]].map(|x| Case::new(Activation(Act::Silu), [t(x)]).bench()),
+        );
         all
     }
 
     fn random(r: &mut Small) -> Case {
-        let act = [Act::Silu, Act::Gelu, Act::QuickGelu, Act::GeluTanh][r.below(4)];
-        Case::new(Activation(act), [t([r.below(5) + 1, r.below(300) + 1]).normal(0.0, 3.0)])
+        let acts = [Act::Silu, Act::Gelu, Act::QuickGelu, Act::GeluTanh, Act::Relu, Act::LeakyRelu];
+        let (act, shape) = (acts[r.below(6)], [r.below(5) + 1, r.below(300) + 1]);
+        match act {
+            Act::Relu | Act::LeakyRelu => bent(act, &shape, r.below(1000) as u64),
+            _ => Case::new(Activation(act), [t(shape).normal(0.0, 3.0)]),
+        }
     }
+}
+
+/// A case of an activation with a bend at 0, away from it: finite differences across it say nothing.
+fn bent(act: Act, shape: &[usize], seed: u64) -> Case {
+    let mut r = Small::new(seed);
+    let n = shape.iter().product();
+    let values = (0..n).map(|_| r.range(0.02, 4.0) * if r.below(2) == 0 { -1.0 } else { 1.0 }).collect();
+    Case::new(Activation(act), [t(shape).values(values)])
 }
 
 /// dx = dy · act′(x) for x, dy of one shape.

@@ -5,7 +5,7 @@ use super::prelude::*;
 use crate::kernels::embedding as k;
 use crate::kernels::embedding_grad as back;
 
-/// ids (B,T) i32, table (V,C)\[, positions (P,C) with P ≥ T\] to (B,T,C).
+/// ids (B,T) i32, table (V,C)\[, positions (P,C) with P ≥ T\] to (B,T,C); without positions ids of any shape (…) to (…,C).
 #[derive(Clone, PartialEq, Debug)]
 pub struct Embedding {
     /// Whether positions are given.
@@ -16,11 +16,11 @@ impl Operation for Embedding {
     const NAME: &'static str = "embedding";
 
     fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>> {
-        let want = "ids (B,T) of i32, table (V,C)[, positions (P,C), P ≥ T] of one float type";
+        let want = "ids (…) of i32, table (V,C)[, ids (B,T) and positions (P,C), P ≥ T] of one float type";
         ensure!(x.len() == 2 + self.positions as usize, Self::NAME, want, x);
         let (ids, table) = (x[0], x[1]);
         let fits = ids.dtype == DType::I32
-            && ids.shape.len() == 2
+            && (ids.shape.len() == 2 || !self.positions)
             && table.shape.len() == 2
             && DType::FLOATS.contains(&table.dtype)
             && x.get(2).is_none_or(|p| {
@@ -30,14 +30,15 @@ impl Operation for Embedding {
                     && p.shape[0] >= ids.shape[1]
             });
         ensure!(fits, Self::NAME, want, x);
-        Ok(vec![Spec::new(table.dtype, [ids.shape[0], ids.shape[1], table.shape[1]])])
+        Ok(vec![Spec::new(table.dtype, [&ids.shape[..], &table.shape[1..]].concat().as_slice())])
     }
 
     fn spec(&self, x: &[Array]) -> Vec<Array> {
-        let (b, t, c) = (x[0].shape[0], x[0].shape[1], x[1].shape[1]);
-        vec![Array::from_fn([b, t, c], |i| {
-            let id = x[0].at(&i[..2]) as usize;
-            x[1].at(&[id, i[2]]) + if self.positions { x[2].at(&[i[1], i[2]]) } else { 0.0 }
+        let shape = Shape::from([&x[0].shape[..], &x[1].shape[1..]].concat().as_slice());
+        vec![Array::from_fn(shape, |i| {
+            let (lead, c) = (&i[..i.len() - 1], i[i.len() - 1]);
+            let id = x[0].at(lead) as usize;
+            x[1].at(&[id, c]) + if self.positions { x[2].at(&[lead[1], c]) } else { 0.0 }
         })]
     }
 
@@ -50,7 +51,7 @@ impl Operation for Embedding {
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
         let (ids, table) = (io.i32(0), io.slice(1));
         let positions = self.positions.then(|| io.slice(2));
-        let (tokens, v, c) = (io.x[0].shape[1], io.x[1].shape[0], io.x[1].shape[1]);
+        let (tokens, v, c) = (io.x[0].shape.last(), io.x[1].shape[0], io.x[1].shape[1]);
         if let Some(bad) = ids.iter().find(|&&id| id < 0 || id as usize >= v) {
             return Err(Error::invalid(format!("embedding: want ids from 0 to {}; got {bad}", v - 1)));
         }
@@ -67,17 +68,17 @@ impl Operation for Embedding {
     }
 
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
-        let y = io.y_spec(0).shape;
+        let ids = io.x_spec(0).shape;
         let p = k::EmbeddingFwd {
             y: io.y(0),
             ids: io.x(0),
             table: io.x(1),
             positions: if self.positions { io.x(2) } else { Default::default() },
-            tokens: io.int(y[1])?,
+            tokens: io.int(ids.last())?,
             v: io.int(io.x_spec(1).shape[0])?,
-            c: io.int(y[2])?,
+            c: io.int(io.y_spec(0).shape.last())?,
         };
-        io.launch(k::EMBEDDING_FWD, io.y_spec(0).dtype, "", [y[0] * y[1], 1, 1], k::BLOCK, p)
+        io.launch(k::EMBEDDING_FWD, io.y_spec(0).dtype, "", [ids.numel(), 1, 1], k::BLOCK, p)
     }
 
     fn cpu_scratch(&self, _x: &[Spec], y: &[Spec]) -> usize {
@@ -111,6 +112,8 @@ impl Operation for Embedding {
             embed(1, 9, 64, 257, 0),
             embed(2, 3, 7, 8, 3),
             embed(4, 1, 100, 16, 0),
+            Case::new(Embedding { positions: false }, [ids([2, 5, 3], 40), t([40, 3])]),
+            Case::new(Embedding { positions: false }, [ids([9], 4), t([4, 17])]),
             embed(1, 77, 500, 48, 77),
             embed(2, 77, 49408, 768, 77).weights(1..3).bench(),
         ]
@@ -125,7 +128,7 @@ impl Operation for Embedding {
     }
 }
 
-/// ids (B,T) i32, dy (B,T,C) to the gradients of the tables, f32: (V,C)\[, positions (P,C)\].
+/// ids (B,T) i32, dy (B,T,C) to the gradients of the tables, f32: (V,C)\[, positions (P,C)\]; without positions ids (…), dy (…,C).
 #[derive(Clone, PartialEq, Debug)]
 pub struct EmbeddingGrad {
     /// V.
@@ -138,21 +141,23 @@ impl Operation for EmbeddingGrad {
     const NAME: &'static str = "embedding_grad";
 
     fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>> {
-        let want = format!("ids (B,T) of i32, dy (B,T,C) of a float type, T ≤ {} positions", self.positions);
+        let want = format!(
+            "ids (…) of i32, dy (…,C) of a float type; with positions ids (B,T), T ≤ {}",
+            self.positions
+        );
         let [ids, dy] = args(Self::NAME, &want, x)?;
         let fits = ids.dtype == DType::I32
-            && ids.shape.len() == 2
-            && dy.shape.len() == 3
-            && dy.shape[..2] == ids.shape[..]
+            && !dy.shape.is_empty()
+            && dy.shape[..dy.shape.len() - 1] == ids.shape[..]
             && DType::FLOATS.contains(&dy.dtype)
-            && (self.positions == 0 || ids.shape[1] <= self.positions);
+            && (self.positions == 0 || ids.shape.len() == 2 && ids.shape[1] <= self.positions);
         ensure!(fits, Self::NAME, want, x);
-        let table = |rows| Spec::new(DType::F32, [rows, dy.shape[2]]);
+        let table = |rows| Spec::new(DType::F32, [rows, dy.shape.last()]);
         Ok([self.rows, self.positions].into_iter().filter(|&n| n > 0).map(table).collect())
     }
 
     fn spec(&self, x: &[Array]) -> Vec<Array> {
-        let (tokens, c) = (x[0].shape[1], x[1].shape[2]);
+        let (tokens, c) = (x[0].shape.last(), x[1].shape.last());
         let mut tables = vec![Array::zeros([self.rows, c])];
         tables.extend((self.positions > 0).then(|| Array::zeros([self.positions, c])));
         for (i, (id, dy)) in x[0].data.iter().zip(x[1].data.chunks(c)).enumerate() {
@@ -170,7 +175,7 @@ impl Operation for EmbeddingGrad {
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
         let (ids, dy) = (io.i32(0), io.slice(1));
-        let (tokens, c) = (io.x[0].shape[1], io.x[1].shape[2]);
+        let (tokens, c) = (io.x[0].shape.last(), io.x[1].shape.last());
         if let Some(bad) = ids.iter().find(|&&id| id < 0 || id as usize >= self.rows) {
             return Err(Error::invalid(format!(
                 "embedding: want ids from 0 to {}; got {bad}",
@@ -193,14 +198,13 @@ impl Operation for EmbeddingGrad {
 
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
         let dy = *io.x_spec(1);
-        let [batch, tokens, c] = [0, 1, 2].map(|i| dy.shape[i]);
-        let (n, columns) = (io.int(batch * tokens)?, io.int(c)?);
+        let (n, columns) = (io.int(dy.shape.rows())?, io.int(dy.shape.last())?);
         let p = back::EmbeddingGrad { table: io.y(0), ids: io.x(0), dy: io.x(1), tokens: n, c: columns };
         io.launch(back::EMBEDDING_GRAD, dy.dtype, "", [self.rows, 1, 1], back::BLOCK, p)?;
         if self.positions == 0 {
             return Ok(());
         }
-        let (batch, tokens) = (io.int(batch)?, io.int(tokens)?);
+        let (batch, tokens) = (io.int(dy.shape[0])?, io.int(dy.shape[1])?);
         let p = back::PositionsGrad { positions: io.y(1), dy: io.x(1), batch, tokens, c: columns };
         io.launch(back::POSITIONS_GRAD, dy.dtype, "", [self.positions, 1, 1], back::BLOCK, p)
     }
@@ -222,7 +226,7 @@ impl Operation for EmbeddingGrad {
 fn with_gradient(case: Case) -> Case {
     let (ids, table) = (case.args[0].clone(), case.args[1].shape);
     let positions = case.args.get(2).map_or(0, |p| p.shape[0]);
-    let dy = t([ids.shape[0], ids.shape[1], table[1]]);
+    let dy = t([&ids.shape[..], &table[1..]].concat().as_slice());
     Case {
         op: EmbeddingGrad { rows: table[0], positions }.into(),
         args: vec![ids, dy],

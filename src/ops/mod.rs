@@ -36,7 +36,9 @@ macro_rules! rooms {
         $then! {
             activation: Activation, ActivationGrad;
             add: Add;
+            adversarial: LogitLoss, LogitLossGrad, AdaptiveWeight, Scale;
             attention: Attention, AttentionGrad;
+            batch_norm: BatchNorm, BatchNormGrad, Running;
             cast: Cast;
             concat: Concat, Slice;
             conv2d: Conv2d, Linear, WeightGrad, TransposeWeights;
@@ -49,7 +51,7 @@ macro_rules! rooms {
             loss: Loss, LossGrad, Kl, KlGrad;
             optimiser: Adam, SquareSum, Clip;
             phase_weights: PhaseWeights;
-            quantize: Quantize;
+            quantize: Quantize, CodeUsage;
             reduce: SumRows;
             resample: SumPool, Dilate;
             sampler: Prepare, Advance;
@@ -313,6 +315,7 @@ macro_rules! define {
 rooms!(define);
 
 pub use activation::Act;
+pub use adversarial::Criterion;
 pub use cast::cast;
 pub use conv2d::{Choice, Epi, SLAB, Window};
 pub use group_norm::Given;

@@ -1,10 +1,11 @@
 //! The nearest code: k = argmin |z − e_k|², the lowest k where several are nearest; y = e_k.
 //!
 //! van den Oord et al. 2017; Rombach et al. 2022, section 3.1. PyTorch: `torch.cdist(z, e).argmin(-1)`.
-//! Kernel: `kernels/quantize.cu`. Distances are summed in f32 from differences, so near ties are decided as finely as
+//! Kernels: `kernels/quantize.cu`, `kernels/quantize_usage.cu`. Distances are summed in f32 from differences, so near ties are decided as finely as
 //! the type of z allows. A row with no finite distance gives NaN, so that it is found later.
 use super::prelude::*;
 use crate::kernels::quantize as k;
+use crate::kernels::quantize_usage as usage;
 use rayon::prelude::*;
 
 /// z (…,C) and codebook (V,C) to the quantised latent (…,C) and the codes (…) i32.
@@ -129,4 +130,96 @@ impl Operation for Quantize {
         let c = r.below(9) + 1;
         Case::new(Quantize, [t([r.below(100) + 1, c]), t([r.below(60) + 1, c])])
     }
+}
+
+/// Codes (…) i32, at least one, below V, to the perplexity of their distribution, exp(−Σ p ln(p + 1e-10)), and the number of
+/// codes that are used, both (1) f32.
+#[derive(Clone, PartialEq, Debug)]
+pub struct CodeUsage {
+    /// V, at most 2²⁴, so that the number is exact.
+    pub codes: usize,
+}
+
+impl CodeUsage {
+    /// Σ p ln(p + 1e-10), and how many p are not 0; codes that are out of range count for nothing.
+    fn of(&self, codes: impl ExactSizeIterator<Item = usize>) -> [f64; 2] {
+        let (mut counts, n) = (vec![0u32; self.codes], codes.len() as f64);
+        codes.for_each(|code| counts.get_mut(code).into_iter().for_each(|c| *c += 1));
+        counts.iter().filter(|&&c| c > 0).fold([0.0, 0.0], |[sum, used], &c| {
+            let p = f64::from(c) / n;
+            [sum + p * (p + 1e-10).ln(), used + 1.0]
+        })
+    }
+}
+
+impl Operation for CodeUsage {
+    const NAME: &'static str = "code_usage";
+
+    fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>> {
+        let want = "codes (…) of i32, not empty; a codebook of 1 to 2^24 entries";
+        let [codes] = args(Self::NAME, want, x)?;
+        let fits =
+            codes.dtype == DType::I32 && codes.shape.numel() > 0 && (1..=1 << 24).contains(&self.codes);
+        ensure!(fits, Self::NAME, want, x);
+        Ok(vec![Spec::new(DType::F32, [1]); 2])
+    }
+
+    fn spec(&self, x: &[Array]) -> Vec<Array> {
+        let [sum, used] = self.of(x[0].data.iter().map(|&v| v as usize));
+        [(-sum).exp(), used].map(|v| Array { shape: [1].into(), data: vec![v] }).into()
+    }
+
+    /// A relative error of the exponential is an absolute one of the sum.
+    fn magnitude(&self, x: &[Array]) -> Vec<Array> {
+        let [sum, used] = self.of(x[0].data.iter().map(|&v| v as usize));
+        [(-sum).exp() * (1.0 + sum.abs()), used].map(|v| Array { shape: [1].into(), data: vec![v] }).into()
+    }
+
+    fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
+        let codes = io.i32(0);
+        let [sum, used] = self.of(codes.iter().map(|&v| usize::try_from(v).unwrap_or(usize::MAX)));
+        io.write(0, |y| y[0] = (-sum).exp() as f32);
+        io.write(1, |y| y[0] = used as f32);
+        Ok(())
+    }
+
+    fn cuda(&self, io: &cuda::Call) -> Result<()> {
+        let (n, v) = (io.int(io.x_spec(0).shape.numel())?, io.int(self.codes)?);
+        let parts = self.codes.div_ceil(usage::BLOCK);
+        let p = usage::CodeUsageFwd { partial: io.scratch, codes: io.x(0), n, v };
+        io.launch(usage::CODE_USAGE_FWD, DType::F32, "", [parts, 1, 1], usage::BLOCK, p)?;
+        let parts = io.int(parts)?;
+        let p = usage::CodeUsageTotal { perplexity: io.y(0), used: io.y(1), partial: io.scratch, parts };
+        io.launch(usage::CODE_USAGE_TOTAL, DType::F32, "", [1, 1, 1], usage::BLOCK, p)
+    }
+
+    fn scratch(&self, _x: &[Spec], _y: &[Spec]) -> usize {
+        self.codes.div_ceil(usage::BLOCK) * 2 * size_of::<f32>()
+    }
+
+    fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
+        Cost::streaming(x[0].shape.numel(), x, y)
+    }
+
+    fn cases() -> Vec<Case> {
+        let shapes: [(&[usize], usize); 8] = [
+            (&[1], 1),
+            (&[1], 300),
+            (&[3, 5], 7),
+            (&[2, 8, 8], 256),
+            (&[2, 8, 8], 257),
+            (&[100], 2),
+            (&[1000], 40),
+            (&[4, 16, 16], 1500),
+        ];
+        shapes.into_iter().map(|(x, v)| usage_of(x, v)).collect()
+    }
+
+    fn random(r: &mut Small) -> Case {
+        usage_of(&[r.below(3) + 1, r.below(200) + 1], r.below(600) + 1)
+    }
+}
+
+fn usage_of(x: &[usize], codes: usize) -> Case {
+    Case::new(CodeUsage { codes }, [ids(x, codes)]).only(&[DType::F32])
 }

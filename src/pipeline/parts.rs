@@ -70,8 +70,8 @@ impl Parts {
             Some(AnyModel::UNet2DCondition(m)) => self.unet = Some(m),
             Some(AnyModel::AutoencoderKL(m)) => self.vae = Some(Vae::Kl(m)),
             Some(AnyModel::VQModel(m)) => self.vae = Some(Vae::Vq(m)),
-            // Pipelines from text need a conditioned UNet.
-            Some(AnyModel::UNet2D(_)) | None => {}
+            // No parts of a pipeline from text.
+            Some(AnyModel::UNet2D(_) | AnyModel::NLayerDiscriminator(_)) | None => {}
         }
         Ok(())
     }

@@ -2,9 +2,10 @@
 
 use crate::error::{Error, Result};
 use crate::exec::{Device, Program, Weights};
-use crate::graph::{Graph, Layout, Var, gradients};
+use crate::graph::{Graph, Layout, Parameter, Var, gradients};
 use crate::ops::{Adam, Clip, RATES, SquareSum};
 use crate::tensor::{DType, HostTensor, Shape};
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 /// How weights follow their gradients.
@@ -47,30 +48,64 @@ const RATES_INPUT: &str = "train.rates";
 const SCALE: &str = "train.scale";
 const UNSCALE: &str = "train.unscale";
 
+/// Inputs that every update of a graph shares.
+#[derive(Clone, Copy)]
+pub(super) struct Inputs {
+    /// The factor of the loss (1).
+    pub scale: Var,
+    unscale: Var,
+    rates: Var,
+}
+
+impl Inputs {
+    pub fn new(g: &mut Graph) -> Inputs {
+        Inputs {
+            scale: g.input(SCALE, DType::F32, [1]),
+            unscale: g.input(UNSCALE, DType::F32, [1]),
+            rates: g.input(RATES_INPUT, DType::F32, [RATES]),
+        }
+    }
+}
+
 /// Appends to a graph, whose weights are parameters ([`Graph::train`]) and which computes `loss` (1) f32, the gradients of
 /// all parameters and their update. Outputs `loss` and `norm`, that of the gradients. `again` as in [`gradients`].
 ///
 /// # Errors
 /// When a node has no gradient, or no parameter is trained.
 pub fn update(g: &mut Graph, loss: Var, how: &Optimiser, again: &[Range<usize>]) -> Result<()> {
-    let scale = g.input(SCALE, DType::F32, [1]);
-    let unscale = g.input(UNSCALE, DType::F32, [1]);
-    let rates = g.input(RATES_INPUT, DType::F32, [RATES]);
+    let inputs = Inputs::new(g);
     let parameters = g.parameters().to_vec();
     let used: Vec<Var> = parameters.iter().map(|p| p.used).collect();
-    let found = gradients(g, &[(loss, scale)], &used, again)?;
+    let found = gradients(g, &[(loss, inputs.scale)], &used, again)?;
+    g.output("loss", loss);
+    descend(g, "", &parameters, &found, how, inputs)
+}
+
+/// The update of parameters from their gradients, clipped together; those without one stay. Nothing may read them
+/// afterwards. Output `{at}norm`.
+///
+/// # Errors
+/// When no parameter has a gradient.
+pub(super) fn descend(
+    g: &mut Graph,
+    at: &str,
+    parameters: &[Parameter],
+    found: &[Option<Var>],
+    how: &Optimiser,
+    Inputs { unscale, rates, .. }: Inputs,
+) -> Result<()> {
     let mut sum = None;
-    for (p, d) in parameters.iter().zip(&found) {
+    for (p, d) in parameters.iter().zip(found) {
         if let Some(d) = *d {
             let x: Vec<Var> = sum.into_iter().chain([d]).collect();
             sum = Some(g.push(&format!("norm.{}", p.name), SquareSum { more: sum.is_some() }, &x)?);
         }
     }
     let sum = sum.ok_or_else(|| Error::invalid("training: the loss depends on no parameter"))?;
-    let clip = g.push_all("clip", Clip { most: how.clip }, &[sum, unscale])?;
+    let clip = g.push_all(&format!("{at}clip"), Clip { most: how.clip }, &[sum, unscale])?;
     let &Optimiser { betas, eps, decay, coupled, average, .. } = how;
     for (p, d) in parameters.iter().zip(found) {
-        let Some(d) = d else { continue };
+        let Some(d) = *d else { continue };
         let shape = g.shape(p.state);
         let mut states = vec![p.state];
         let kinds: &[&str] = if average { &["m", "v", "ema"] } else { &["m", "v"] };
@@ -80,8 +115,7 @@ pub fn update(g: &mut Graph, loss: Var, how: &Optimiser, again: &[Range<usize>])
             g.push_all(&format!("adam.{}", p.name), Adam { betas, eps, decay, coupled, average }, &x)?;
         states.into_iter().zip(new).for_each(|(state, new)| g.update(state, new));
     }
-    g.output("loss", loss);
-    g.output("norm", clip[1]);
+    g.output(&format!("{at}norm"), clip[1]);
     Ok(())
 }
 
@@ -124,12 +158,26 @@ struct Trained {
     name: String,
     layout: Layout,
     shape: Shape,
+    /// There is an average of it.
+    average: bool,
+}
+
+impl Trained {
+    /// The names of its states.
+    fn states(&self) -> impl Iterator<Item = String> {
+        let kinds: &[&str] = if self.average { &["", "m.", "v.", "ema."] } else { &["", "m.", "v."] };
+        kinds.iter().map(|kind| format!("{kind}{}", self.name))
+    }
 }
 
 /// Owns a training step: parameters, moments and averages live on the device, by name.
 pub struct Trainer {
     program: Program,
     trained: Vec<Trained>,
+    /// Updated states that belong to no parameter, such as running statistics.
+    others: Vec<String>,
+    /// Outputs that must be finite: norms of gradients.
+    norms: Vec<String>,
     how: Optimiser,
     step: usize,
     /// The loss scale, and the steps since it changed.
@@ -151,17 +199,33 @@ impl Trainer {
     pub fn new(graph: Graph, how: &Optimiser, frozen: &Weights, device: &Device) -> Result<Trainer> {
         let states = graph.updates().iter().map(|(state, _)| *state).collect::<Vec<_>>();
         let parameters = graph.parameters().iter().filter(|p| states.contains(&p.state));
-        let trained = parameters
-            .map(|p| Trained { name: p.name.clone(), layout: p.layout, shape: graph.shape(p.state) })
+        let named = |state: &Var| graph.values()[state.index()].name.clone();
+        let all: BTreeSet<String> = states.iter().map(named).collect();
+        let trained: Vec<Trained> = parameters
+            .map(|p| Trained {
+                name: p.name.clone(),
+                layout: p.layout,
+                shape: graph.shape(p.state),
+                average: all.contains(&format!("ema.{}", p.name)),
+            })
             .collect();
+        let owned: BTreeSet<String> = trained.iter().flat_map(Trained::states).collect();
+        let others = all.difference(&owned).cloned().collect();
+        let norms = graph.outputs().iter().map(|(name, _)| name.clone());
+        let norms = norms.filter(|name| name.ends_with(".norm")).collect();
         let program = Program::new(graph, frozen, device)?;
         let scale = (if how.loss_scale { FIRST_SCALE } else { 1.0 }, 0);
-        Ok(Trainer { program, trained, how: how.clone(), step: 0, scale })
+        Ok(Trainer { program, trained, others, norms, how: how.clone(), step: 0, scale })
     }
 
     /// Names and shapes of the parameters, as the engine holds them.
     pub fn parameters(&self) -> Vec<(String, Shape)> {
         self.trained.iter().map(|p| (p.name.clone(), p.shape)).collect()
+    }
+
+    /// Names of the updated states that belong to no parameter, such as running statistics.
+    pub fn others(&self) -> &[String] {
+        &self.others
     }
 
     /// How many steps have been taken.
@@ -185,7 +249,8 @@ impl Trainer {
     /// When there is none of that name and shape.
     pub fn set(&mut self, name: &str, value: &HostTensor) -> Result<()> {
         self.program.write(name, value)?;
-        if self.how.average { self.program.write(&format!("ema.{name}"), value) } else { Ok(()) }
+        let average = self.trained.iter().any(|p| p.name == name && p.average);
+        if average { self.program.write(&format!("ema.{name}"), value) } else { Ok(()) }
     }
 
     /// Writes an input of the loss.
@@ -220,12 +285,16 @@ impl Trainer {
         self.program.run(&mut ())?;
         let [loss, norm] = ["loss", "norm"].map(|name| self.program.read(name));
         let mut report = Report { loss: loss?.to_f32()[0], norm: norm?.to_f32()[0], skipped: false };
-        if self.how.loss_scale && report.loss.is_finite() && !report.norm.is_finite() && self.scale.0 > 1.0 {
+        let mut finite = report.norm.is_finite();
+        for name in &self.norms {
+            finite &= self.program.read(name)?.to_f32()[0].is_finite();
+        }
+        if self.how.loss_scale && report.loss.is_finite() && !finite && self.scale.0 > 1.0 {
             self.scale = (self.scale.0 / 2.0, 0);
             report.skipped = true;
             return Ok(report);
         }
-        if !report.loss.is_finite() || !report.norm.is_finite() {
+        if !report.loss.is_finite() || !finite {
             return Err(Error::NonFinite {
                 op: "training".into(),
                 node: format!("step {}", self.step),
@@ -243,14 +312,13 @@ impl Trainer {
         Ok(report)
     }
 
-    /// All states as a checkpoint holds them: parameters, `m.…`, `v.…`, `ema.…`, and `loss_scale` where there is one.
+    /// All states as a checkpoint holds them: parameters, `m.…`, `v.…`, `ema.…`, [`Trainer::others`], and `loss_scale` where
+    /// there is one.
     ///
     /// # Errors
     /// From the device.
     pub fn states(&self) -> Result<Vec<(String, HostTensor)>> {
-        let kinds: &[&str] = if self.how.average { &["", "m.", "v.", "ema."] } else { &["", "m.", "v."] };
-        let names =
-            self.trained.iter().flat_map(|p| kinds.iter().map(move |kind| format!("{kind}{}", p.name)));
+        let names = self.trained.iter().flat_map(Trained::states).chain(self.others.iter().cloned());
         let mut all: Vec<_> =
             names.map(|name| Ok((name.clone(), self.program.read(&name)?))).collect::<Result<_>>()?;
         if self.how.loss_scale {
@@ -265,13 +333,8 @@ impl Trainer {
     /// # Errors
     /// When one is missing, or has another shape.
     pub fn resume(&mut self, step: usize, mut find: impl FnMut(&str) -> Result<HostTensor>) -> Result<()> {
-        let kinds: &[&str] = if self.how.average { &["", "m.", "v.", "ema."] } else { &["", "m.", "v."] };
-        for p in self.trained.clone() {
-            for kind in kinds {
-                let name = format!("{kind}{}", p.name);
-                let value = find(&name)?;
-                self.program.write(&name, &value)?;
-            }
+        for name in self.trained.iter().flat_map(Trained::states).chain(self.others.iter().cloned()) {
+            self.program.write(&name, &find(&name)?)?;
         }
         if self.how.loss_scale {
             let kept = find(SCALE_STATE)?.to_f32();

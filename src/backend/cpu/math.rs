@@ -32,10 +32,17 @@ pub enum Act {
     QuickGelu,
     /// x · (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2
     GeluTanh,
+    /// max(x, 0)
+    Relu,
+    /// x where it is positive, else x / 5: the discriminators
+    LeakyRelu,
 }
 
 /// 2 √(2/π): tanh(u) = 2 / (1 + e^-2u) - 1 turns the tanh form into one exponential.
 const TANH_SCALE: f64 = 1.595_769_121_605_730_7;
+
+/// What [`Act::LeakyRelu`] leaves of a negative number.
+const LEAK: f64 = 0.2;
 
 /// ln of the smallest normal number, rounded towards zero: below it [`exp_nonpositive`] gives 0.
 const LN_MIN: f32 = -87.336_54;
@@ -152,6 +159,8 @@ formulas! {
         let cubic = s.fma(s.mul(x, x), s.splat((-TANH_SCALE * 0.044715) as f32), s.splat(-TANH_SCALE as f32));
         gate(s, x, s.mul(x, cubic))
     };
+    Relu(s, x) s.max(s.splat(0.0), x);
+    LeakyRelu(s, x) s.max(s.mul(x, s.splat(LEAK as f32)), x);
 }
 
 /// Calls `$body` with `$f` bound to the formula of an activation.
@@ -178,6 +187,14 @@ macro_rules! with_formula {
                 let $f = GeluTanh;
                 $body
             }
+            Act::Relu => {
+                let $f = Relu;
+                $body
+            }
+            Act::LeakyRelu => {
+                let $f = LeakyRelu;
+                $body
+            }
         }
     };
 }
@@ -191,6 +208,9 @@ impl Act {
             Act::Gelu => 0.5 * x * erfc_f64(-x * std::f64::consts::FRAC_1_SQRT_2),
             Act::QuickGelu => x / (1.0 + (-1.702 * x).exp()),
             Act::GeluTanh => x / (1.0 + (-TANH_SCALE * (x + 0.044715 * x * x * x)).exp()),
+            Act::Relu if x < 0.0 => 0.0,
+            Act::LeakyRelu if x < 0.0 => LEAK * x,
+            Act::Relu | Act::LeakyRelu => x,
         }
     }
 }

@@ -114,7 +114,9 @@ fn epilogues_do_what_they_say() {
         let items = random(m / per_item * n, 5);
         let (sums, absolute) = product(&a, &w, m, n, k);
         for &isa in Isa::available() {
-            for act in [Act::None, Act::Silu, Act::Gelu, Act::QuickGelu, Act::GeluTanh] {
+            for act in
+                [Act::None, Act::Silu, Act::Gelu, Act::QuickGelu, Act::GeluTanh, Act::Relu, Act::LeakyRelu]
+            {
                 for data in [&items[..], &items[..n]] {
                     let batch = Some(BatchAdd { data, rows: per_item });
                     let e = Epilogue { bias: Some(&bias), batch, act, residual: Some(Slice::F32(&residual)) };

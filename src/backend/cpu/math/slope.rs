@@ -1,6 +1,6 @@
 //! Derivatives of the activations, sums of rows, and softmax: what gradients need.
 
-use super::{Act, TANH_SCALE, exp_nonpositive, exp_vector, one_plus_erf};
+use super::{Act, LEAK, TANH_SCALE, exp_nonpositive, exp_vector, one_plus_erf};
 use crate::backend::cpu::simd::{Isa, Kernel, Simd};
 
 impl Act {
@@ -20,6 +20,9 @@ impl Act {
             Act::GeluTanh => {
                 gated(TANH_SCALE * (x + 0.044715 * x * x * x), TANH_SCALE * (1.0 + 0.134145 * x * x))
             }
+            Act::Relu | Act::LeakyRelu if x > 0.0 => 1.0,
+            Act::Relu => 0.0,
+            Act::LeakyRelu => LEAK,
         }
     }
 }
@@ -30,7 +33,7 @@ impl Act {
         let bell = |z: f64| 1.0 / ((1.0 + (-z).exp()) * (1.0 + z.exp()));
         let gated = |z: f64, dz: f64| 1.0 + ((x * dz).abs() + z.abs() * (1.0 + (x * dz).abs())) * bell(z);
         match self {
-            Act::None => 1.0,
+            Act::None | Act::Relu | Act::LeakyRelu => 1.0,
             Act::Silu => gated(x, 1.0),
             Act::Gelu => 1.0 + x.abs() * (1.0 + x * x) * (-0.5 * x * x).exp(),
             Act::QuickGelu => gated(1.702 * x, 1.702),
@@ -68,6 +71,8 @@ pub(super) fn slope<S: Simd>(s: S, act: Act, x: S::F) -> S::F {
             let e = one_plus_erf(s, s.mul(x, s.splat(std::f32::consts::FRAC_1_SQRT_2)));
             s.fma(e, s.splat(0.5), x_density)
         }
+        Act::Relu => s.select_lt(s.splat(0.0), x, s.splat(1.0), s.splat(0.0)),
+        Act::LeakyRelu => s.select_lt(s.splat(0.0), x, s.splat(1.0), s.splat(LEAK as f32)),
     }
 }
 
@@ -105,6 +110,8 @@ pub fn times_slope(act: Act, x: &[f32], dy: &mut [f32]) {
         Act::Gelu => Isa::best().run(TimesSlope { act: Act::Gelu, x, dy }),
         Act::QuickGelu => Isa::best().run(TimesSlope { act: Act::QuickGelu, x, dy }),
         Act::GeluTanh => Isa::best().run(TimesSlope { act: Act::GeluTanh, x, dy }),
+        Act::Relu => Isa::best().run(TimesSlope { act: Act::Relu, x, dy }),
+        Act::LeakyRelu => Isa::best().run(TimesSlope { act: Act::LeakyRelu, x, dy }),
     }
 }
 

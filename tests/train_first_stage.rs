@@ -1,0 +1,350 @@
+//! First stages beside PyTorch: gradients of the autoencoder and of its discriminator, each with respect to its own parameters,
+//! and the losses of steps that update both.
+
+mod common;
+
+use common::on_cuda_with;
+use ldm::backend::Device;
+use ldm::exec::{Program, Weights};
+use ldm::graph::{Graph, Layout, Parameter};
+use ldm::io::{Checkpoint, Config};
+use ldm::models::{AutoencoderKL, Model, NLayerDiscriminator, VQModel};
+use ldm::pipeline::Vae;
+use ldm::tensor::{DType, HostTensor, Shape};
+use ldm::train::{Adversary, Codebook, FirstStageLoss, Gan, Optimiser, Trainer, initial_discriminator};
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+}
+
+/// What PyTorch recorded of a model, the model, and its losses.
+struct Subject {
+    record: Checkpoint,
+    weights: Checkpoint,
+    vae: Vae,
+    loss: FirstStageLoss,
+}
+
+fn adversary(kind: Gan, weight: f64) -> Option<Adversary> {
+    let model = NLayerDiscriminator { in_channels: 3, width: 4, layers: 2 };
+    Some(Adversary { model, kind, weight, factor: 1.0, start: 0 })
+}
+
+fn kl() -> Subject {
+    let folder = golden("sd15-tiny/vae");
+    let model = AutoencoderKL::from_config(&Config::read(folder.join("config.json")).unwrap()).unwrap();
+    Subject {
+        record: Checkpoint::open(golden("train/kl-hinge.safetensors")).unwrap(),
+        weights: Checkpoint::open(folder).unwrap(),
+        vae: Vae::Kl(model),
+        loss: FirstStageLoss { adversary: adversary(Gan::Hinge, 0.5), ..FirstStageLoss::default() },
+    }
+}
+
+fn vq(record: &str, kind: Gan, legacy: bool) -> Subject {
+    let folder = golden("vq4-tiny/vqvae");
+    let model = VQModel::from_config(&Config::read(folder.join("config.json")).unwrap()).unwrap();
+    Subject {
+        record: Checkpoint::open(golden(&format!("train/{record}.safetensors"))).unwrap(),
+        weights: Checkpoint::open(folder).unwrap(),
+        vae: Vae::Vq(model),
+        loss: FirstStageLoss {
+            adversary: adversary(kind, 0.8),
+            codebook: Codebook { weight: 1.0, beta: 0.25, legacy },
+            ..FirstStageLoss::default()
+        },
+    }
+}
+
+fn vq_vanilla() -> Subject {
+    vq("vq-vanilla", Gan::Vanilla, true)
+}
+
+fn vq_hinge() -> Subject {
+    vq("vq-hinge", Gan::Hinge, false)
+}
+
+impl Subject {
+    fn read(&self, name: &str) -> HostTensor {
+        self.record.read(name, DType::F32).unwrap()
+    }
+
+    fn number(&self, name: &str) -> f64 {
+        self.read(name).to_f64()[0]
+    }
+
+    /// A graph that trains, with its picture.
+    fn graph(&self) -> (Graph, ldm::graph::Var) {
+        let mut g = Graph::new();
+        g.train(true);
+        let image = g.input("image", DType::F32, self.read("x").shape());
+        (g, image)
+    }
+
+    /// The inputs of the losses.
+    fn inputs(&self) -> Vec<(&'static str, HostTensor)> {
+        let batch = self.read("x").shape()[0];
+        let mut all = vec![
+            ("image", self.read("x")),
+            ("weights", HostTensor::f32([batch], vec![1.0; batch]).unwrap()),
+            ("discriminator.factor", HostTensor::f32([1], vec![1.0]).unwrap()),
+        ];
+        all.extend(matches!(self.vae, Vae::Kl(_)).then(|| ("noise", self.read("noise"))));
+        all
+    }
+
+    /// The first value of a parameter, in the axes of the engine.
+    fn held(&self, name: &str, layout: Layout, shape: Shape) -> HostTensor {
+        let x = match name.strip_prefix("discriminator.") {
+            Some(own) => self.read(&format!("start.{own}")),
+            None => self.weights.read(name, DType::F32).unwrap(),
+        };
+        let x = if layout == Layout::Conv { x.permute(&[0, 2, 3, 1]).unwrap() } else { x };
+        x.reshape(shape).unwrap()
+    }
+
+    /// Relative distance from what is recorded of a gradient, `floor` added to its size: where a norm follows that takes out
+    /// what a parameter adds, the gradient is zero but for rounding.
+    fn distance(&self, p: &Parameter, grad: HostTensor, floor: f64) -> f64 {
+        let grad = if p.layout == Layout::Conv { grad.permute(&[0, 3, 1, 2]).unwrap() } else { grad };
+        let (ours, theirs) = (grad.to_f64(), self.read(&format!("grad.{}", p.name)).to_f64());
+        let n = ours.len();
+        let at = |i: usize| if n > theirs.len() { i * 7919 % n } else { i };
+        let square = |f: &dyn Fn(usize) -> f64| (0..theirs.len()).map(|i| f(i) * f(i)).sum::<f64>().sqrt();
+        let (off, size) = (square(&|i| ours[at(i)] - theirs[i]), square(&|i| theirs[i]));
+        let (all, norm) =
+            (ours.iter().map(|v| v * v).sum::<f64>().sqrt(), self.number(&format!("norm.{}", p.name)));
+        (off / (size + floor)).max((all - norm).abs() / (norm + floor))
+    }
+}
+
+fn near(what: &str, ours: f64, theirs: f64, bound: f64) {
+    let off = (ours - theirs).abs() / theirs.abs();
+    assert!(off <= bound, "{what}: {ours}, PyTorch {theirs}: off by {off:e}, want at most {bound:e}");
+}
+
+/// Gradients of both sides, the losses and the adaptive weight.
+fn check_gradients(subject: fn() -> Subject, device: &Device) {
+    let subject = subject();
+    let (mut g, image) = subject.graph();
+    let scale = g.input("scale", DType::F32, [1]);
+    let sides = subject.loss.gradients(&mut g, &subject.vae, image, DType::F32, scale).unwrap();
+    let (mut all, mut names) = (vec![], BTreeSet::new());
+    for side in &sides {
+        for (p, d) in side.parameters.iter().zip(&side.gradients) {
+            assert_eq!(p.name.starts_with("discriminator."), !side.at.is_empty(), "{}", p.name);
+            g.output(&format!("grad.{}", p.name), d.unwrap_or_else(|| panic!("{}: no gradient", p.name)));
+            all.push((p.clone(), g.shape(p.state), side.at));
+            names.insert(p.name.clone());
+        }
+    }
+    let recorded = subject.record.names().filter_map(|n| n.strip_prefix("norm.").map(String::from));
+    assert_eq!(names, recorded.collect::<BTreeSet<_>>());
+    let mut program = Program::new(g, &Weights::new(device), device).unwrap();
+    for (p, shape, _) in &all {
+        program.write(&p.name, &subject.held(&p.name, p.layout, *shape)).unwrap();
+    }
+    for (name, value) in subject.inputs() {
+        program.write(name, &value).unwrap();
+    }
+    program.write("scale", &HostTensor::f32([1], vec![1.0]).unwrap()).unwrap();
+    program.run(&mut ()).unwrap();
+    for name in ["loss", "discriminator.loss", "adaptive_weight"] {
+        near(name, program.read(name).unwrap().to_f64()[0], subject.number(name), 2e-5);
+    }
+    for side in &sides {
+        let own = || all.iter().filter(|(_, _, at)| *at == side.at).map(|(p, ..)| p);
+        let norm = |p: &Parameter| subject.number(&format!("norm.{}", p.name));
+        let total = own().map(|p| norm(p).powi(2)).sum::<f64>().sqrt();
+        let mut worst = (0.0, String::new());
+        for p in own() {
+            let grad = program.read(&format!("grad.{}", p.name)).unwrap();
+            let off = subject.distance(p, grad, 1e-3 * total);
+            assert!(off <= 1e-4, "{}: off by {off:e} of {:e}, want at most 1e-4", p.name, norm(p));
+            if off > worst.0 {
+                worst = (off, p.name.clone());
+            }
+        }
+        println!("{}{} parameters; worst {:e} at {}", side.at, own().count(), worst.0, worst.1);
+    }
+}
+
+#[test]
+fn gradients_of_kl_and_a_hinge_discriminator() {
+    check_gradients(kl, &Device::Cpu);
+}
+
+#[test]
+fn gradients_of_vq_legacy_and_a_vanilla_discriminator() {
+    check_gradients(vq_vanilla, &Device::Cpu);
+}
+
+#[test]
+fn gradients_of_vq_corrected_and_a_hinge_discriminator() {
+    check_gradients(vq_hinge, &Device::Cpu);
+}
+
+#[test]
+fn gradients_on_cuda() {
+    on_cuda_with(&["order=forward;async=late"], |device| {
+        [kl, vq_vanilla, vq_hinge].iter().for_each(|subject| check_gradients(*subject, device));
+    });
+}
+
+fn how(subject: &Subject) -> Optimiser {
+    let eps = subject.record.metadata()["eps"].parse().unwrap();
+    Optimiser { eps, ..FirstStageLoss::optimiser() }
+}
+
+/// A trainer at the weights that PyTorch started from.
+fn trainer(subject: &Subject, how: &Optimiser) -> Trainer {
+    let (mut g, image) = subject.graph();
+    subject.loss.step(&mut g, &subject.vae, image, DType::F32, how).unwrap();
+    let layouts: Vec<Layout> = g.parameters().iter().map(|p| p.layout).collect();
+    let mut trainer = Trainer::new(g, how, &Weights::new(&Device::Cpu), &Device::Cpu).unwrap();
+    for ((name, shape), layout) in trainer.parameters().into_iter().zip(layouts) {
+        trainer.set(&name, &subject.held(&name, layout, shape)).unwrap();
+    }
+    for (name, value) in subject.inputs() {
+        trainer.write(name, &value).unwrap();
+    }
+    subject.loss.begin(&mut trainer, subject.read("x").shape()[0]).unwrap();
+    trainer
+}
+
+/// The losses of both sides over steps, and the running statistics after them.
+fn check_curve(subject: fn() -> Subject) {
+    let subject = subject();
+    let note = |key: &str| subject.record.metadata()[key].parse::<f64>().unwrap();
+    let mut trainer = trainer(&subject, &how(&subject));
+    let bound = f64::max(1e-4, 3.0 * note("differs"));
+    let mut worst: f64 = 0.0;
+    for (step, theirs) in subject.read("curve").to_f64().chunks(2).enumerate() {
+        subject.loss.at_step(&mut trainer).unwrap();
+        let report = trainer.step(note("rate"), 0.0).unwrap();
+        let ours = [f64::from(report.loss), trainer.read("discriminator.loss").unwrap().to_f64()[0]];
+        for (which, (ours, theirs)) in ours.into_iter().zip(theirs).enumerate() {
+            near(&format!("step {step}, loss {which}"), ours, *theirs, bound);
+            worst = worst.max((ours - theirs).abs() / theirs.abs());
+        }
+    }
+    println!("losses: worst {worst:e}, bound {bound:e}");
+    assert_eq!(trainer.others().len(), 4);
+    for name in trainer.others() {
+        let ours = trainer.read(name).unwrap().to_f64();
+        let theirs = subject.read(&name.replace("discriminator.", "after.")).to_f64();
+        let size = theirs.iter().fold(0.0f64, |m, v| m.max(v.abs()));
+        let off = ours.iter().zip(&theirs).fold(0.0f64, |m, (a, b)| m.max((a - b).abs()));
+        assert!(off <= bound * size, "{name}: off by {off:e} of {size:e}");
+    }
+}
+
+#[test]
+fn losses_of_kl() {
+    check_curve(kl);
+}
+
+#[test]
+fn losses_of_vq() {
+    check_curve(vq_vanilla);
+}
+
+#[test]
+fn before_its_start_a_discriminator_changes_nothing() {
+    let mut subject = vq_vanilla();
+    let how = how(&subject);
+    subject.loss.adversary.as_mut().unwrap().start = 2;
+    let mut with = trainer(&subject, &how);
+    subject.loss.adversary = None;
+    let (mut g, image) = subject.graph();
+    subject.loss.step(&mut g, &subject.vae, image, DType::F32, &how).unwrap();
+    let mut without = Trainer::new(g, &how, &Weights::new(&Device::Cpu), &Device::Cpu).unwrap();
+    for (name, _) in without.parameters() {
+        without.set(&name, &with.read(&name).unwrap()).unwrap();
+    }
+    let batch = subject.read("x").shape()[0];
+    without.write("image", &subject.read("x")).unwrap();
+    subject.loss.begin(&mut without, batch).unwrap();
+    let judge = "discriminator.main.0.weight";
+    let first = with.read(judge).unwrap();
+    let options = vq_vanilla().loss;
+    let adversary = options.adversary.clone().map(|a| Adversary { start: 2, ..a });
+    let options = FirstStageLoss { adversary, ..options };
+    for step in 0..3 {
+        options.at_step(&mut with).unwrap();
+        subject.loss.at_step(&mut without).unwrap();
+        let reports = [&mut with, &mut without].map(|t| t.step(1e-4, 0.0).unwrap());
+        assert_eq!(reports[0].loss == reports[1].loss, step < 2, "step {step}: {reports:?}");
+        assert_eq!(with.read(judge).unwrap() == first, step < 2, "step {step}");
+    }
+    // States go on where they were, running statistics among them.
+    let states = with.states().unwrap();
+    assert!(states.iter().any(|(name, _)| name == "discriminator.main.3.running_var"));
+    let mut again = trainer(&vq_vanilla(), &how);
+    again
+        .resume(3, |name| {
+            Ok(states.iter().find(|(n, _)| n == name).unwrap_or_else(|| panic!("{name}")).1.clone())
+        })
+        .unwrap();
+    options.at_step(&mut with).unwrap();
+    options.at_step(&mut again).unwrap();
+    assert_eq!(with.step(1e-4, 0.0).unwrap(), again.step(1e-4, 0.0).unwrap());
+    assert_eq!(with.states().unwrap(), again.states().unwrap());
+}
+
+/// A discriminator in evaluation mode, from a checkpoint with the names of the CompVis code.
+#[test]
+fn a_discriminator_judges_as_pytorch_does() {
+    let subject = kl();
+    let model = subject.loss.adversary.as_ref().unwrap().model.clone();
+    let (mut g, image) = subject.graph();
+    g.train(false);
+    let logits = model.evaluate(&mut g, "", image).unwrap();
+    g.output("logits", logits);
+    let mut weights = Weights::new(&Device::Cpu);
+    for (_, v, layout) in g.weights() {
+        let from = if v.name.contains("running") { "after" } else { "start" };
+        let x = subject.read(&format!("{from}.{}", v.name));
+        let x = if layout == Layout::Conv { x.permute(&[0, 2, 3, 1]).unwrap() } else { x };
+        weights.insert_as(&v.name, &x, layout).unwrap();
+    }
+    let mut program = Program::new(g, &weights, &Device::Cpu).unwrap();
+    program.write("image", &subject.read("x")).unwrap();
+    program.run(&mut ()).unwrap();
+    let (ours, theirs) = (program.read("logits").unwrap(), subject.read("judged"));
+    assert_eq!(ours.shape(), theirs.shape());
+    let size = theirs.to_f64().iter().fold(0.0f64, |m, v| m.max(v.abs()));
+    for (a, b) in ours.to_f64().iter().zip(theirs.to_f64()) {
+        assert!((a - b).abs() <= 1e-5 * size, "{a}, PyTorch {b}");
+    }
+    // What is asked of a checkpoint is what it holds.
+    let inventory = ldm::models::Inventory::of(&model.inventory(DType::F32).unwrap());
+    let held: BTreeSet<&str> = subject.record.names().filter_map(|n| n.strip_prefix("start.")).collect();
+    assert_eq!(inventory.iter().map(|(name, ..)| name).collect::<BTreeSet<_>>(), held);
+}
+
+#[test]
+fn a_discriminator_starts_as_compvis_starts_it() {
+    let mut g = Graph::new();
+    g.train(true);
+    let x = g.input("x", DType::F32, [1, 32, 32, 3]);
+    let (logits, _) = NLayerDiscriminator::default().train(&mut g, "", x).unwrap();
+    assert_eq!(*g.shape(logits), [1, 2, 2, 1]);
+    let parameters: Vec<(String, Shape)> =
+        g.parameters().iter().map(|p| (p.name.clone(), g.shape(p.state))).collect();
+    let count: usize = parameters.iter().map(|(_, s)| s.numel()).sum();
+    assert_eq!(count, 2_765_633, "parameters of the published discriminator");
+    for ((name, shape), value) in parameters.iter().zip(initial_discriminator(&parameters, 1).unwrap()) {
+        let v = value.to_f64();
+        let mean = v.iter().sum::<f64>() / v.len() as f64;
+        let deviation = (v.iter().map(|v| (v - mean) * (v - mean)).sum::<f64>() / v.len() as f64).sqrt();
+        if name.ends_with("weight") {
+            assert!((deviation - 0.02).abs() < 0.003, "{name}: {deviation}");
+            assert!((mean - if shape.len() == 1 { 1.0 } else { 0.0 }).abs() < 0.01, "{name}: {mean}");
+        } else if ["main.3.bias", "main.6.bias", "main.9.bias"].contains(&&**name) {
+            assert!(v.iter().all(|&v| v == 0.0), "{name}");
+        }
+    }
+}
