@@ -55,8 +55,8 @@ impl AttentionGrad {
 fn variant(d: usize) -> &'static str {
     match d {
         ..=64 => "D=64",
-        ..=160 => "D=160",
-        ..=512 => "D=512",
+        65..=160 => "D=160",
+        161..=512 => "D=512",
         _ => "D=1024",
     }
 }
