@@ -58,7 +58,7 @@ const TEXT: &str = "model/text_encoder/model.safetensors";
 #[test]
 fn every_command_has_help_and_the_program_a_version() {
     let o = ldm(&["--help"]);
-    for command in ["sample", "verify", "info", "bench", "data", "eval"] {
+    for command in ["sample", "verify", "info", "bench", "data", "eval", "train", "plot"] {
         assert!(o.out.contains(command), "{}", o.out);
         let o = ldm(&[command, "--help"]);
         assert!(o.code == 0 && o.out.contains("Usage: ldm ") && o.err.is_empty(), "{}{}", o.out, o.err);

@@ -4,8 +4,10 @@ mod bench;
 mod data;
 mod eval;
 mod info;
+mod plot;
 mod progress;
 mod sample;
+mod train;
 mod verify;
 
 use crate::error::{Error, Result};
@@ -17,7 +19,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::OnceLock;
 
-/// Latent diffusion: sample from Stable Diffusion checkpoints, on a CPU or an NVIDIA GPU.
+/// Latent diffusion: sample from Stable Diffusion checkpoints, and train such models, on a CPU or an NVIDIA GPU.
 #[derive(Parser, Debug)]
 #[command(name = "ldm", version, about, max_term_width = 110)]
 #[command(
@@ -54,6 +56,10 @@ commands! {
     Data(data),
     /// Score pictures
     Eval(eval),
+    /// Train an autoencoder or a diffusion model
+    Train(train),
+    /// Draw the course of a training run
+    Plot(plot),
 }
 
 /// Beyond any machine's cores.

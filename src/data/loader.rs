@@ -268,9 +268,9 @@ impl Shared {
     }
 }
 
-/// Where `place` of 0 to `len` − 1 comes to lie in the order of an epoch: a permutation that is computed and not stored (a
+/// Where `place` of 0 to `len` − 1, `len` at least 1, comes to lie in the order of an epoch: a permutation that is computed and not stored (a
 /// Feistel network over the next power of 4, walked until it falls inside).
-fn shuffled(place: u64, len: u64, seed: u64, epoch: u64) -> u64 {
+pub fn shuffled(place: u64, len: u64, seed: u64, epoch: u64) -> u64 {
     let half = (u64::BITS - (len - 1).leading_zeros()).div_ceil(2);
     let mask = (1u64 << half) - 1;
     let key = Small::new(Small::new(seed).u64().wrapping_add(epoch)).u64();

@@ -114,6 +114,7 @@ pub struct Graph {
     outputs: Vec<(String, Var)>,
     updates: Vec<(Var, Var)>,
     trains: bool,
+    part: String,
     parameters: Vec<Parameter>,
 }
 
@@ -143,6 +144,12 @@ impl Graph {
         self.trains = on;
     }
 
+    /// From now on, names of weights begin with `part` and a dot, so that several models fit into one graph; with an empty
+    /// `part` no longer.
+    pub fn part(&mut self, part: &str) {
+        self.part = part.into();
+    }
+
     /// The weights that were asked for while the graph trained, in that order.
     pub fn parameters(&self) -> &[Parameter] {
         &self.parameters
@@ -160,6 +167,8 @@ impl Graph {
         shape: impl Into<Shape>,
     ) -> Result<Var> {
         let spec = Spec::new(dtype, shape);
+        let full = format!("{}.{name}", self.part);
+        let name = if self.part.is_empty() { name } else { &full };
         if let Some(p) = self.parameters.iter().find(|p| p.name == name) {
             let old = self.spec(p.used);
             if old == spec && p.layout == layout {
@@ -330,5 +339,10 @@ mod tests {
         let a = g.weight("w", Layout::Same, DType::F32, [4]).unwrap();
         assert_eq!(g.weight("w", Layout::Same, DType::F32, [4]).unwrap(), a);
         assert!(g.weight("w", Layout::Same, DType::F32, [5]).is_err());
+        g.part("other");
+        let b = g.weight("w", Layout::Same, DType::F32, [5]).unwrap();
+        assert_eq!(g.values()[b.index()].name, "other.w");
+        g.part("");
+        assert_eq!(g.weight("w", Layout::Same, DType::F32, [4]).unwrap(), a);
     }
 }

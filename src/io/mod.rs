@@ -4,6 +4,7 @@
 //! A file that is damaged, of another kind, or newer than the engine is an error that names the file and what to do.
 
 pub mod atomic;
+pub mod chart;
 pub mod config;
 mod convert;
 pub mod folder;
@@ -12,6 +13,7 @@ pub mod mmap;
 pub mod picture;
 pub mod png;
 pub mod tokenizer;
+pub mod vocabulary;
 pub mod weights;
 
 mod words;

@@ -19,7 +19,7 @@ const PIECES: &str = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+
 /// Longest input of CLIP's text encoder, for folders that do not say.
 const MAX_LENGTH: usize = 77;
 /// The end of a word.
-const END: &str = "</w>";
+pub(super) const END: &str = "</w>";
 
 /// A prompt as the text encoder takes it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -252,12 +252,15 @@ fn from_vocabulary(folder: &Path, unk: &str) -> Result<tokenizers::Tokenizer> {
         .map_err(|e| {
             Error::file(&merges_path, format!("does not go with vocab.json: {e}; download both again"))
         })?;
-    let rule = |e: tokenizers::Error| Error::file(folder, e);
+    around(bpe).map_err(|e| Error::file(folder, e))
+}
+
+/// A model with CLIP's rules for the text in front of it.
+pub(super) fn around(bpe: BPE) -> std::result::Result<tokenizers::Tokenizer, tokenizers::Error> {
     let space = tokenizers::normalizers::replace::ReplacePattern::Regex(r"\s+".into());
     let normalizers: Vec<NormalizerWrapper> =
-        vec![NFC.into(), Replace::new(space, " ").map_err(rule)?.into(), Lowercase.into()];
-    let split = Split::new(SplitPattern::Regex(PIECES.into()), SplitDelimiterBehavior::Removed, true)
-        .map_err(rule)?;
+        vec![NFC.into(), Replace::new(space, " ")?.into(), Lowercase.into()];
+    let split = Split::new(SplitPattern::Regex(PIECES.into()), SplitDelimiterBehavior::Removed, true)?;
     let bytes = ByteLevel::default().add_prefix_space(false);
     let mut tokenizer = tokenizers::Tokenizer::new(bpe);
     tokenizer.with_normalizer(Some(Normalizers::new(normalizers)));

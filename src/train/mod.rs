@@ -1,12 +1,31 @@
 //! Training: a step is one planned graph (forward, backward, optimiser, average of the weights), run on the same rooms and
-//! devices that sample.
+//! devices that sample. A [`run()`] takes steps, and leaves checkpoints, metrics, pictures and a folder that samples.
 
+mod autoencoder;
+mod diffusion;
+mod export;
+mod first;
 mod first_stage;
+mod grid;
 mod init;
+mod latents;
+mod objective;
 mod rates;
+mod run;
+mod settings;
+mod source;
 mod step;
+mod store;
 
+pub use autoencoder::reconstruction_loss;
+pub use diffusion::{Noised, diffusion_loss};
+pub use first::FirstStage;
 pub use first_stage::{Adversary, Codebook, FirstStageLoss, Gan, Side, initial_discriminator};
 pub use init::{initial, is_zero_module};
+pub use objective::{Levels, Objective};
 pub use rates::{Schedule, average_decay};
+pub use run::{Standing, Summary, Watch, run};
+pub use settings::{
+    AutoencoderSettings, DataSettings, DiffusionSettings, Kind, Parts, SampleSettings, Settings,
+};
 pub use step::{Optimiser, Report, Trainer, blocks, update};

@@ -347,6 +347,23 @@ impl Trainer {
         Ok(())
     }
 
+    /// The parameters of a part of the graph ([`Graph::part`]), or their averages, as weights of programs that do not train:
+    /// without the name of the part, in the type that these compute in.
+    ///
+    /// # Errors
+    /// From the device; or when averages are asked for, and none are kept.
+    pub fn weights(&self, part: &str, average: bool, dtype: DType) -> Result<Weights> {
+        let device = self.program.device();
+        let mut weights = Weights::new(device);
+        let prefix = if part.is_empty() { String::new() } else { format!("{part}.") };
+        for p in &self.trained {
+            let Some(name) = p.name.strip_prefix(&prefix) else { continue };
+            let from = if average { format!("ema.{}", p.name) } else { p.name.clone() };
+            weights.insert_as(name, &self.program.read(&from)?.to(dtype), p.layout)?;
+        }
+        Ok(weights)
+    }
+
     /// The parameters (or their averages) under the names and axes of a checkpoint: convolutions (O,I,KH,KW).
     ///
     /// # Errors

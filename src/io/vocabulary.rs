@@ -1,0 +1,143 @@
+//! A vocabulary for CLIP's tokenizer, learnt from captions: byte-level BPE with `</w>` at the end of a word, in the files that
+//! [`Tokenizer::open`](super::Tokenizer::open) and transformers' `CLIPTokenizer` read.
+
+use super::{Tokenizer, atomic, tokenizer};
+use crate::error::{Error, Result};
+use serde_json::{Map, Value, json};
+use std::fs;
+use std::path::Path;
+use tokenizers::models::TrainerWrapper;
+use tokenizers::models::bpe::{BPE, BpeTrainer};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+
+const BOS: &str = "<|startoftext|>";
+const EOS: &str = "<|endoftext|>";
+const FILES: [&str; 4] = ["vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"];
+
+/// Tokens and merges, in the order of CLIP's own: bytes, bytes at the end of a word, what each merge makes, begin, end.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Vocabulary {
+    /// Number of tokens.
+    pub size: usize,
+    words: Vec<String>,
+    merges: Vec<(String, String)>,
+}
+
+/// Learns a vocabulary of at most `most` tokens (at least 514).
+///
+/// # Errors
+/// [`Error::Invalid`] when the captions cannot be split.
+pub fn learn(captions: &[String], most: usize) -> Result<Vocabulary> {
+    let failed = |e: tokenizers::Error| Error::invalid(format!("tokenizer: cannot be trained: {e}"));
+    // The alphabet in CLIP's order: printable characters first.
+    let mut alphabet: Vec<char> = ByteLevel::alphabet().into_iter().collect();
+    alphabet.sort_unstable();
+    let mut inner = tokenizer::around(BPE::default()).map_err(failed)?;
+    // The trainer counts the letters at the end of words, which it meets, as tokens of their own.
+    let trainer = BpeTrainer::builder()
+        .show_progress(false)
+        .vocab_size(most.saturating_sub(2))
+        .min_frequency(2)
+        .initial_alphabet(alphabet.iter().copied().collect())
+        .end_of_word_suffix(tokenizer::END.into())
+        .build();
+    inner.train(&mut TrainerWrapper::from(trainer), captions.iter()).map_err(failed)?;
+    let learnt = serde_json::to_value(inner.get_model()).map_err(|e| failed(e.into()))?;
+    let pair = |v: &Value| Some((v.get(0)?.as_str()?.to_string(), v.get(1)?.as_str()?.to_string()));
+    let mut merges: Vec<(String, String)> =
+        learnt["merges"].as_array().into_iter().flatten().filter_map(pair).collect();
+    let mut words: Vec<String> = alphabet.iter().map(char::to_string).collect();
+    words.extend(alphabet.iter().map(|c| format!("{c}{}", tokenizer::END)));
+    merges.truncate(most.saturating_sub(words.len() + 2));
+    for (a, b) in &merges {
+        let word = format!("{a}{b}");
+        if !words.contains(&word) {
+            words.push(word);
+        }
+    }
+    words.extend([BOS.to_string(), EOS.to_string()]);
+    Ok(Vocabulary { size: words.len(), words, merges })
+}
+
+impl Vocabulary {
+    /// The size of a tokenizer's vocabulary.
+    pub fn describe(tokenizer: &Tokenizer) -> Vocabulary {
+        Vocabulary { size: tokenizer.vocab_size(), words: vec![], merges: vec![] }
+    }
+
+    /// Writes the files of a tokenizer for prompts of `length` tokens, begin and end counted, into a folder that is there; the
+    /// one that says that all are there last.
+    ///
+    /// # Errors
+    /// [`Error::File`] when one cannot be written.
+    pub fn write(&self, folder: &Path, length: usize) -> Result<()> {
+        let ids: Map<String, Value> =
+            self.words.iter().enumerate().map(|(i, w)| (w.clone(), json!(i))).collect();
+        let merges: String = self.merges.iter().map(|(a, b)| format!("{a} {b}\n")).collect();
+        let token = |content: &str| {
+            json!({
+                "content": content, "lstrip": false, "normalized": true, "rstrip": false, "single_word": false,
+            })
+        };
+        let special = |content: &str| {
+            let mut token = token(content);
+            token["special"] = json!(true);
+            token
+        };
+        let [bos, eos] = [self.size.saturating_sub(2), self.size.saturating_sub(1)].map(|id| id.to_string());
+        let map = json!({"bos_token": token(BOS), "eos_token": token(EOS), "pad_token": EOS, "unk_token": token(EOS)});
+        let config = json!({
+            "added_tokens_decoder": {bos: special(BOS), eos: special(EOS)},
+            "bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "unk_token": EOS, "errors": "replace",
+            "clean_up_tokenization_spaces": false, "model_max_length": length, "tokenizer_class": "CLIPTokenizer",
+        });
+        let texts = [
+            Value::Object(ids).to_string(),
+            format!("#version: 0.2\n{merges}"),
+            map.to_string(),
+            config.to_string(),
+        ];
+        FILES.iter().zip(texts).try_for_each(|(name, text)| atomic::write(folder.join(name), text.as_bytes()))
+    }
+}
+
+/// Copies the files of such a tokenizer.
+///
+/// # Errors
+/// [`Error::File`] when one cannot be read or written.
+pub fn copy(from: &Path, to: &Path) -> Result<()> {
+    FILES.iter().try_for_each(|name| {
+        let path = from.join(name);
+        let bytes = fs::read(&path).map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?;
+        atomic::write(to.join(name), &bytes)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::scratch::Scratch;
+
+    #[test]
+    fn common_words_become_tokens_and_all_text_has_some() {
+        let captions: Vec<String> = ["a red circle", "a blue circle", "a red square"]
+            .iter()
+            .cycle()
+            .take(60)
+            .map(|s| s.to_string())
+            .collect();
+        let dir = Scratch::new("vocabulary");
+        learn(&captions, 600).unwrap().write(dir.path(), 12).unwrap();
+        let t = Tokenizer::open(dir.path()).unwrap();
+        let encoded = t.encode("A red  CIRCLE").unwrap();
+        assert_eq!((encoded.tokens, encoded.ids.len(), t.max_length()), (3, 12, 12));
+        assert_eq!((encoded.ids[0], encoded.ids[4]), (t.bos(), t.eos()));
+        assert_eq!(t.vocab_size(), t.eos() as usize + 1);
+        assert!(t.vocab_size() > 514 && t.vocab_size() < 600);
+        let other = t.encode("größer ☃").unwrap();
+        assert!(other.tokens > 5 && !other.ids[1..6].contains(&t.eos()), "every byte has a token");
+        assert_eq!(learn(&captions, 600).unwrap(), learn(&captions, 600).unwrap());
+        assert_eq!(learn(&captions, 520).unwrap().size, 520);
+        assert_eq!(learn(&[], 600).unwrap().size, 514);
+    }
+}

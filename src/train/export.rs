@@ -1,0 +1,74 @@
+//! What a run has made as the parts of a diffusers folder.
+
+use super::settings::Settings;
+use super::step::Trainer;
+use crate::error::{Error, Result};
+use crate::io::{Checkpoint, atomic, weights};
+use crate::tensor::DType;
+use serde_json::Value;
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+
+/// Makes a folder.
+pub(super) fn folder(path: &Path) -> Result<()> {
+    fs::create_dir_all(path).map_err(|e| Error::file(path, format!("cannot be made: {e}")))
+}
+
+/// Writes a JSON file.
+pub(super) fn json(path: &Path, value: &Value) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).map_err(|e| Error::file(path, e))? + "\n";
+    atomic::write(path, text.as_bytes())
+}
+
+/// What transformers wants to read in a file of weights.
+fn notes() -> Option<HashMap<String, String>> {
+    Some(HashMap::from([("format".to_string(), "pt".to_string())]))
+}
+
+/// Whether diffusers has a matrix as a convolution of 1×1: then it is stored (O,I,1,1).
+fn is_convolution(name: &str, config: &Value) -> bool {
+    let layer = name.strip_suffix(".weight").and_then(|stem| stem.rsplit('.').next());
+    match layer {
+        Some("conv_shortcut" | "quant_conv" | "post_quant_conv") => true,
+        Some("proj_in" | "proj_out") => config["use_linear_projection"] != true,
+        _ => false,
+    }
+}
+
+/// Writes configuration and weights of a part of the graph ("" for all of it): the average where one is kept.
+pub(super) fn component(
+    path: &Path,
+    stem: &str,
+    config: &Value,
+    trainer: &Trainer,
+    part: &str,
+    s: &Settings,
+) -> Result<()> {
+    folder(path)?;
+    let prefix = if part.is_empty() { String::new() } else { format!("{part}.") };
+    let mut own = vec![];
+    for (name, value) in trainer.export(s.average.is_some())? {
+        let Some(name) = name.strip_prefix(&prefix) else { continue };
+        let shape = value.shape();
+        let value = match shape[..] {
+            [o, i] if is_convolution(name, config) => value.reshape([o, i, 1, 1])?,
+            _ => value,
+        };
+        own.push((name.to_string(), value.to(s.export)));
+    }
+    weights::save(path.join(format!("{stem}.safetensors")), &own, notes())?;
+    json(&path.join("config.json"), config)
+}
+
+/// Writes a component that is not trained, with another configuration; does nothing where it is there already.
+pub(super) fn copied(from: &Path, to: &Path, config: &Value, dtype: DType) -> Result<()> {
+    folder(to)?;
+    let file = to.join("diffusion_pytorch_model.safetensors");
+    if !file.is_file() {
+        let checkpoint = Checkpoint::open(from)?;
+        let all = checkpoint.names().map(|name| Ok((name.to_string(), checkpoint.read(name, dtype)?)));
+        weights::save(&file, &all.collect::<Result<Vec<_>>>()?, notes())?;
+    }
+    json(&to.join("config.json"), config)
+}

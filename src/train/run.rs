@@ -1,0 +1,231 @@
+//! A run: steps from where the last checkpoint stands to the end, with metrics, checkpoints, pictures and an export.
+
+use super::autoencoder::Autoencoder;
+use super::diffusion::Diffusion;
+use super::grid::Tiles;
+use super::settings::{Parts, Settings};
+use super::step::{Trainer, update};
+use super::store::Store;
+use super::{average_decay, initial};
+use crate::error::{Error, Result};
+use crate::exec::{Device, Program, Target, Weights, human_bytes};
+use crate::graph::{Graph, Var};
+use crate::tensor::{DType, HostTensor};
+use serde_json::json;
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// What is particular to a kind of run.
+pub(super) trait Task {
+    /// The graph of a step up to its loss.
+    fn graph(&self) -> Result<(Graph, Var)>;
+    /// Whether a parameter starts at zero.
+    fn starts_at_zero(&self, name: &str) -> bool;
+    /// The inputs of step n = 0, 1, …; asked for in order.
+    fn inputs(&mut self, step: usize) -> Result<Vec<(&'static str, HostTensor)>>;
+    /// How long steps have waited for data.
+    fn waited(&self) -> Duration;
+    /// Pictures that could not be read.
+    fn skipped(&self) -> Vec<String>;
+    /// What a checkpoint must hold beside the states.
+    fn notes(&self) -> Vec<(String, String)>;
+    /// Writes what has been trained.
+    fn export(&self, trainer: &Trainer, folder: &Path) -> Result<()>;
+    /// Pictures that show how far the run is; `export` has just been written to `folder`.
+    fn grid(&self, trainer: &Trainer, folder: &Path, device: &Device) -> Result<Tiles>;
+}
+
+/// What a run tells while it goes.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Standing {
+    /// Steps that are done.
+    pub step: usize,
+    /// Steps of the run.
+    pub of: usize,
+    /// Mean loss since the last line of metrics.
+    pub loss: f64,
+    /// Norm of the gradients.
+    pub norm: f64,
+    /// Learning rate.
+    pub rate: f64,
+    /// Seconds per step since the last line of metrics.
+    pub seconds: f64,
+    /// Share of that time that was spent waiting for data.
+    pub waited: f64,
+}
+
+/// Who wants to know.
+pub trait Watch {
+    /// A step is done.
+    ///
+    /// # Errors
+    /// Stops the run; what was saved stays.
+    fn step(&mut self, standing: &Standing) -> Result<()>;
+    /// Something else has happened, in a line.
+    fn say(&mut self, what: &str);
+}
+
+impl Watch for () {
+    fn step(&mut self, _: &Standing) -> Result<()> {
+        Ok(())
+    }
+    fn say(&mut self, _: &str) {}
+}
+
+/// How a run ended.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Summary {
+    /// Loss of the last line of metrics; `None` where nothing was left to do.
+    pub loss: Option<f64>,
+    /// What was exported.
+    pub export: PathBuf,
+}
+
+/// Trains in `folder`: from the start, or with `resume` from the last checkpoint there, if there is one.
+///
+/// Everything random is a function of seed and step, and checkpoints hold parameters, moments, averages and the step, so that
+/// a run that was killed at any moment goes on bit for bit.
+///
+/// # Errors
+/// [`Error::Invalid`] when the folder holds another run, or this one without `resume`; when data, models or device fail;
+/// [`Error::NonFinite`] when the loss is not finite.
+pub fn run(
+    s: &Settings,
+    folder: &Path,
+    resume: bool,
+    device: &Device,
+    watch: &mut dyn Watch,
+) -> Result<Summary> {
+    let mut store = Store::open(folder, &s.value, s.newest, resume)?;
+    let last = store.last()?;
+    let step = last.as_ref().map_or(0, |(step, _)| *step);
+    store.rewind(step)?;
+    if resume {
+        watch.say(&match step {
+            0 => "no checkpoint to go on from: the run starts".to_string(),
+            n => format!("goes on after step {n}"),
+        });
+    }
+    let notes = last.as_ref().map_or_else(HashMap::new, |(_, c)| c.metadata().clone());
+    let mut task: Box<dyn Task> = match &s.parts {
+        Parts::Autoencoder(own) => Box::new(Autoencoder::start(s, own, step)?),
+        Parts::Diffusion(own) => Box::new(Diffusion::start(s, own, folder, (step, &notes), device, watch)?),
+    };
+    let (mut graph, loss) = task.graph()?;
+    update(&mut graph, loss, &s.optimiser, &[])?;
+    watch.say(&plan(&graph, device)?);
+    let mut trainer = Trainer::new(graph, &s.optimiser, &Weights::new(device), device)?;
+    match &last {
+        Some((step, c)) => trainer.resume(*step, |name| c.read(name, DType::F32))?,
+        None => {
+            let parameters = trainer.parameters();
+            let values = initial(&parameters, |name| task.starts_at_zero(name), s.seed)?;
+            for ((name, _), value) in parameters.iter().zip(&values) {
+                trainer.set(name, value)?;
+            }
+        }
+    }
+    drop(last);
+    let loss = steps(s, task.as_mut(), &mut trainer, (&mut store, folder), device, watch)?;
+    let export = folder.join("export");
+    task.export(&trainer, &export)?;
+    Ok(Summary { loss, export })
+}
+
+/// What the run takes on the device, in a line.
+fn plan(graph: &Graph, device: &Device) -> Result<String> {
+    let m = Program::measure(graph, Target::from(device))?;
+    let n: usize = graph.parameters().iter().map(|p| graph.shape(p.state).numel()).sum();
+    Ok(format!(
+        "{n} parameters; {} planned: {} of weights, moments and averages, {} of values and gradients, {} beside them",
+        human_bytes(m.weights + m.states + m.arena + m.scratch),
+        human_bytes(m.weights + m.states),
+        human_bytes(m.arena),
+        human_bytes(m.scratch)
+    ))
+}
+
+/// A mean that starts anew.
+#[derive(Default)]
+struct Mean(f64, usize);
+
+impl Mean {
+    fn add(&mut self, v: f64) {
+        self.0 += v;
+        self.1 += 1;
+    }
+    fn take(&mut self) -> f64 {
+        let Mean(sum, n) = std::mem::take(self);
+        sum / n.max(1) as f64
+    }
+}
+
+fn steps(
+    s: &Settings,
+    task: &mut dyn Task,
+    trainer: &mut Trainer,
+    (store, folder): (&mut Store, &Path),
+    device: &Device,
+    watch: &mut dyn Watch,
+) -> Result<Option<f64>> {
+    let (mut lines, mut since_saved, mut told) = (Mean::default(), Mean::default(), BTreeSet::new());
+    let (mut clock, mut waited, mut latest) = (Instant::now(), task.waited(), None);
+    while trainer.steps() < s.steps {
+        let n = trainer.steps();
+        for (name, value) in task.inputs(n)? {
+            trainer.write(name, &value)?;
+        }
+        let rate = s.rate * s.schedule.factor(n);
+        let report = trainer.step(rate, average_decay(s.average.unwrap_or(0.0), n + 1))?;
+        let step = n + 1;
+        lines.add(f64::from(report.loss));
+        since_saved.add(f64::from(report.loss));
+        let (end, saves) = (step == s.steps, step % s.checkpoint_every == 0);
+        let (count, spent) = (lines.1.max(1) as f64, clock.elapsed().as_secs_f64());
+        let waits = (task.waited() - waited).as_secs_f64();
+        let standing = Standing {
+            step,
+            of: s.steps,
+            loss: lines.0 / count,
+            norm: f64::from(report.norm),
+            rate,
+            seconds: spent / count,
+            waited: waits / spent.max(1e-9),
+        };
+        watch.step(&standing)?;
+        if step % s.log_every == 0 || saves || end {
+            let loss = lines.take();
+            store.note(&json!({
+                "step": step, "loss": loss, "norm": standing.norm, "rate": rate,
+                "seconds_per_step": standing.seconds, "waited": standing.waited,
+            }))?;
+            (clock, waited, latest) = (Instant::now(), task.waited(), Some(loss));
+        }
+        if saves || end {
+            store.save(step, &trainer.states()?, since_saved.take(), &task.notes())?;
+        }
+        if s.sample.every > 0 && (step % s.sample.every == 0 || end) {
+            let export = folder.join("export");
+            task.export(trainer, &export)?;
+            let file = folder.join(format!("samples/step-{step:08}.png"));
+            task.grid(trainer, &export, device)?.write(&file)?;
+            watch.say(&format!("{}", file.display()));
+            clock = Instant::now();
+        }
+        for what in task.skipped() {
+            if told.insert(what.clone()) {
+                watch.say(&format!("left out: {what}"));
+            }
+        }
+    }
+    Ok(latest)
+}
+
+/// What an unusable checkpoint is told with.
+pub(super) fn note<T: std::str::FromStr>(notes: &HashMap<String, String>, key: &str) -> Result<T> {
+    let found = notes.get(key).and_then(|v| v.parse().ok());
+    found.ok_or_else(|| {
+        Error::invalid(format!("checkpoint: want a note `{key}`; it is of another kind of run"))
+    })
+}

@@ -1,0 +1,520 @@
+//! What a run is told: every key is read and checked here, before anything is loaded.
+//!
+//! Sections of models hold diffusers' own keys, so that what a run exports says the same as what it was told.
+
+use super::first::FirstStage;
+use super::{Objective, Optimiser, Schedule};
+use crate::data::transform::{Crop, Filter, Transform};
+use crate::error::{Error, Result};
+use crate::io::Config;
+use crate::models::{AutoencoderKL, ClipText, Model, UNet2DCondition};
+use crate::ops::Distance;
+use crate::samplers::ScheduleConfig;
+use crate::tensor::DType;
+use serde_json::{Map, Value, json};
+use std::path::{Path, PathBuf};
+
+/// What is trained.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// A KL autoencoder.
+    Autoencoder,
+    /// A conditioned UNet with its text encoder.
+    Diffusion,
+}
+
+/// Where pictures come from.
+#[derive(Clone, PartialEq, Debug)]
+pub struct DataSettings {
+    /// A folder; `None` for scenes of the shapes world.
+    pub folder: Option<PathBuf>,
+    /// Side of the pictures, in pixels.
+    pub size: usize,
+    /// Scenes of the shapes world that make an epoch; 0 for new ones without end.
+    pub count: u64,
+    /// Objects in each scene; `None` for one or two.
+    pub objects: Option<usize>,
+    /// Of the scenes.
+    pub seed: u64,
+    /// What is done to the pictures of a folder.
+    pub transform: Transform,
+    /// Threads that make batches; 0 for as many as there are cores.
+    pub threads: usize,
+}
+
+impl DataSettings {
+    /// Whether a picture is the same each time it is asked for, and there is an end: then latents can be kept.
+    pub fn is_fixed(&self) -> bool {
+        let chance = self.transform.flip || matches!(self.transform.crop, Crop::Random | Crop::Part(_));
+        if self.folder.is_some() { !chance } else { self.count > 0 }
+    }
+}
+
+/// The parts of a diffusion run.
+#[derive(Clone, Debug)]
+pub struct DiffusionSettings {
+    /// The UNet.
+    pub unet: UNet2DCondition,
+    /// Its `config.json`.
+    pub unet_config: Value,
+    /// The text encoder's `config.json`, without what the tokenizer says.
+    pub text_config: Value,
+    /// Most tokens of the vocabulary.
+    pub vocabulary: usize,
+    /// Where latents come from.
+    pub first: FirstStage,
+    /// Whether the latents of all pictures are computed once and kept in a file.
+    pub cache: bool,
+    /// The noise schedule.
+    pub schedule: ScheduleConfig,
+    /// Its `scheduler_config.json`.
+    pub schedule_config: Value,
+    /// Loss and noise.
+    pub objective: Objective,
+    /// Share of the captions that are left out.
+    pub drop: f64,
+}
+
+/// The parts of an autoencoder run.
+#[derive(Clone, Debug)]
+pub struct AutoencoderSettings {
+    /// The model.
+    pub model: AutoencoderKL,
+    /// Its `config.json`.
+    pub config: Value,
+    /// Distance of a reconstruction.
+    pub distance: Distance,
+    /// Weight of the divergence, see [`super::reconstruction_loss`].
+    pub kl_weight: f64,
+}
+
+/// What is particular to the kind.
+#[derive(Clone, Debug)]
+pub enum Parts {
+    /// Of an autoencoder.
+    Autoencoder(Box<AutoencoderSettings>),
+    /// Of a diffusion model.
+    Diffusion(Box<DiffusionSettings>),
+}
+
+/// Pictures that show how far a run is.
+#[derive(Clone, PartialEq, Debug)]
+pub struct SampleSettings {
+    /// Steps from one grid to the next; 0 for none.
+    pub every: usize,
+    /// Pictures of a grid, or prompts.
+    pub prompts: Vec<String>,
+    /// Pictures of a grid of reconstructions.
+    pub count: usize,
+    /// Steps of the sampler.
+    pub steps: usize,
+    /// Guidance scale.
+    pub guidance: f64,
+}
+
+/// A run.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Of everything random.
+    pub seed: u64,
+    /// Length of the run.
+    pub steps: usize,
+    /// Pictures of a step.
+    pub batch: usize,
+    /// What models compute in; weights and moments are f32 always.
+    pub dtype: DType,
+    /// Pictures.
+    pub data: DataSettings,
+    /// How weights follow their gradients.
+    pub optimiser: Optimiser,
+    /// The learning rate.
+    pub rate: f64,
+    /// Its course.
+    pub schedule: Schedule,
+    /// What the average of the weights keeps of itself; `None` where there is none.
+    pub average: Option<f64>,
+    /// Steps from one checkpoint to the next.
+    pub checkpoint_every: usize,
+    /// Checkpoints that stay, beside the best.
+    pub newest: usize,
+    /// Steps from one line of metrics to the next.
+    pub log_every: usize,
+    /// Pictures on the way.
+    pub sample: SampleSettings,
+    /// Type of the exported weights.
+    pub export: DType,
+    /// The rest.
+    pub parts: Parts,
+    /// All that the run was told, as it is stored beside it.
+    pub value: Value,
+}
+
+const KEYS: &[&str] = &[
+    "seed",
+    "steps",
+    "batch_size",
+    "dtype",
+    "log_every",
+    "data",
+    "model",
+    "loss",
+    "optimiser",
+    "average",
+    "checkpoint",
+    "sample",
+    "export",
+];
+
+/// A section, empty where it is absent.
+fn section(c: &Config, key: &str, known: &[&str]) -> Result<Config> {
+    let found = match c.section(key)? {
+        Some(found) => found,
+        None => Config::from_value(c.file(), json!({}))?,
+    };
+    found.only(known)?;
+    Ok(found)
+}
+
+fn within(c: &Config, key: &str, default: f64, low: f64, high: f64) -> Result<f64> {
+    let v = c.f64_or(key, default)?;
+    if (low..=high).contains(&v) {
+        Ok(v)
+    } else {
+        Err(c.error(key, format!("a number from {low} to {high}")))
+    }
+}
+
+fn at_least_one(c: &Config, key: &str, default: usize) -> Result<usize> {
+    let n = c.usize_or(key, default)?;
+    if n > 0 { Ok(n) } else { Err(c.error(key, "at least 1")) }
+}
+
+fn dtype(c: &Config, key: &str) -> Result<DType> {
+    match c.one_of(key, &["f32", "bf16"], "f32")? {
+        "bf16" => Ok(DType::BF16),
+        _ => Ok(DType::F32),
+    }
+}
+
+fn data(c: &Config) -> Result<DataSettings> {
+    let keys = ["source", "size", "count", "objects", "seed", "crop", "flip", "threads"];
+    let d = section(c, "data", &keys)?;
+    let source = d.str_or("source", "shapes")?;
+    let size = at_least_one(&d, "size", 64)?;
+    let crop = d.one_of("crop", &["center", "random", "square", "part"], "center")?;
+    let base = match crop {
+        "random" => Transform::random(size),
+        "square" => Transform::square(size),
+        "part" => Transform::part(size),
+        _ => Transform { filter: Filter::Bicubic, ..Transform::center(size) },
+    };
+    let objects = d.opt_usize("objects")?;
+    let folder = (source != "shapes").then(|| PathBuf::from(source));
+    if let Some(folder) = folder.as_ref().filter(|f| !f.is_dir()) {
+        return Err(d.error(
+            "source",
+            format!("`shapes`, or a folder of pictures; there is none at {}", folder.display()),
+        ));
+    }
+    if folder.is_none() && !crate::data::shapes::World::SIDES.contains(&size) {
+        return Err(d.error("size", "32 to 2048 pixels for shapes"));
+    }
+    if objects.is_some_and(|n| n == 0 || n > 2) {
+        return Err(d.error("objects", "1 or 2"));
+    }
+    Ok(DataSettings {
+        size,
+        count: d.usize_or("count", 0)? as u64,
+        objects,
+        seed: d.usize_or("seed", 0)? as u64,
+        transform: Transform {
+            flip: d.bool_or("flip", base.flip && crop == "square" && d.has("crop"))?,
+            ..base
+        },
+        threads: d.usize_or("threads", 0)?,
+        folder,
+    })
+}
+
+fn optimiser(c: &Config, kind: Kind, steps: usize) -> Result<(Optimiser, f64, Schedule)> {
+    let keys = ["rate", "betas", "eps", "decay", "coupled", "clip", "schedule", "warmup"];
+    let o = section(c, "optimiser", &keys)?;
+    let betas = o.opt_f64_list("betas")?.unwrap_or(match kind {
+        Kind::Autoencoder => vec![0.5, 0.9],
+        Kind::Diffusion => vec![0.9, 0.999],
+    });
+    let [b1, b2] = betas[..] else { return Err(o.error("betas", "two numbers")) };
+    if ![b1, b2].iter().all(|b| (0.0..1.0).contains(b)) {
+        return Err(o.error("betas", "two numbers from 0 to below 1"));
+    }
+    let how = Optimiser {
+        betas: [b1 as f32, b2 as f32],
+        eps: within(&o, "eps", 1e-8, 1e-30, 1.0)? as f32,
+        decay: within(&o, "decay", 0.01, 0.0, 1.0)? as f32,
+        coupled: o.bool_or("coupled", false)?,
+        clip: within(&o, "clip", 1.0, 0.0, 1e9)? as f32,
+        average: false,
+        loss_scale: false,
+    };
+    let rate = within(&o, "rate", if kind == Kind::Autoencoder { 2e-4 } else { 1e-4 }, 0.0, 1.0)?;
+    let warmup = o.usize_or("warmup", (steps / 20).min(100))?;
+    let schedule = match o.one_of("schedule", &["constant", "cosine", "linear"], "constant")? {
+        "cosine" => Schedule::Cosine { warmup, steps },
+        "linear" => Schedule::LambdaLinear { warmup, steps, start: 0.0, most: 1.0, least: 0.0 },
+        _ => Schedule::Constant { warmup },
+    };
+    schedule.check().map_err(|e| o.error("warmup", e.to_string()))?;
+    Ok((how, rate, schedule))
+}
+
+pub(super) fn distance(c: &Config, default: &str) -> Result<Distance> {
+    let delta = within(c, "huber_delta", 1.0, 1e-6, 1e6)? as f32;
+    Ok(match c.one_of("distance", &["l1", "l2", "huber"], default)? {
+        "l1" => Distance::L1,
+        "l2" => Distance::L2,
+        _ => Distance::Huber(delta),
+    })
+}
+
+/// A model's section with the keys that it leaves out.
+fn completed(c: &Config, key: &str, defaults: Value) -> Result<Value> {
+    let mut all: Map<String, Value> = defaults.as_object().cloned().unwrap_or_default();
+    if let Some(own) = c.section(key)? {
+        for k in own.keys() {
+            all.insert(k.into(), own.get(k).cloned().unwrap_or(Value::Null));
+        }
+    }
+    Ok(Value::Object(all))
+}
+
+/// The width of each level, to say what blocks a model has.
+fn levels(c: &Config, section: &str, default: &[usize]) -> Result<Vec<usize>> {
+    match c.section(section)? {
+        Some(s) if s.has("block_out_channels") => {
+            let found = s.usize_list("block_out_channels")?;
+            if found.is_empty() {
+                Err(s.error("block_out_channels", "at least one level"))
+            } else {
+                Ok(found)
+            }
+        }
+        _ => Ok(default.to_vec()),
+    }
+}
+
+/// Errors of a model's own reader name the section.
+fn in_section<T>(result: Result<T>, section: &str) -> Result<T> {
+    result.map_err(|e| match e {
+        Error::Config { file, key, want, got } => {
+            Error::Config { file, key: format!("{section}.{key}"), want, got }
+        }
+        other => other,
+    })
+}
+
+fn autoencoder(c: &Config, size: usize) -> Result<AutoencoderSettings> {
+    let channels = levels(c, "model", &[32, 64, 64])?;
+    let n = channels.len();
+    let config = completed(
+        c,
+        "model",
+        json!({
+            "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3,
+            "down_block_types": vec!["DownEncoderBlock2D"; n], "up_block_types": vec!["UpDecoderBlock2D"; n],
+            "block_out_channels": channels, "layers_per_block": 1, "act_fn": "silu", "latent_channels": 4,
+            "norm_num_groups": 32, "sample_size": size, "scaling_factor": 1.0, "force_upcast": false,
+        }),
+    )?;
+    let read = Config::from_value(c.file(), config.clone())?;
+    let model = in_section(AutoencoderKL::from_config(&read), "model")?;
+    if (model.codec.in_channels, model.codec.out_channels) != (3, 3) {
+        return Err(in_section::<()>(Err(read.error("in_channels", "3, for RGB, as out_channels")), "model")
+            .unwrap_err());
+    }
+    let f = model.codec.factor();
+    if size % f != 0 {
+        return Err(c.error(
+            "data",
+            format!("a size that is a multiple of {f}, by model.block_out_channels; it is {size}"),
+        ));
+    }
+    let loss = section(c, "loss", &["distance", "huber_delta", "kl_weight"])?;
+    Ok(AutoencoderSettings {
+        model,
+        config,
+        distance: distance(&loss, "l1")?,
+        kl_weight: within(&loss, "kl_weight", 1e-6, 0.0, 1e6)?,
+    })
+}
+
+fn diffusion(c: &Config, size: usize) -> Result<DiffusionSettings> {
+    let models = section(c, "model", &["unet", "text_encoder"])?;
+    let stage = section(c, "first_stage", &["path", "cache", "scaling_factor"])?;
+    let first = FirstStage::read(&stage)?;
+    let (z, f) = (first.channels(), first.factor());
+    if size % f != 0 {
+        return Err(
+            c.error("data", format!("a size that is a multiple of {f}, by the first stage; it is {size}"))
+        );
+    }
+    let text_config = completed(
+        &models,
+        "text_encoder",
+        json!({
+            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_size": 64,
+            "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "max_position_embeddings": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+        }),
+    )?;
+    if text_config.get("vocab_size").is_some() {
+        return Err(models
+            .error("text_encoder", "no vocab_size: it is that of the tokenizer (see tokenizer.vocab_size)"));
+    }
+    let mut tried = text_config.clone();
+    tried["vocab_size"] = json!(1000);
+    let text =
+        in_section(ClipText::from_config(&Config::from_value(c.file(), tried)?), "model.text_encoder")?;
+    if text.positions < 3 {
+        return Err(models.error("text_encoder", "max_position_embeddings of at least 3"));
+    }
+    let channels = levels(&models, "unet", &[64, 128])?;
+    let n = channels.len();
+    let cross = |i: usize| i + 1 == n || i > 0;
+    let down: Vec<_> =
+        (0..n).map(|i| if cross(i) { "CrossAttnDownBlock2D" } else { "DownBlock2D" }).collect();
+    let up: Vec<_> =
+        (0..n).rev().map(|i| if cross(i) { "CrossAttnUpBlock2D" } else { "UpBlock2D" }).collect();
+    let unet_config = completed(
+        &models,
+        "unet",
+        json!({
+            "_class_name": "UNet2DConditionModel", "sample_size": size / f, "in_channels": z, "out_channels": z,
+            "down_block_types": down, "up_block_types": up, "block_out_channels": channels, "layers_per_block": 1,
+            "cross_attention_dim": text.hidden, "attention_head_dim": 4, "norm_num_groups": 32, "act_fn": "silu",
+            "flip_sin_to_cos": true, "freq_shift": 0,
+        }),
+    )?;
+    let read = Config::from_value(c.file(), unet_config.clone())?;
+    let unet = in_section(UNet2DCondition::from_config(&read), "model.unet")?;
+    let wrong =
+        |key: &str, want: String| in_section::<()>(Err(read.error(key, want)), "model.unet").unwrap_err();
+    for (key, n) in [("in_channels", unet.in_channels), ("out_channels", unet.out_channels)] {
+        if n != z {
+            return Err(wrong(key, format!("the first stage's {z} channels")));
+        }
+    }
+    if unet.context != text.hidden {
+        return Err(wrong("cross_attention_dim", format!("model.text_encoder.hidden_size {}", text.hidden)));
+    }
+    let m = f * unet.multiple();
+    if size % m != 0 {
+        return Err(c.error(
+            "data",
+            format!("a size that is a multiple of {m}, by first stage and UNet; it is {size}"),
+        ));
+    }
+    let loss = section(c, "loss", &["distance", "huber_delta", "snr_gamma", "noise_offset"])?;
+    let schedule_config = completed(
+        c,
+        "scheduler",
+        json!({
+            "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon", "clip_sample": false,
+            "set_alpha_to_one": false, "steps_offset": 1, "timestep_spacing": "leading",
+        }),
+    )?;
+    let schedule = in_section(ScheduleConfig::from_json(&schedule_config, c.file()), "scheduler")?;
+    schedule.alphas_cumprod()?;
+    let snr_gamma = loss.opt_f64("snr_gamma")?;
+    if snr_gamma.is_some_and(|g| !(g > 0.0)) {
+        return Err(loss.error("snr_gamma", "a number above 0 (5 is usual), or no such key"));
+    }
+    let objective = Objective {
+        output: schedule.output,
+        distance: distance(&loss, "l2")?,
+        snr_gamma,
+        noise_offset: within(&loss, "noise_offset", 0.0, 0.0, 1.0)?,
+    };
+    let tokenizer = section(c, "tokenizer", &["vocab_size"])?;
+    let vocabulary = tokenizer.usize_or("vocab_size", 1000)?;
+    if vocabulary < 514 {
+        return Err(tokenizer.error(
+            "vocab_size",
+            "at least 514: 256 bytes, each inside and at the end of a word, and two more",
+        ));
+    }
+    let drop = within(&section(c, "conditioning", &["drop"])?, "drop", 0.1, 0.0, 1.0)?;
+    Ok(DiffusionSettings {
+        unet,
+        unet_config,
+        text_config,
+        vocabulary,
+        first,
+        cache: stage.bool_or("cache", true)?,
+        schedule,
+        schedule_config,
+        objective,
+        drop,
+    })
+}
+
+impl Settings {
+    /// Reads what a run is told; `file` is what errors name.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a key that is not known, with the one that it resembles, and for a value that does not do.
+    pub fn read(kind: Kind, value: Value, file: impl AsRef<Path>) -> Result<Settings> {
+        let c = Config::from_value(file, value.clone())?;
+        let own: &[&str] = match kind {
+            Kind::Autoencoder => &[],
+            Kind::Diffusion => &["first_stage", "scheduler", "tokenizer", "conditioning"],
+        };
+        c.only(&[KEYS, own].concat())?;
+        let (steps, batch) = (at_least_one(&c, "steps", 1000)?, at_least_one(&c, "batch_size", 16)?);
+        let data = data(&c)?;
+        let (mut optimiser, rate, schedule) = optimiser(&c, kind, steps)?;
+        let average = section(&c, "average", &["decay"])?;
+        let default = if kind == Kind::Diffusion { 0.9999 } else { 0.0 };
+        let decay = within(&average, "decay", default, 0.0, 1.0)?;
+        optimiser.average = decay > 0.0;
+        let parts = match kind {
+            Kind::Autoencoder => Parts::Autoencoder(Box::new(autoencoder(&c, data.size)?)),
+            Kind::Diffusion => Parts::Diffusion(Box::new(diffusion(&c, data.size)?)),
+        };
+        let checkpoint = section(&c, "checkpoint", &["every", "newest"])?;
+        let sample = section(&c, "sample", &["every", "count", "prompts", "steps", "guidance"])?;
+        let prompts = match sample.has("prompts") {
+            true => sample.str_list("prompts")?,
+            false => {
+                ["a large red circle", "a small blue square", "a large green triangle", "a small yellow star"]
+                    .map(String::from)
+                    .into()
+            }
+        };
+        let export = section(&c, "export", &["dtype"])?;
+        Ok(Settings {
+            seed: c.usize_or("seed", 0)? as u64,
+            steps,
+            batch,
+            dtype: dtype(&c, "dtype")?,
+            data,
+            rate,
+            schedule,
+            average: (decay > 0.0).then_some(decay),
+            optimiser,
+            checkpoint_every: at_least_one(&checkpoint, "every", 500)?,
+            newest: at_least_one(&checkpoint, "newest", 3)?,
+            log_every: at_least_one(&c, "log_every", 10)?,
+            sample: SampleSettings {
+                every: sample.usize_or("every", 500)?,
+                count: at_least_one(&sample, "count", 8)?,
+                prompts,
+                steps: at_least_one(&sample, "steps", 30)?,
+                guidance: within(&sample, "guidance", 3.0, 0.0, 100.0)?,
+            },
+            export: dtype(&export, "dtype")?,
+            parts,
+            value,
+        })
+    }
+}

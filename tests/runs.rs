@@ -1,0 +1,334 @@
+//! Runs as their users start them: `ldm train autoencoder`, `ldm train diffusion`, killed and taken up, exported and sampled.
+
+#[path = "common/folder.rs"]
+mod folder;
+#[path = "common/program.rs"]
+mod program;
+
+mod common;
+
+use common::on_cuda_with;
+use folder::Folder;
+use ldm::exec::Device;
+use ldm::io::{Checkpoint, png::read_rgb8};
+use ldm::tensor::DType;
+use ldm::train::{Kind, Settings, Standing, Watch};
+use program::{Outcome, ldm, text};
+use serde_json::{Value, json};
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// A model that takes a moment on two cores.
+const AUTOENCODER: &[&str] = &[
+    "data.size=32",
+    "batch_size=2",
+    "model.block_out_channels=[8,8]",
+    "model.norm_num_groups=4",
+    "model.mid_block_add_attention=false",
+    "optimiser.warmup=0",
+    "optimiser.rate=3e-3",
+    "log_every=2",
+    "sample.every=0",
+];
+
+const DIFFUSION: &[&str] = &[
+    "data.size=32",
+    "batch_size=2",
+    "model.unet.block_out_channels=[8,16]",
+    "model.unet.norm_num_groups=4",
+    "model.unet.attention_head_dim=2",
+    "model.text_encoder.hidden_size=16",
+    "model.text_encoder.intermediate_size=32",
+    "model.text_encoder.num_hidden_layers=1",
+    "model.text_encoder.max_position_embeddings=12",
+    "optimiser.warmup=0",
+    "optimiser.rate=1e-3",
+    "average.decay=0.9",
+    "log_every=2",
+    "sample.every=0",
+];
+
+fn train(kind: &str, out: &Path, more: &[&str]) -> Outcome {
+    let base = if kind == "autoencoder" { AUTOENCODER } else { DIFFUSION };
+    let start = ["train", kind, "-o", text(out), "--device", "cpu", "-t", "1"];
+    ldm(&[&start[..], base, more].concat())
+}
+
+fn autoencoder(out: &Path, more: &[&str]) {
+    let o = train("autoencoder", out, more);
+    assert_eq!(o.code, 0, "{}", o.err);
+}
+
+fn metrics(run: &Path) -> Vec<Value> {
+    let lines = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+fn losses(run: &Path) -> Vec<(u64, f64)> {
+    metrics(run).iter().map(|m| (m["step"].as_u64().unwrap(), m["loss"].as_f64().unwrap())).collect()
+}
+
+fn last(run: &Path, step: usize) -> Vec<u8> {
+    fs::read(run.join(format!("checkpoints/step-{step:08}.safetensors"))).unwrap()
+}
+
+#[test]
+fn an_autoencoder_learns_and_is_exported() {
+    let f = Folder::new();
+    let run = f.path("run");
+    let own = ["steps=30", "sample.every=15", "sample.count=2", "checkpoint.every=10", "data.count=2"];
+    let o = train("autoencoder", &run, &own);
+    assert_eq!((o.code, o.out.trim()), (0, text(&run.join("export"))), "{}", o.err);
+    for word in ["parameters", "planned", "30/30", "s/step", "waiting for data"] {
+        assert!(o.err.contains(word), "want `{word}` in: {}", o.err);
+    }
+    let all = losses(&run);
+    assert_eq!(all.len(), 15);
+    assert!(all[14].1 < 0.8 * all[0].1, "{all:?}");
+    let grid = read_rgb8(run.join("samples/step-00000030.png")).unwrap();
+    assert_eq!((grid.width, grid.height), (2 * 34 + 2, 2 * 34 + 2));
+    let vae = Checkpoint::open(run.join("export/vae")).unwrap();
+    assert_eq!(vae.entry("quant_conv.weight").unwrap().shape, [8, 8, 1, 1]);
+    assert_eq!(vae.entry("encoder.conv_in.weight").unwrap().shape, [8, 3, 3, 3]);
+    let config: Value =
+        serde_json::from_slice(&fs::read(run.join("export/vae/config.json")).unwrap()).unwrap();
+    assert_eq!(config["down_block_types"], json!(["DownEncoderBlock2D", "DownEncoderBlock2D"]));
+    let o = ldm(&["plot", text(&run)]);
+    assert_eq!((o.code, o.out.trim()), (0, text(&run.join("loss.png"))), "{}", o.err);
+    assert_eq!(read_rgb8(run.join("loss.png")).unwrap().width, 960);
+    assert!(ldm(&["plot", text(&run), "--metric", "los"]).err.contains("loss"));
+    // The folder is taken; a run that goes on has the settings that it had.
+    assert!(train("autoencoder", &run, &own).err.contains("--resume"));
+    let o = train("autoencoder", &run, &["steps=32", "batch_size=3", "data.count=2", "--resume"]);
+    assert!(o.code == 2 && o.err.contains("`batch_size` = 2; got 3"), "{}", o.err);
+    let o = train("autoencoder", &run, &["steps=32", "data.count=2", "--resume"]);
+    assert!(o.code == 0 && o.err.contains("goes on after step 30"), "{}", o.err);
+    assert_eq!(losses(&run).last().unwrap().0, 32);
+}
+
+#[test]
+fn settings_are_checked_before_anything_is_made() {
+    let f = Folder::new();
+    for (kind, setting, say) in [
+        (
+            "autoencoder",
+            "optimiser.rte=1",
+            "`optimiser.rte`: want a key that the engine knows; did the writer mean `rate`?",
+        ),
+        ("autoencoder", "model.latnt_channels=4", "did the writer mean `latent_channels`?"),
+        ("autoencoder", "optimiser.rate=fast", "`optimiser.rate`: want a number; got \"fast\""),
+        ("autoencoder", "batch_size=0", "`batch_size`: want at least 1; got 0"),
+        ("autoencoder", "data.source=/no/such", "a folder of pictures; there is none at /no/such"),
+        ("autoencoder", "data.size=33", "a size that is a multiple of 2"),
+        ("autoencoder", "dtype=f16", "`dtype`"),
+        ("autoencoder", "loss.distance=l3", "`loss.distance`"),
+        ("autoencoder", "scheduler.beta_end=0.1", "`scheduler`"),
+        ("autoencoder", "optimiser", "want KEY=VALUE"),
+        ("autoencoder", "steps.more=1", "`steps`"),
+        ("diffusion", "seed=1", "`first_stage.path`"),
+        ("diffusion", "first_stage.path=/no/such", "`first_stage.path`"),
+    ] {
+        let o = train(kind, &f.path("run"), &[setting]);
+        assert!(o.code == 2 && o.err.contains(say), "{setting}: {}: {}", o.code, o.err);
+        assert!(!f.path("run").exists(), "{setting}");
+    }
+    let o = train("autoencoder", &f.path("run"), &["--config", text(&f.write("run.toml", "steps = = 3"))]);
+    assert!(o.code == 2 && o.err.contains("run.toml: not TOML"), "{}", o.err);
+    let config = f.write("run.toml", "steps = 2\n[loss]\ndistance = \"l2\"\nkl_wieght = 1\n");
+    let o = train("autoencoder", &f.path("run"), &["--config", text(&config)]);
+    assert!(
+        o.code == 2 && o.err.contains("run.toml: `loss.kl_wieght`") && o.err.contains("`kl_weight`"),
+        "{}",
+        o.err
+    );
+}
+
+#[test]
+fn a_diffusion_model_learns_is_exported_and_samples() {
+    let f = Folder::new();
+    let (first, run) = (f.path("first"), f.path("run"));
+    autoencoder(&first, &["steps=4"]);
+    let stage = ["--first-stage", text(&first), "data.count=6"];
+    let own = ["steps=40", "batch_size=8", "optimiser.rate=3e-3", "sample.every=40", "sample.steps=2"];
+    let o = train("diffusion", &run, &[&stage[..], &own].concat());
+    assert_eq!(o.code, 0, "{}", o.err);
+    let all = losses(&run);
+    let mean = |part: &[(u64, f64)]| part.iter().map(|l| l.1).sum::<f64>() / part.len() as f64;
+    assert!(mean(&all[15..]) < 0.95 * mean(&all[..3]), "{all:?}");
+    assert!(run.join("samples/step-00000040.png").is_file());
+    let picture = f.path("a.png");
+    let export = run.join("export");
+    let prompt = ["sample", "-m", text(&export), "-p", "a large red circle", "-o", text(&picture)];
+    let o = ldm(&[&prompt[..], &["--steps", "2", "--device", "cpu"]].concat());
+    assert_eq!(o.code, 0, "{}", o.err);
+    assert_eq!(read_rgb8(&picture).unwrap().width, 32);
+    let vae: Value = serde_json::from_slice(&fs::read(export.join("vae/config.json")).unwrap()).unwrap();
+    let file = run.join("checkpoints/step-00000040.safetensors");
+    let checkpoint = Checkpoint::open(file).unwrap();
+    assert_eq!(vae["scaling_factor"].to_string(), checkpoint.metadata()["scaling_factor"]);
+    // Averages are what is exported.
+    let unet = Checkpoint::open(export.join("unet")).unwrap();
+    let name = "time_embedding.linear_1.weight";
+    let read = |c: &Checkpoint, name: &str| c.read(name, DType::F32).unwrap().to_f32();
+    assert_eq!(read(&unet, name), read(&checkpoint, &format!("ema.unet.{name}")));
+    assert_ne!(read(&unet, name), read(&checkpoint, &format!("unet.{name}")));
+}
+
+/// Every objective takes steps, on latents that are kept and on such that are made for each step.
+#[test]
+fn other_objectives() {
+    let f = Folder::new();
+    let first = f.path("first");
+    autoencoder(&first, &["steps=2", "loss.distance=l2", "average.decay=0.9", "export.dtype=bf16"]);
+    let stage = ["--first-stage", text(&first), "steps=2"];
+    for (i, more) in [
+        &["scheduler.prediction_type=v_prediction", "loss.snr_gamma=5", "loss.noise_offset=0.1"][..],
+        &["scheduler.prediction_type=sample", "loss.distance=huber", "loss.snr_gamma=5", "data.count=3"],
+        &["loss.distance=l1", "conditioning.drop=1", "average.decay=0", "dtype=bf16", "export.dtype=bf16"],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let run = f.path(&format!("run{i}"));
+        let o = train("diffusion", &run, &[&stage[..], more].concat());
+        assert_eq!(o.code, 0, "{more:?}: {}", o.err);
+        assert!(losses(&run)[0].1.is_finite());
+        let (export, out) = (run.join("export"), f.path("a.png"));
+        let o = ldm(&[
+            "sample",
+            "-m",
+            text(&export),
+            "-p",
+            "x",
+            "-o",
+            text(&out),
+            "--steps",
+            "1",
+            "--device",
+            "cpu",
+        ]);
+        assert_eq!(o.code, 0, "{more:?}: {}", o.err);
+    }
+}
+
+/// Kills the program after a while, again and again, until it ends by itself; gives how often.
+fn killed_run(args: &[&str], mut wait: impl FnMut(usize) -> Duration) -> usize {
+    for kills in 0.. {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_ldm"))
+            .args(args)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let (start, limit) = (Instant::now(), wait(kills));
+        while start.elapsed() < limit {
+            if let Some(status) = child.try_wait().unwrap() {
+                assert!(status.success());
+                return kills;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    unreachable!()
+}
+
+/// A run that is killed at random moments ends with the bytes of one that is not: weights, moments, averages and metrics.
+fn check_kills(kind: &str, more: &[&str], steps: usize) {
+    let f = Folder::new();
+    let (whole, broken) = (f.path("whole"), f.path("broken"));
+    let length = format!("steps={steps}");
+    let more = [more, &[&length, "checkpoint.every=3", "checkpoint.newest=2"]].concat();
+    let start = Instant::now();
+    let o = train(kind, &whole, &more);
+    assert_eq!(o.code, 0, "{}", o.err);
+    let time = start.elapsed();
+    let base = if kind == "autoencoder" { AUTOENCODER } else { DIFFUSION };
+    let args = ["train", kind, "-o", text(&broken), "--device", "cpu", "-t", "1", "--resume"];
+    let args = [&args[..], base, &more].concat();
+    let seed = std::process::id() as u64;
+    let mut draw = ldm::rng::Small::new(seed);
+    // Later ones live longer, so that the run ends.
+    let kills = killed_run(&args, |k| time.mul_f64(draw.range(0.1, 0.5 + 0.2 * k as f64)));
+    println!("{kind}: {kills} kills, seed {seed}");
+    assert!(last(&whole, steps) == last(&broken, steps), "other weights after {kills} kills, seed {seed}");
+    assert_eq!(losses(&whole), losses(&broken), "{kills} kills, seed {seed}");
+    let left: Vec<_> =
+        fs::read_dir(broken.join("checkpoints")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert!(
+        left.iter().all(|n| n.to_string_lossy().ends_with(".safetensors")) && left.len() <= 3,
+        "{left:?}"
+    );
+    for file in ["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"] {
+        let [a, b] = [&whole, &broken].map(|run| fs::read(run.join("export").join(file)).ok());
+        assert!(a == b, "{file}");
+    }
+}
+
+#[test]
+fn a_killed_autoencoder_run_goes_on_bit_for_bit() {
+    check_kills("autoencoder", &[], 24);
+}
+
+#[test]
+fn a_killed_diffusion_run_goes_on_bit_for_bit() {
+    let f = Folder::new();
+    let first = f.path("first");
+    autoencoder(&first, &["steps=2"]);
+    let path = format!("first_stage.path={}", text(&first));
+    check_kills("diffusion", &[&path], 24);
+    check_kills("diffusion", &[&path, "data.count=7"], 24);
+}
+
+/// Losses by step.
+struct Losses(Vec<f64>);
+
+impl Watch for Losses {
+    fn step(&mut self, s: &Standing) -> ldm::Result<()> {
+        self.0.push(s.loss);
+        Ok(())
+    }
+    fn say(&mut self, _: &str) {}
+}
+
+fn curve(kind: Kind, settings: &Value, run: &Path, device: &Device) -> Vec<f64> {
+    let settings = Settings::read(kind, settings.clone(), "settings").unwrap();
+    let mut losses = Losses(vec![]);
+    ldm::train::run(&settings, run, false, device, &mut losses).unwrap();
+    losses.0
+}
+
+/// The emulated card takes the same steps as the CPU.
+#[test]
+fn runs_on_cuda() {
+    let f = Folder::new();
+    let first = json!({
+        "steps": 3, "batch_size": 1, "log_every": 1, "sample": {"every": 0}, "data": {"size": 32},
+        "optimiser": {"warmup": 0, "rate": 3e-3},
+        "model": {"block_out_channels": [8, 8, 8], "norm_num_groups": 4, "mid_block_add_attention": false},
+    });
+    let second = json!({
+        "steps": 3, "batch_size": 1, "log_every": 1, "sample": {"every": 0}, "data": {"size": 32},
+        "optimiser": {"warmup": 0, "rate": 1e-3}, "first_stage": {"path": f.path("cpu").to_str()},
+        "model": {
+            "unet": {"block_out_channels": [8, 16], "norm_num_groups": 4, "attention_head_dim": 2},
+            "text_encoder": {
+                "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "max_position_embeddings": 12,
+            },
+        },
+    });
+    let cpu = curve(Kind::Autoencoder, &first, &f.path("cpu"), &Device::Cpu);
+    let cpu2 = curve(Kind::Diffusion, &second, &f.path("cpu2"), &Device::Cpu);
+    on_cuda_with(&["order=forward;async=late"], |device| {
+        let near = |cpu: &[f64], cuda: &[f64]| {
+            let close = cpu.iter().zip(cuda).all(|(a, b)| (a - b).abs() < 1e-3 * a.abs());
+            assert!(close && cpu.len() == cuda.len(), "{cpu:?}, {cuda:?}");
+        };
+        near(&cpu, &curve(Kind::Autoencoder, &first, &f.path("cuda"), device));
+        near(&cpu2, &curve(Kind::Diffusion, &second, &f.path("cuda2"), device));
+    });
+}
