@@ -184,8 +184,8 @@ fn gradients_on_cuda() {
     });
 }
 
-/// Twenty steps in a 16-bit type with f32 weights: the losses are those of f32 within 3 %.
-fn check_mixed(dtype: DType, device: &Device) {
+/// Steps in a 16-bit type with f32 weights: the losses are those of f32 within 3 %.
+fn check_mixed(dtype: DType, device: &Device, steps: usize) {
     let Subject { record, weights, inputs, graph: mut g, loss } = unet_in(dtype);
     let how = Optimiser { loss_scale: dtype == DType::F16, ..Optimiser::default() };
     update(&mut g, loss, &how, &[]).unwrap();
@@ -211,7 +211,7 @@ fn check_mixed(dtype: DType, device: &Device) {
         trainer.write("weights", &HostTensor::f32([2], vec![1.0; 2]).unwrap()).unwrap();
     }
     let mut left_out = 0;
-    while trainer.steps() < 20 {
+    while trainer.steps() < steps {
         let step = trainer.steps();
         for name in &inputs {
             trainer.write(name, &set(&record, name, step % SETS)).unwrap();
@@ -232,8 +232,16 @@ fn check_mixed(dtype: DType, device: &Device) {
 
 #[test]
 fn mixed_precision() {
-    check_mixed(DType::BF16, &Device::Cpu);
-    check_mixed(DType::F16, &Device::Cpu);
+    check_mixed(DType::BF16, &Device::Cpu, 20);
+    check_mixed(DType::F16, &Device::Cpu, 20);
+}
+
+#[test]
+fn mixed_precision_on_cuda() {
+    on_cuda_with(&["order=reverse;async=early"], |device| {
+        check_mixed(DType::BF16, device, 2);
+        check_mixed(DType::F16, device, 2);
+    });
 }
 
 /// The losses of steps with AdamW from the same weights, inputs and noise as PyTorch's, within 1e-3, or three times what
