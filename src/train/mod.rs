@@ -6,7 +6,9 @@ mod init;
 mod rates;
 mod step;
 
-pub use first_stage::{Adversary, Codebook, FirstStageLoss, Gan, Side, initial_discriminator};
+pub use first_stage::{
+    Adversary, Codebook, FirstStageLoss, Gan, PerceptualTerm, Side, initial_discriminator,
+};
 pub use init::{initial, is_zero_module};
 pub use rates::{Schedule, average_decay};
 pub use step::{Optimiser, Report, Trainer, update};
