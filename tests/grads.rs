@@ -145,7 +145,10 @@ fn check(case: &Case, seed: u64) -> Result<bool, String> {
 /// Inputs that are data whatever they hold: no gradient is asked of them.
 fn room_data(case: &Case, input: usize) -> bool {
     use ldm::ops::Op;
-    matches!((&case.op, input), (Op::Gaussian(_), 1) | (Op::Loss(_), 1 | 2) | (Op::BatchNorm(_), 3 | 4))
+    matches!(
+        (&case.op, input),
+        (Op::Gaussian(_), 1) | (Op::Loss(_), 1 | 2) | (Op::BatchNorm(_), 3 | 4) | (Op::Perceptual(_), 1..=3)
+    )
 }
 
 fn run(room: &Room) {

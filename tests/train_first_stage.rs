@@ -8,10 +8,12 @@ use ldm::backend::Device;
 use ldm::exec::{Program, Weights};
 use ldm::graph::{Graph, Layout, Parameter};
 use ldm::io::{Checkpoint, Config};
-use ldm::models::{AutoencoderKL, Model, NLayerDiscriminator, VQModel};
+use ldm::models::{AutoencoderKL, Lpips, Model, NLayerDiscriminator, VQModel};
 use ldm::pipeline::Vae;
 use ldm::tensor::{DType, HostTensor, Shape};
-use ldm::train::{Adversary, Codebook, FirstStageLoss, Gan, Optimiser, Trainer, initial_discriminator};
+use ldm::train::{
+    Adversary, Codebook, FirstStageLoss, Gan, Optimiser, PerceptualTerm, Trainer, initial_discriminator,
+};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
@@ -62,8 +64,12 @@ fn vq_vanilla() -> Subject {
     vq("vq-vanilla", Gan::Vanilla, true)
 }
 
+/// With a perceptual term.
 fn vq_hinge() -> Subject {
-    vq("vq-hinge", Gan::Hinge, false)
+    let mut subject = vq("vq-hinge", Gan::Hinge, false);
+    let model = Lpips { channels: [4, 4, 8, 8, 8] };
+    subject.loss.perceptual = Some(PerceptualTerm { model, weight: 0.7 });
+    subject
 }
 
 impl Subject {
@@ -142,7 +148,11 @@ fn check_gradients(subject: fn() -> Subject, device: &Device) {
     }
     let recorded = subject.record.names().filter_map(|n| n.strip_prefix("norm.").map(String::from));
     assert_eq!(names, recorded.collect::<BTreeSet<_>>());
-    let mut program = Program::new(g, &Weights::new(device), device).unwrap();
+    let mut frozen = Weights::new(device);
+    if let Some(term) = &subject.loss.perceptual {
+        term.load(&subject.record, DType::F32, &mut frozen).unwrap();
+    }
+    let mut program = Program::new(g, &frozen, device).unwrap();
     for (p, shape, _) in &all {
         program.write(&p.name, &subject.held(&p.name, p.layout, *shape)).unwrap();
     }
@@ -182,7 +192,7 @@ fn gradients_of_vq_legacy_and_a_vanilla_discriminator() {
 }
 
 #[test]
-fn gradients_of_vq_corrected_and_a_hinge_discriminator() {
+fn gradients_of_vq_corrected_a_hinge_discriminator_and_a_perceptual_term() {
     check_gradients(vq_hinge, &Device::Cpu);
 }
 

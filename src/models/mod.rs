@@ -39,6 +39,7 @@ macro_rules! models {
         $then! {
             autoencoder: AutoencoderKL, VQModel;
             clip_text: ClipText;
+            lpips: Lpips;
             patchgan: NLayerDiscriminator;
             unet_2d: UNet2D;
             unet_2d_condition: UNet2DCondition;

@@ -49,7 +49,9 @@ macro_rules! rooms {
             group_stats: GroupStats;
             layer_norm: LayerNorm, LayerNormGrad;
             loss: Loss, LossGrad, Kl, KlGrad;
+            max_pool: MaxPool, MaxPoolGrad;
             optimiser: Adam, SquareSum, Clip;
+            perceptual: Perceptual, PerceptualGrad, Standardize;
             phase_weights: PhaseWeights;
             quantize: Quantize, CodeUsage;
             reduce: SumRows;

@@ -71,7 +71,7 @@ impl Parts {
             Some(AnyModel::AutoencoderKL(m)) => self.vae = Some(Vae::Kl(m)),
             Some(AnyModel::VQModel(m)) => self.vae = Some(Vae::Vq(m)),
             // No parts of a pipeline from text.
-            Some(AnyModel::UNet2D(_) | AnyModel::NLayerDiscriminator(_)) | None => {}
+            Some(AnyModel::UNet2D(_) | AnyModel::NLayerDiscriminator(_) | AnyModel::Lpips(_)) | None => {}
         }
         Ok(())
     }

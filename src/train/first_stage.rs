@@ -9,14 +9,16 @@
 //! place of two, the discriminator is one update of the autoencoder behind, and its running statistics, which no loss reads,
 //! follow two batches each step in place of three.
 //!
-//! The log-variance of the CompVis code, which stays 0 as no optimiser gets it, is left out. So is the perceptual term.
+//! The log-variance of the CompVis code, which stays 0 as no optimiser gets it, is left out.
 
 use super::init::initial;
 use super::step::{Inputs, Optimiser, Trainer, descend};
 use crate::error::{Error, Result};
+use crate::exec::Weights;
 use crate::graph::{Graph, Layout, Parameter, Var, gradients};
-use crate::models::NLayerDiscriminator;
-use crate::nn::{add, cast};
+use crate::io::Checkpoint;
+use crate::models::{Lpips, Model, NLayerDiscriminator};
+use crate::nn::{add, cast, join};
 use crate::ops::{
     AdaptiveWeight, CodeUsage, Criterion, Distance, Embedding, Gaussian, Kl, LogitLoss, Loss, Scale,
     SquareSum,
@@ -30,10 +32,21 @@ use crate::tensor::{DType, HostTensor, Shape};
 pub struct FirstStageLoss {
     /// Weight of the divergence of a KL code, a sum over each latent, beside absolute differences summed over each picture.
     pub kl_weight: f64,
+    /// A perceptual distance beside the mean of absolute differences, of which it is a part: weighed and summed with them.
+    pub perceptual: Option<PerceptualTerm>,
     /// The losses of a codebook, beside the mean of absolute differences.
     pub codebook: Codebook,
     /// The discriminator, if there is one.
     pub adversary: Option<Adversary>,
+}
+
+/// A perceptual distance: Zhang et al. 2018. Its weights are no parameters: see [`PerceptualTerm::load`].
+#[derive(Clone, PartialEq, Debug)]
+pub struct PerceptualTerm {
+    /// The network.
+    pub model: Lpips,
+    /// Factor on the distance (`perceptual_weight`).
+    pub weight: f64,
 }
 
 /// The losses of a codebook: van den Oord et al. 2017, equation 3.
@@ -73,10 +86,12 @@ pub enum Gan {
 }
 
 impl Default for FirstStageLoss {
-    /// KL weight 1e-6, codebook weight 1, a hinge discriminator with weight 0.5 from step 50 001 on.
+    /// KL weight 1e-6, no perceptual term, whose weights come from a file, codebook weight 1, a hinge discriminator with weight
+    /// 0.5 from step 50 001 on.
     fn default() -> FirstStageLoss {
         FirstStageLoss {
             kl_weight: 1e-6,
+            perceptual: None,
             codebook: Codebook { weight: 1.0, beta: 0.25, legacy: true },
             adversary: Some(Adversary {
                 model: NLayerDiscriminator::default(),
@@ -100,6 +115,8 @@ pub struct Side {
     pub gradients: Vec<Option<Var>>,
 }
 
+/// Before the names of the perceptual term's weights.
+const PERCEPTUAL: &str = "perceptual";
 /// Before the names of the discriminator's weights.
 const DISCRIMINATOR: &str = "discriminator";
 /// The input (1) f32 that is the factor on both losses of a discriminator in this step.
@@ -129,9 +146,9 @@ impl FirstStageLoss {
     /// `image` (B,H,W,C) f32 in −1…1. For KL it makes the input `noise` (B,h,w,Z) f32. Further inputs are written by
     /// [`FirstStageLoss::begin`] and [`FirstStageLoss::at_step`].
     ///
-    /// Outputs `loss` and `norm` of the autoencoder; `reconstruction`, the mean absolute difference; `kl` or `codebook`, without
-    /// their weights, and of a codebook `perplexity` and `used`; with a discriminator `generator`, `adaptive_weight`,
-    /// `discriminator.loss` and `discriminator.norm`.
+    /// Outputs `loss` and `norm` of the autoencoder; `reconstruction`, the mean absolute difference; `perceptual`, `kl`, `codebook`,
+    /// without their weights, where they are; of a codebook `perplexity` and `used`; with a discriminator `generator`,
+    /// `adaptive_weight`, `discriminator.loss` and `discriminator.norm`.
     ///
     /// # Errors
     /// When the picture does not fit the models.
@@ -182,7 +199,7 @@ impl FirstStageLoss {
         let z = cast(g, "z", z, dtype, 1.0)?;
         let reconstruction = model.decode(g, z)?;
         let weights = g.input(WEIGHTS, DType::F32, [shape[0]]);
-        let mean = self.distance(g, reconstruction, image, weights)?;
+        let mean = self.distance(g, reconstruction, (image, x), weights)?;
         let pixels = g.shape(image).numel() / shape[0];
         let likelihood = cast(g, "likelihood", mean, DType::F32, pixels as f64)?;
         let kl = g.push("kl", Kl, &[moments])?;
@@ -198,7 +215,7 @@ impl FirstStageLoss {
         let encoded = model.quantize(g, z)?;
         let reconstruction = model.decode_quantized(g, encoded.quantized)?;
         let weights = g.input(WEIGHTS, DType::F32, [g.shape(image)[0]]);
-        let likelihood = self.distance(g, reconstruction, image, weights)?;
+        let likelihood = self.distance(g, reconstruction, (image, x), weights)?;
 
         let book =
             g.weight("quantize.embedding.weight", Layout::Same, dtype, [model.codes, model.code_width])?;
@@ -220,11 +237,24 @@ impl FirstStageLoss {
         Ok(Forward { image: x, reconstruction, likelihood, regulariser })
     }
 
-    /// The mean absolute difference (1).
-    fn distance(&self, g: &mut Graph, reconstruction: Var, image: Var, weights: Var) -> Result<Var> {
+    /// The mean absolute difference and the weighted perceptual distance (1) to the picture, in f32 and in the model's type.
+    fn distance(
+        &self,
+        g: &mut Graph,
+        reconstruction: Var,
+        (image, typed): (Var, Var),
+        weights: Var,
+    ) -> Result<Var> {
         let mean = g.push("reconstruction", Loss(Distance::L1), &[reconstruction, image, weights])?;
         g.output("reconstruction", mean);
-        Ok(mean)
+        let Some(PerceptualTerm { model, weight }) = &self.perceptual else { return Ok(mean) };
+        g.train(false);
+        let distance = model.distance(g, PERCEPTUAL, reconstruction, typed, weights);
+        g.train(true);
+        let distance = distance?;
+        g.output("perceptual", distance);
+        let weighted = cast(g, "perceptual.weighted", distance, DType::F32, *weight)?;
+        add(g, "likelihood.mean", mean, weighted)
     }
 
     /// Readies a new trainer of [`FirstStageLoss::step`] for batches of `batch` pictures: all weigh the same, and running
@@ -251,6 +281,43 @@ impl FirstStageLoss {
         let Some(adversary) = &self.adversary else { return Ok(()) };
         let factor = if trainer.steps() >= adversary.start { adversary.factor } else { 0.0 };
         trainer.write(FACTOR, &HostTensor::f32([1], vec![factor as f32])?)
+    }
+}
+
+impl PerceptualTerm {
+    /// Puts its weights, for graphs that compute in `dtype`, into those of a program. The file holds the names of [`Lpips`], or
+    /// those of the `lpips` package for the convolutions (`net.slice1.0.weight`), perhaps behind another name, such as
+    /// `loss.perceptual_loss.` in CompVis checkpoints.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] with the name that is missing; when a tensor has another shape.
+    pub fn load(&self, file: &Checkpoint, dtype: DType, into: &mut Weights) -> Result<()> {
+        for (_, value, layout) in self.model.inventory(dtype)?[0].weights() {
+            let name = &value.name;
+            let own = |held: &str| match name.strip_prefix("features.") {
+                // net.slice1.0.weight
+                Some(layer) => held.strip_suffix(layer).is_some_and(|stem| {
+                    stem.ends_with("features.")
+                        || stem
+                            .trim_end_matches('.')
+                            .rsplit('.')
+                            .next()
+                            .is_some_and(|s| s.starts_with("slice"))
+                }),
+                None => held.ends_with(&**name),
+            };
+            let found = file.names().find(|held| own(held)).map(String::from);
+            let found = found.ok_or_else(|| {
+                Error::invalid(format!(
+                    "LPIPS: want a tensor `{name}`; the file has none: give one with torchvision's VGG16 and the heads"
+                ))
+            })?;
+            let x = file.read(&found, value.spec.dtype)?;
+            let x = if layout == Layout::Conv { x.permute(&[0, 2, 3, 1])? } else { x };
+            // Not packed for products: the backward pass transposes them.
+            into.insert(&join(PERCEPTUAL, name), &x.reshape(value.spec.shape)?)?;
+        }
+        Ok(())
     }
 }
 

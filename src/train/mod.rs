@@ -20,7 +20,9 @@ mod store;
 pub use autoencoder::reconstruction_loss;
 pub use diffusion::{Noised, diffusion_loss};
 pub use first::FirstStage;
-pub use first_stage::{Adversary, Codebook, FirstStageLoss, Gan, Side, initial_discriminator};
+pub use first_stage::{
+    Adversary, Codebook, FirstStageLoss, Gan, PerceptualTerm, Side, initial_discriminator,
+};
 pub use init::{initial, is_zero_module};
 pub use objective::{Levels, Objective};
 pub use rates::{Schedule, average_decay};
