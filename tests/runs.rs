@@ -109,6 +109,25 @@ fn an_autoencoder_learns_and_is_exported() {
 }
 
 #[test]
+fn blocks_that_are_made_again_change_no_bit_and_f16_little() {
+    let f = Folder::new();
+    let runs = [("kept", "recompute=false"), ("again", "recompute=true"), ("half", "dtype=f16")];
+    for (name, setting) in runs {
+        autoencoder(&f.path(name), &["steps=6", "data.count=2", setting]);
+    }
+    let [kept, again, half] = runs.map(|(name, _)| {
+        Checkpoint::open(f.path(name).join("checkpoints/step-00000006.safetensors")).unwrap()
+    });
+    for name in kept.names() {
+        let [a, b] = [&kept, &again].map(|c| c.read_f32(name).unwrap());
+        assert!(a == b, "{name} differs");
+    }
+    assert!(half.entry("loss_scale").is_some() && kept.entry("loss_scale").is_none());
+    let [a, b] = ["kept", "half"].map(|name| losses(&f.path(name)));
+    assert!(a.iter().zip(&b).all(|(a, b)| (a.1 - b.1).abs() < 0.02 * a.1), "{a:?}, {b:?}");
+}
+
+#[test]
 fn settings_are_checked_before_anything_is_made() {
     let f = Folder::new();
     for (kind, setting, say) in [
@@ -122,7 +141,7 @@ fn settings_are_checked_before_anything_is_made() {
         ("autoencoder", "batch_size=0", "`batch_size`: want at least 1; got 0"),
         ("autoencoder", "data.source=/no/such", "a folder of pictures; there is none at /no/such"),
         ("autoencoder", "data.size=33", "a size that is a multiple of 2"),
-        ("autoencoder", "dtype=f16", "`dtype`"),
+        ("autoencoder", "dtype=f8", "`dtype`"),
         ("autoencoder", "loss.distance=l3", "`loss.distance`"),
         ("autoencoder", "scheduler.beta_end=0.1", "`scheduler`"),
         ("autoencoder", "optimiser", "want KEY=VALUE"),
@@ -164,6 +183,21 @@ fn a_diffusion_model_learns_is_exported_and_samples() {
     let o = ldm(&[&prompt[..], &["--steps", "2", "--device", "cpu"]].concat());
     assert_eq!(o.code, 0, "{}", o.err);
     assert_eq!(read_rgb8(&picture).unwrap().width, 32);
+    // A list of prompts gives the pictures of each by itself.
+    let list = f.write("prompts.txt", "a small blue square\n a large red circle \n");
+    let (many, device) = (f.path("many"), ["-s", "6", "--steps", "2", "--device", "cpu"]);
+    let from_list = ["sample", "-m", text(&export), "--from-file", text(&list)];
+    let o = ldm(&[&from_list[..], &["-o", text(&many)], &device].concat());
+    assert_eq!((o.code, o.out.lines().count()), (0, 2), "{}", o.err);
+    let o = ldm(&[&prompt[..], &["-s", "7"], &device[2..]].concat());
+    assert_eq!(o.code, 0, "{}", o.err);
+    assert!(fs::read(many.join("0001.png")).unwrap() == fs::read(&picture).unwrap());
+    assert_eq!(
+        fs::read_to_string(many.join("prompts.txt")).unwrap(),
+        "a small blue square\na large red circle\n"
+    );
+    let o = ldm(&[&from_list[..], &device].concat());
+    assert!(o.code == 2 && o.err.contains("want a folder"), "{}", o.err);
     let vae: Value = serde_json::from_slice(&fs::read(export.join("vae/config.json")).unwrap()).unwrap();
     let file = run.join("checkpoints/step-00000040.safetensors");
     let checkpoint = Checkpoint::open(file).unwrap();
@@ -281,6 +315,12 @@ fn a_killed_diffusion_run_goes_on_bit_for_bit() {
     let path = format!("first_stage.path={}", text(&first));
     check_kills("diffusion", &[&path], 24);
     check_kills("diffusion", &[&path, "data.count=7"], 24);
+    // Another first stage in the same place is none to go on with.
+    let run = f.path("run");
+    assert_eq!(train("diffusion", &run, &[&path, "steps=1"]).code, 0);
+    autoencoder(&first, &["steps=3", "--resume"]);
+    let o = train("diffusion", &run, &[&path, "steps=2", "--resume"]);
+    assert!(o.code == 2 && o.err.contains("its weights have changed"), "{}", o.err);
 }
 
 /// Losses by step.

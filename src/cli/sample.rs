@@ -4,11 +4,12 @@ use super::progress::Progress;
 use super::{DeviceFlags, SizeFlags, check_output, print};
 use crate::error::{Error, Result};
 use crate::exec::{Device, peak};
-use crate::io::{ModelFolder, png};
+use crate::io::{ModelFolder, atomic, png};
 use crate::pipeline::{Blueprint, Init, Picture, Pipeline, Request, Residency};
 use crate::rng::fresh_seed;
 use crate::samplers::Choice;
 use clap::Args;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -19,8 +20,11 @@ pub(super) struct Arguments {
     #[arg(short, long, value_name = "FOLDER")]
     model: PathBuf,
     /// What the picture shows
-    #[arg(short, long, value_name = "TEXT")]
-    prompt: String,
+    #[arg(short, long, value_name = "TEXT", required_unless_present = "from_file")]
+    prompt: Option<String>,
+    /// A file with a prompt a line: a picture of each, 0000.png, 0001.png, …, in the folder --output; picture i has seed + i
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "batch_size", "init_img"])]
+    from_file: Option<PathBuf>,
     /// What the picture does not show
     #[arg(short, long, default_value = "", hide_default_value = true, value_name = "TEXT")]
     negative_prompt: String,
@@ -72,7 +76,7 @@ pub(super) struct Arguments {
 }
 
 impl Arguments {
-    fn request(&self, seed: u64) -> Result<Request> {
+    fn request(&self, prompt: &str, seed: u64) -> Result<Request> {
         let finite = |name: &str, v: f64, low: f64, high: f64| {
             if v.is_finite() && (low..=high).contains(&v) {
                 return Ok(());
@@ -99,7 +103,7 @@ impl Arguments {
         };
         Ok(Request {
             init,
-            prompt: self.prompt.clone(),
+            prompt: prompt.into(),
             negative: self.negative_prompt.clone(),
             width: self.size.width,
             height: self.size.height,
@@ -118,7 +122,11 @@ impl Arguments {
 
 pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     let seed = u64::try_from(a.seed).unwrap_or_else(|_| fresh_seed());
-    let request = a.request(seed)?;
+    if let Some(list) = &a.from_file {
+        return from_file(&a, list, seed);
+    }
+    let prompt = a.prompt.as_deref().unwrap_or_default();
+    let request = a.request(prompt, seed)?;
     let dtype = a.device.dtype()?;
     let device = a.device.open()?;
     // Before any work: can the model do this, is there memory for it, and can the result be written?
@@ -143,10 +151,52 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
         eprintln!("memory: {peak} bytes at the peak, {planned} planned");
     }
     for (picture, file) in pictures.iter().zip(&files) {
-        let text = (!a.disable_image_metadata).then(|| parameters(&a, picture, method.label()));
+        let text = (!a.disable_image_metadata).then(|| parameters(&a, prompt, picture, method.label()));
         png::write_rgb8(file, picture.width, picture.height, &picture.rgb, text.as_deref())?;
         print(&format!("{}\n", file.display()))?;
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A picture of each line, with the weights loaded once; and the lines, as `ldm eval` wants them, in `prompts.txt`.
+fn from_file(a: &Arguments, list: &Path, seed: u64) -> Result<ExitCode> {
+    let invalid = |path: &Path, what: String| Error::invalid(format!("{}: {what}", path.display()));
+    let text =
+        fs::read_to_string(list).map_err(|e| invalid(list, format!("cannot be read as UTF-8 text: {e}")))?;
+    let prompts: Vec<&str> = text.lines().map(str::trim).collect();
+    let Some(first) = prompts.first() else {
+        return Err(invalid(list, "want a prompt a line; it is empty".into()));
+    };
+    if a.output.extension().is_some_and(|e| e == "png") {
+        return Err(invalid(&a.output, "want a folder for the pictures of --from-file: -o FOLDER".into()));
+    }
+    let request = a.request(first, seed)?;
+    let dtype = a.device.dtype()?;
+    let device = a.device.open()?;
+    let folder = ModelFolder::open(&a.model)?;
+    let blueprint = Blueprint::read(&folder)?;
+    let compute = Pipeline::compute_type(&folder, &device, dtype)?;
+    blueprint.check_memory(&request, compute, &device, Residency::Always, false)?;
+    let method = blueprint.choose(&request)?.0;
+    fs::create_dir_all(&a.output).map_err(|e| invalid(&a.output, format!("cannot be made: {e}")))?;
+    check_output(&a.output.join("prompts.txt"))?;
+    let pipeline = Pipeline::open(&folder, &device, dtype)?;
+    if !a.quiet {
+        eprintln!("{}; {}, seed {seed}, {} prompts", pipeline.describe(), method.label(), prompts.len());
+    }
+    let digits = (prompts.len() - 1).to_string().len().max(4);
+    for (i, prompt) in prompts.iter().enumerate() {
+        // Warnings alone: a bar of each would be too much.
+        let pictures =
+            pipeline.generate(&a.request(prompt, seed.wrapping_add(i as u64))?, &mut Progress::new(true))?;
+        let file = a.output.join(format!("{i:0digits$}.png"));
+        for picture in &pictures {
+            let text = (!a.disable_image_metadata).then(|| parameters(a, prompt, picture, method.label()));
+            png::write_rgb8(&file, picture.width, picture.height, &picture.rgb, text.as_deref())?;
+        }
+        print(&format!("{}\n", file.display()))?;
+    }
+    atomic::write(a.output.join("prompts.txt"), (prompts.join("\n") + "\n").as_bytes())?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -161,8 +211,8 @@ fn names(output: &Path, count: usize) -> Vec<PathBuf> {
 }
 
 /// The text that other programs read settings from.
-fn parameters(a: &Arguments, picture: &Picture, sampler: &str) -> String {
-    let mut text = a.prompt.clone();
+fn parameters(a: &Arguments, prompt: &str, picture: &Picture, sampler: &str) -> String {
+    let mut text = prompt.to_string();
     if !a.negative_prompt.is_empty() {
         text += &format!("\nNegative prompt: {}", a.negative_prompt);
     }

@@ -7,6 +7,7 @@ pub mod atomic;
 pub mod chart;
 pub mod config;
 mod convert;
+pub mod events;
 pub mod folder;
 mod header;
 pub mod mmap;

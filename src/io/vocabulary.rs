@@ -1,7 +1,7 @@
 //! A vocabulary for CLIP's tokenizer, learnt from captions: byte-level BPE with `</w>` at the end of a word, in the files that
 //! [`Tokenizer::open`](super::Tokenizer::open) and transformers' `CLIPTokenizer` read.
 
-use super::{Tokenizer, atomic, tokenizer};
+use super::{atomic, tokenizer};
 use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
 use std::fs;
@@ -60,11 +60,6 @@ pub fn learn(captions: &[String], most: usize) -> Result<Vocabulary> {
 }
 
 impl Vocabulary {
-    /// The size of a tokenizer's vocabulary.
-    pub fn describe(tokenizer: &Tokenizer) -> Vocabulary {
-        Vocabulary { size: tokenizer.vocab_size(), words: vec![], merges: vec![] }
-    }
-
     /// Writes the files of a tokenizer for prompts of `length` tokens, begin and end counted, into a folder that is there; the
     /// one that says that all are there last.
     ///
@@ -116,6 +111,7 @@ pub fn copy(from: &Path, to: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::io::Tokenizer;
     use crate::io::scratch::Scratch;
 
     #[test]

@@ -1,7 +1,7 @@
 //! Runs of a latent diffusion model: Rombach et al. 2022, sections 3.2 and 3.3. The text encoder is trained with the UNet.
 
 use super::export;
-use super::first::FirstStage;
+use super::frozen::FirstStage;
 use super::grid::Tiles;
 use super::is_zero_module;
 use super::latents::{Latents, draw, dropped};
@@ -11,10 +11,10 @@ use super::settings::{DiffusionSettings, Settings};
 use super::source::{Stream, Subject, drawing, normal};
 use super::step::Trainer;
 use crate::data::loader::Options;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::exec::Device;
 use crate::graph::{Graph, Var};
-use crate::io::vocabulary::{self, Vocabulary};
+use crate::io::vocabulary;
 use crate::io::{Config, ModelFolder, Tokenizer};
 use crate::models::{ClipText, Model, UNet2DCondition};
 use crate::ops::{Loss, cast};
@@ -78,6 +78,8 @@ pub(super) struct Diffusion {
     levels: Levels,
     /// Factor of the latents.
     scale: f64,
+    /// What tells the first stage from others.
+    stage: String,
 }
 
 impl Diffusion {
@@ -91,6 +93,13 @@ impl Diffusion {
         watch: &mut dyn Watch,
     ) -> Result<Diffusion> {
         let subject = Subject::open(&s.data)?;
+        let stage = own.first.fingerprint()?;
+        if step > 0 && note::<String>(notes, "first_stage")? != stage {
+            let path = own.first.path.display();
+            return Err(Error::invalid(format!(
+                "{path}: want the first stage that the run began with; its weights have changed since"
+            )));
+        }
         let words = folder.join("tokenizer");
         let positions = own.text_config["max_position_embeddings"].as_u64().unwrap_or(77) as usize;
         if !words.join("tokenizer_config.json").is_file() {
@@ -102,7 +111,15 @@ impl Diffusion {
             vocabulary::learn(&captions, own.vocabulary)?.write(&words, positions)?;
         }
         let tokenizer = Tokenizer::open(&words)?;
-        let Vocabulary { size, .. } = Vocabulary::describe(&tokenizer);
+        let room = tokenizer.max_length() - 2;
+        let long = |caption: &String| tokenizer.encode(caption).is_ok_and(|e| e.tokens > room);
+        let cut = subject.captions().iter().filter(|c| long(c)).count();
+        if cut > 0 {
+            watch.say(&format!(
+                "{cut} captions have more than {room} tokens and are cut (model.text_encoder.max_position_embeddings)"
+            ));
+        }
+        let size = tokenizer.vocab_size();
         let mut text_config = own.text_config.clone();
         for (key, value) in [
             ("vocab_size", size),
@@ -119,7 +136,7 @@ impl Diffusion {
             false => Latents::live(&subject, options, step, &own.first, device)?,
             true => {
                 let file = folder.join("latents.safetensors");
-                Latents::kept(&subject, options, &own.first, (&file, &tokenizer), device, watch)?
+                Latents::kept(&subject, options, (&own.first, &stage), (&file, &tokenizer), device, watch)?
             }
         };
         let scale = match own.first.scaling_factor {
@@ -138,7 +155,19 @@ impl Diffusion {
         let empty = tokenizer.encode("")?.ids;
         let levels = Levels::new(&own.schedule)?;
         let (settings, own) = (s.clone(), own.clone());
-        Ok(Diffusion { settings, own, text, text_config, words, tokenizer, empty, latents, levels, scale })
+        Ok(Diffusion {
+            settings,
+            own,
+            text,
+            text_config,
+            words,
+            tokenizer,
+            empty,
+            latents,
+            levels,
+            scale,
+            stage,
+        })
     }
 
     fn first(&self) -> &FirstStage {
@@ -225,7 +254,7 @@ impl Task for Diffusion {
     }
 
     fn notes(&self) -> Vec<(String, String)> {
-        vec![("scaling_factor".into(), self.scale.to_string())]
+        vec![("scaling_factor".into(), self.scale.to_string()), ("first_stage".into(), self.stage.clone())]
     }
 
     fn export(&self, trainer: &Trainer, folder: &Path) -> Result<()> {

@@ -2,7 +2,7 @@
 //!
 //! The file holds moments, not draws: a KL encoder predicts a distribution, and each step draws anew from it.
 
-use super::first::{Encoder, FirstStage};
+use super::frozen::{Encoder, FirstStage};
 use super::run::Watch;
 use super::source::{Stream, Subject, drawing, normal};
 use crate::data::loader::{Loader, Options, shuffled};
@@ -49,12 +49,12 @@ impl Latents {
     pub(super) fn kept(
         subject: &Subject,
         options: Options,
-        first: &FirstStage,
+        (first, stage): (&FirstStage, &str),
         (path, tokenizer): (&Path, &Tokenizer),
         device: &Device,
         watch: &mut dyn Watch,
     ) -> Result<Latents> {
-        let key = format!("{} {}", first.fingerprint()?, subject.fingerprint());
+        let key = format!("{stage} {}", subject.fingerprint());
         let old = path.is_file().then(|| Checkpoint::open(path)).transpose()?;
         let old = old.filter(|c| c.metadata().get("of") == Some(&key));
         let n = subject.len().unwrap_or(0) as usize;

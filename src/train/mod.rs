@@ -4,8 +4,8 @@
 mod autoencoder;
 mod diffusion;
 mod export;
-mod first;
 mod first_stage;
+mod frozen;
 mod grid;
 mod init;
 mod latents;
@@ -19,10 +19,10 @@ mod store;
 
 pub use autoencoder::reconstruction_loss;
 pub use diffusion::{Noised, diffusion_loss};
-pub use first::FirstStage;
 pub use first_stage::{
     Adversary, Codebook, FirstStageLoss, Gan, PerceptualTerm, Side, initial_discriminator,
 };
+pub use frozen::FirstStage;
 pub use init::{initial, is_zero_module};
 pub use objective::{Levels, Objective};
 pub use rates::{Schedule, average_decay};

@@ -4,7 +4,7 @@ use super::autoencoder::Autoencoder;
 use super::diffusion::Diffusion;
 use super::grid::Tiles;
 use super::settings::{Parts, Settings};
-use super::step::{Trainer, update};
+use super::step::{Trainer, blocks, update};
 use super::store::Store;
 use super::{average_decay, initial};
 use crate::error::{Error, Result};
@@ -113,7 +113,8 @@ pub fn run(
         Parts::Diffusion(own) => Box::new(Diffusion::start(s, own, folder, (step, &notes), device, watch)?),
     };
     let (mut graph, loss) = task.graph()?;
-    update(&mut graph, loss, &s.optimiser, &[])?;
+    let again = if s.recompute { blocks(&graph) } else { vec![] };
+    update(&mut graph, loss, &s.optimiser, &again)?;
     watch.say(&plan(&graph, device)?);
     let mut trainer = Trainer::new(graph, &s.optimiser, &Weights::new(device), device)?;
     match &last {
@@ -178,6 +179,10 @@ fn steps(
         }
         let rate = s.rate * s.schedule.factor(n);
         let report = trainer.step(rate, average_decay(s.average.unwrap_or(0.0), n + 1))?;
+        if report.skipped {
+            watch.say(&format!("step {n}: gradients beyond f16; once more under half the loss scale"));
+            continue;
+        }
         let step = n + 1;
         lines.add(f64::from(report.loss));
         since_saved.add(f64::from(report.loss));

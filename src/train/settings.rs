@@ -2,7 +2,7 @@
 //!
 //! Sections of models hold diffusers' own keys, so that what a run exports says the same as what it was told.
 
-use super::first::FirstStage;
+use super::frozen::FirstStage;
 use super::{Objective, Optimiser, Schedule};
 use crate::data::transform::{Crop, Filter, Transform};
 use crate::error::{Error, Result};
@@ -123,6 +123,8 @@ pub struct Settings {
     pub batch: usize,
     /// What models compute in; weights and moments are f32 always.
     pub dtype: DType,
+    /// Blocks are made again in the backward pass, in place of being kept.
+    pub recompute: bool,
     /// Pictures.
     pub data: DataSettings,
     /// How weights follow their gradients.
@@ -154,6 +156,7 @@ const KEYS: &[&str] = &[
     "steps",
     "batch_size",
     "dtype",
+    "recompute",
     "log_every",
     "data",
     "model",
@@ -190,8 +193,9 @@ fn at_least_one(c: &Config, key: &str, default: usize) -> Result<usize> {
 }
 
 fn dtype(c: &Config, key: &str) -> Result<DType> {
-    match c.one_of(key, &["f32", "bf16"], "f32")? {
+    match c.one_of(key, &["f32", "bf16", "f16"], "f32")? {
         "bf16" => Ok(DType::BF16),
+        "f16" => Ok(DType::F16),
         _ => Ok(DType::F32),
     }
 }
@@ -492,11 +496,15 @@ impl Settings {
             }
         };
         let export = section(&c, "export", &["dtype"])?;
+        let compute = dtype(&c, "dtype")?;
+        // Small gradients would be lost in f16.
+        let optimiser = Optimiser { loss_scale: compute == DType::F16, ..optimiser };
         Ok(Settings {
             seed: c.usize_or("seed", 0)? as u64,
             steps,
             batch,
-            dtype: dtype(&c, "dtype")?,
+            dtype: compute,
+            recompute: c.bool_or("recompute", false)?,
             data,
             rate,
             schedule,

@@ -1,6 +1,7 @@
 //! What a run leaves on the disk: its settings, checkpoints, metrics. Each file is whole at every moment.
 
 use crate::error::{Error, Result};
+use crate::io::events::Events;
 use crate::io::{Checkpoint, atomic, weights};
 use crate::tensor::HostTensor;
 use serde_json::Value;
@@ -17,6 +18,8 @@ pub(super) struct Store {
     path: PathBuf,
     newest: usize,
     metrics: File,
+    /// Once the run has begun.
+    events: Option<Events>,
     _lock: File,
 }
 
@@ -64,7 +67,7 @@ impl Store {
         let log = path.join("metrics.jsonl");
         let metrics =
             OpenOptions::new().append(true).create(true).open(&log).map_err(|e| Error::file(&log, e))?;
-        Ok(Store { path: path.into(), newest, metrics, _lock: lock })
+        Ok(Store { path: path.into(), newest, metrics, events: None, _lock: lock })
     }
 
     fn kept(&self) -> Vec<Kept> {
@@ -112,7 +115,7 @@ impl Store {
         Ok(())
     }
 
-    /// Takes out of the metrics what lies beyond a step, and a line that was cut off.
+    /// Takes out of the metrics what lies beyond a step, and a line that was cut off; begins TensorBoard's events there.
     pub(super) fn rewind(&mut self, step: usize) -> Result<()> {
         let path = self.path.join("metrics.jsonl");
         let text = fs::read_to_string(&path).unwrap_or_default();
@@ -123,11 +126,19 @@ impl Store {
         let kept: String = text.lines().filter(stays).flat_map(|l| [l, "\n"]).collect();
         atomic::write(&path, kept.as_bytes())?;
         self.metrics = OpenOptions::new().append(true).open(&path).map_err(|e| Error::file(&path, e))?;
+        self.events = Some(Events::create(&self.path, step as u64 + 1)?);
         Ok(())
     }
 
-    /// Adds a line to the metrics.
+    /// Adds a line to the metrics, and its numbers to TensorBoard's events.
     pub(super) fn note(&mut self, line: &Value) -> Result<()> {
+        if let (Some(events), Some(all), Some(step)) =
+            (&mut self.events, line.as_object(), line["step"].as_u64())
+        {
+            let numbers = all.iter().filter(|(key, _)| *key != "step");
+            let numbers: Vec<_> = numbers.filter_map(|(key, v)| Some((key.as_str(), v.as_f64()?))).collect();
+            events.scalars(step, &numbers)?;
+        }
         let path = self.path.join("metrics.jsonl");
         self.metrics.write_all(format!("{line}\n").as_bytes()).map_err(|e| Error::file(&path, e))
     }
