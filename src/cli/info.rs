@@ -56,8 +56,11 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     );
     for c in folder.components() {
         let known = CLASSES.iter().any(|classes| classes.contains(&&*c.class));
-        let model = if known { AnyModel::read(&c.class, &folder.config(&c.name)?)? } else { None };
+        // A part may be left out of a copy.
+        let there = c.path.is_dir();
+        let model = if known && there { AnyModel::read(&c.class, &folder.config(&c.name)?)? } else { None };
         let row = match model {
+            None if known && !there => "its folder is not there".into(),
             Some(model) => {
                 let inventory = Inventory::of(&model.inventory(dtype)?);
                 let checkpoint = folder.checkpoint(&c.name)?;

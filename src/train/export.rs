@@ -61,14 +61,12 @@ pub(super) fn component(
     json(&path.join("config.json"), config)
 }
 
-/// Writes a component that is not trained, with another configuration; does nothing where it is there already.
+/// Writes a component that is not trained, with another configuration.
 pub(super) fn copied(from: &Path, to: &Path, config: &Value, dtype: DType) -> Result<()> {
     folder(to)?;
     let file = to.join("diffusion_pytorch_model.safetensors");
-    if !file.is_file() {
-        let checkpoint = Checkpoint::open(from)?;
-        let all = checkpoint.names().map(|name| Ok((name.to_string(), checkpoint.read(name, dtype)?)));
-        weights::save(&file, &all.collect::<Result<Vec<_>>>()?, notes())?;
-    }
+    let checkpoint = Checkpoint::open(from)?;
+    let all = checkpoint.names().map(|name| Ok((name.to_string(), checkpoint.read(name, dtype)?)));
+    weights::save(&file, &all.collect::<Result<Vec<_>>>()?, notes())?;
     json(&to.join("config.json"), config)
 }

@@ -33,10 +33,10 @@ pub fn initial(
         };
         let data = if zero(name) {
             vec![0.0; n]
+        } else if stem.ends_with("quantize.embedding") {
+            uniform(1.0 / shape[0] as f64)
         } else if stem.ends_with("embedding") {
             random.randn(n).into_iter().map(|v| 0.02 * v).collect()
-        } else if stem.ends_with("quantize") || name.ends_with("quantize.embedding.weight") {
-            uniform(1.0 / shape[0] as f64)
         } else if let Some((_, weight)) = weight {
             uniform(1.0 / (fan_in(weight) as f64).sqrt())
         } else {
@@ -62,12 +62,14 @@ mod tests {
             ("norm.weight".to_string(), shape(&[8])),
             ("norm.bias".to_string(), shape(&[8])),
             ("token_embedding.weight".to_string(), shape(&[50, 40])),
+            ("quantize.embedding.weight".to_string(), shape(&[100, 3])),
         ];
         let all = initial(&parameters, is_zero_module, 1).unwrap();
         let most = |i: usize| all[i].to_f32().iter().fold(0.0f32, |m, v| m.max(v.abs()));
         let limit = 1.0 / 36.0f32.sqrt();
         assert!(most(0) <= limit && most(0) > 0.9 * limit && most(1) <= limit && most(1) > 0.0);
         assert_eq!(most(2), 0.0);
+        assert!(most(6) <= 0.01 && most(6) > 0.009, "a codebook of 100");
         assert!(all[3].to_f32().iter().all(|&v| v == 1.0) && most(4) == 0.0);
         let deviation = (all[5].to_f32().iter().map(|v| v * v).sum::<f32>() / 2000.0).sqrt();
         assert!((deviation - 0.02).abs() < 0.001, "{deviation}");

@@ -32,6 +32,8 @@ pub(super) enum Latents {
 
 /// One kept latent as it is called in the file.
 const MOMENTS: &str = "moments";
+/// Whose they are, by picture: (N).
+const PLACES: &str = "places";
 
 impl Latents {
     pub(super) fn live(
@@ -66,17 +68,23 @@ impl Latents {
                 let mut encoder = first.encoder(options.batch, side, device)?;
                 let row = (side / first.factor()).pow(2) * first.moments();
                 let mut all = Vec::with_capacity(n * row);
+                let mut places = Vec::with_capacity(n);
                 for start in (0..n).step_by(options.batch) {
                     let end = (start + options.batch).min(n);
                     let mut images = Vec::with_capacity(options.batch * side * side * 3);
                     for i in start..end {
-                        let sample = subject.sample(i as u64, &mut Small::new(0))?;
+                        let told = |what: String| watch.say(&format!("left out: {what}"));
+                        let (place, sample) = subject.readable(i as u64, &mut Small::new(0), told)?;
+                        places.push(place as f32);
                         images.extend(sample.pixels.iter().map(|v| f32::from(*v) / 127.5 - 1.0));
                     }
                     images.resize(options.batch * side * side * 3, 0.0);
                     all.extend(&encoder.encode(&images)?[..(end - start) * row]);
                 }
-                let tensors = [(MOMENTS.to_string(), HostTensor::f32([n, row], all)?)];
+                let tensors = [
+                    (MOMENTS.to_string(), HostTensor::f32([n, row], all)?),
+                    (PLACES.to_string(), HostTensor::f32([n], places)?),
+                ];
                 weights::save(path, &tensors, Some(HashMap::from([("of".to_string(), key)])))?;
                 Checkpoint::open(path)?
             }
@@ -91,6 +99,9 @@ impl Latents {
                 (0..n).map(|i| ids(world.scene(i as u64).caption())).collect::<Result<Vec<_>>>()?
             }
         };
+        // A picture that could not be read has the moments, and so the caption, of the one that stands in for it.
+        let places = file.read_f32(PLACES)?;
+        let captions = places.iter().filter_map(|place| captions.get(*place as usize).cloned()).collect();
         Ok(Latents::Kept { file, captions, seed: options.seed, batch: options.batch })
     }
 

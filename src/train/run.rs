@@ -172,15 +172,20 @@ fn steps(
 ) -> Result<Option<f64>> {
     let (mut lines, mut since_saved, mut told) = (Mean::default(), Mean::default(), BTreeSet::new());
     let (mut clock, mut waited, mut latest) = (Instant::now(), task.waited(), None);
+    let mut again = false;
     while trainer.steps() < s.steps {
         let n = trainer.steps();
-        for (name, value) in task.inputs(n)? {
-            trainer.write(name, &value)?;
+        // A step that was left out is taken again on what was written: data come in order, each once.
+        if !std::mem::take(&mut again) {
+            for (name, value) in task.inputs(n)? {
+                trainer.write(name, &value)?;
+            }
         }
         let rate = s.rate * s.schedule.factor(n);
         let report = trainer.step(rate, average_decay(s.average.unwrap_or(0.0), n + 1))?;
         if report.skipped {
             watch.say(&format!("step {n}: gradients beyond f16; once more under half the loss scale"));
+            again = true;
             continue;
         }
         let step = n + 1;
@@ -214,8 +219,11 @@ fn steps(
             let export = folder.join("export");
             task.export(trainer, &export)?;
             let file = folder.join(format!("samples/step-{step:08}.png"));
-            task.grid(trainer, &export, device)?.write(&file)?;
-            watch.say(&format!("{}", file.display()));
+            // Pictures on the way are no reason to lose a run.
+            match task.grid(trainer, &export, device).and_then(|grid| grid.write(&file)) {
+                Ok(()) => watch.say(&format!("{}", file.display())),
+                Err(e) => watch.say(&format!("step {step}: no pictures: {e}")),
+            }
             clock = Instant::now();
         }
         for what in task.skipped() {

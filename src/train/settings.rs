@@ -248,7 +248,8 @@ fn optimiser(c: &Config, kind: Kind, steps: usize) -> Result<(Optimiser, f64, Sc
         Kind::Diffusion => vec![0.9, 0.999],
     });
     let [b1, b2] = betas[..] else { return Err(o.error("betas", "two numbers")) };
-    if ![b1, b2].iter().all(|b| (0.0..1.0).contains(b)) {
+    // As f32, which the optimiser computes with.
+    if ![b1, b2].iter().all(|b| (0.0..1.0).contains(&(*b as f32))) {
         return Err(o.error("betas", "two numbers from 0 to below 1"));
     }
     let how = Optimiser {

@@ -4,11 +4,14 @@ use super::settings::DataSettings;
 use crate::data::folder::Folder;
 use crate::data::shapes::{Split, World};
 use crate::data::source::{Drawn, Pictures, Sample, Source};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::rng::Small;
 
 /// Captions of an endless source that a vocabulary is made from.
 const CAPTIONS: u64 = 4096;
+
+/// Pictures in a row that may be unreadable.
+const TRIES: u64 = 64;
 
 /// Pictures as a run wants them.
 #[derive(Clone, Debug)]
@@ -33,6 +36,28 @@ impl Subject {
                 Ok(Subject::Shapes { drawn: Drawn::new(world), world, count: s.count })
             }
         }
+    }
+
+    /// Picture `index`, or the first after it that can be read, and which one that is; `left_out` is told of those that cannot.
+    pub(super) fn readable(
+        &self,
+        index: u64,
+        draw: &mut Small,
+        mut left_out: impl FnMut(String),
+    ) -> Result<(u64, Sample)> {
+        let len = self.len().unwrap_or(u64::MAX);
+        let mut first = None;
+        for k in 0..len.min(TRIES) {
+            let at = index.wrapping_add(k) % len;
+            match self.sample(at, draw) {
+                Err(e @ Error::File { .. }) => {
+                    left_out(e.to_string());
+                    first = first.or(Some(e));
+                }
+                other => return Ok((at, other?)),
+            }
+        }
+        Err(first.unwrap_or_else(|| Error::invalid("data: there is no picture")))
     }
 
     /// Captions to make a vocabulary from.

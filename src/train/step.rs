@@ -148,7 +148,7 @@ pub struct Report {
     pub loss: f32,
     /// The norm of all gradients before clipping.
     pub norm: f32,
-    /// Gradients were not finite under a loss scale: nothing was updated, and the scale is half of what it was.
+    /// Gradients were not finite under a loss scale: what they belong to was not updated, and the scale is half of what it was.
     pub skipped: bool,
 }
 
@@ -347,30 +347,30 @@ impl Trainer {
         Ok(())
     }
 
-    /// The parameters of a part of the graph ([`Graph::part`]), or their averages, as weights of programs that do not train:
+    /// The parameters of a part of the graph ([`Graph::part`]), or their averages where such are kept, as weights of programs that do not train:
     /// without the name of the part, in the type that these compute in.
     ///
     /// # Errors
-    /// From the device; or when averages are asked for, and none are kept.
+    /// From the device.
     pub fn weights(&self, part: &str, average: bool, dtype: DType) -> Result<Weights> {
         let device = self.program.device();
         let mut weights = Weights::new(device);
         let prefix = if part.is_empty() { String::new() } else { format!("{part}.") };
         for p in &self.trained {
             let Some(name) = p.name.strip_prefix(&prefix) else { continue };
-            let from = if average { format!("ema.{}", p.name) } else { p.name.clone() };
+            let from = if average && p.average { format!("ema.{}", p.name) } else { p.name.clone() };
             weights.insert_as(name, &self.program.read(&from)?.to(dtype), p.layout)?;
         }
         Ok(weights)
     }
 
-    /// The parameters (or their averages) under the names and axes of a checkpoint: convolutions (O,I,KH,KW).
+    /// The parameters (or their averages, where such are kept) under the names and axes of a checkpoint: convolutions (O,I,KH,KW).
     ///
     /// # Errors
-    /// From the device; or when averages are asked for, and none are kept.
+    /// From the device.
     pub fn export(&self, average: bool) -> Result<Vec<(String, HostTensor)>> {
         let read = |p: &Trained| {
-            let name = if average { format!("ema.{}", p.name) } else { p.name.clone() };
+            let name = if average && p.average { format!("ema.{}", p.name) } else { p.name.clone() };
             let value = self.program.read(&name)?;
             let value = if p.layout == Layout::Conv { value.permute(&[0, 3, 1, 2])? } else { value };
             Ok((p.name.clone(), value))

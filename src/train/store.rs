@@ -30,6 +30,21 @@ struct Kept {
     path: PathBuf,
 }
 
+/// The checkpoints of a run, by step.
+fn checkpoints(run: &Path) -> Vec<Kept> {
+    let Ok(entries) = fs::read_dir(run.join("checkpoints")) else { return vec![] };
+    let mut all: Vec<Kept> = entries
+        .filter_map(|e| {
+            let path = e.ok()?.path();
+            let name = path.file_name()?.to_str()?;
+            let step = name.strip_prefix("step-")?.strip_suffix(".safetensors")?.parse().ok()?;
+            Some(Kept { step, loss: f64::INFINITY, path })
+        })
+        .collect();
+    all.sort_by_key(|k| k.step);
+    all
+}
+
 impl Store {
     /// Opens the folder of a run, or makes it. With `resume` it may hold one.
     pub(super) fn open(path: &Path, settings: &Value, newest: usize, resume: bool) -> Result<Store> {
@@ -43,13 +58,13 @@ impl Store {
             return Err(invalid("is in use by another run; wait for it, or choose another folder".into()));
         }
         let told = path.join("run.json");
+        // A run that has left no checkpoint is none: it may have been refused.
+        let begun = !checkpoints(path).is_empty();
+        if begun && !resume {
+            return Err(invalid("holds a run; go on with it (--resume), or choose another folder".into()));
+        }
         match fs::read_to_string(&told) {
-            Ok(_) if !resume => {
-                return Err(invalid(
-                    "holds a run; go on with it (--resume), or choose another folder".into(),
-                ));
-            }
-            Ok(text) => {
+            Ok(text) if begun => {
                 let old: Value =
                     serde_json::from_str(&text).map_err(|e| Error::file(&told, format!("not JSON: {e}")))?;
                 if let Some((key, old, new)) = difference(&old, settings) {
@@ -58,7 +73,7 @@ impl Store {
                     )));
                 }
             }
-            Err(_) => {}
+            _ => {}
         }
         clean(&path.join("checkpoints"));
         clean(path);
@@ -71,17 +86,7 @@ impl Store {
     }
 
     fn kept(&self) -> Vec<Kept> {
-        let Ok(entries) = fs::read_dir(self.path.join("checkpoints")) else { return vec![] };
-        let mut all: Vec<Kept> = entries
-            .filter_map(|e| {
-                let path = e.ok()?.path();
-                let name = path.file_name()?.to_str()?;
-                let step = name.strip_prefix("step-")?.strip_suffix(".safetensors")?.parse().ok()?;
-                Some(Kept { step, loss: f64::INFINITY, path })
-            })
-            .collect();
-        all.sort_by_key(|k| k.step);
-        all
+        checkpoints(&self.path)
     }
 
     /// The last checkpoint and its step.
