@@ -16,7 +16,7 @@ use std::fs::OpenOptions;
 use std::process::Command;
 
 /// Of two hundred megabytes of weights, only what threads convert at a moment is there twice: less than the smaller of the
-/// two tensors. The other tests of this file look at other processes, so that the peak is that of this one.
+/// two tensors in 16 bits (which pages of the file are still there at the peak is a matter of time). The other tests of this file look at other processes, so that the peak is that of this one.
 #[test]
 fn weights_are_never_held_twice() {
     let f = Folder::new();
@@ -42,7 +42,7 @@ fn weights_are_never_held_twice() {
             _ => before + weights.bytes() / 2,
         };
         let extra = peak().unwrap().saturating_sub(most);
-        assert!(extra < 24 << 20, "{dtype}: {extra} bytes beside {} of weights", weights.bytes());
+        assert!(extra < o * i * 9 * 2, "{dtype}: {extra} bytes beside {} of weights", weights.bytes());
     }
 }
 
