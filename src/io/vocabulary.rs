@@ -4,11 +4,14 @@
 use super::{atomic, tokenizer};
 use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use tokenizers::models::TrainerWrapper;
-use tokenizers::models::bpe::{BPE, BpeTrainer};
+use tokenizers::models::bpe::BPE;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::{
+    NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
+};
 
 const BOS: &str = "<|startoftext|>";
 const EOS: &str = "<|endoftext|>";
@@ -32,20 +35,18 @@ pub fn learn(captions: &[String], most: usize) -> Result<Vocabulary> {
     // The alphabet in CLIP's order: printable characters first.
     let mut alphabet: Vec<char> = ByteLevel::alphabet().into_iter().collect();
     alphabet.sort_unstable();
-    let mut inner = tokenizer::around(BPE::default()).map_err(failed)?;
-    // The trainer counts the letters at the end of words, which it meets, as tokens of their own.
-    let trainer = BpeTrainer::builder()
-        .show_progress(false)
-        .vocab_size(most.saturating_sub(2))
-        .min_frequency(2)
-        .initial_alphabet(alphabet.iter().copied().collect())
-        .end_of_word_suffix(tokenizer::END.into())
-        .build();
-    inner.train(&mut TrainerWrapper::from(trainer), captions.iter()).map_err(failed)?;
-    let learnt = serde_json::to_value(inner.get_model()).map_err(|e| failed(e.into()))?;
-    let pair = |v: &Value| Some((v.get(0)?.as_str()?.to_string(), v.get(1)?.as_str()?.to_string()));
-    let mut merges: Vec<(String, String)> =
-        learnt["merges"].as_array().into_iter().flatten().filter_map(pair).collect();
+    let inner = tokenizer::around(BPE::default()).map_err(failed)?;
+    let mut counts: BTreeMap<String, u64> = BTreeMap::new();
+    for caption in captions {
+        let mut text = NormalizedString::from(caption.as_str());
+        inner.get_normalizer().map_or(Ok(()), |n| n.normalize(&mut text)).map_err(failed)?;
+        let mut split = PreTokenizedString::from(text.get());
+        inner.get_pre_tokenizer().map_or(Ok(()), |p| p.pre_tokenize(&mut split)).map_err(failed)?;
+        for (word, ..) in split.get_splits(OffsetReferential::Original, OffsetType::Byte) {
+            *counts.entry(word.to_string()).or_default() += 1;
+        }
+    }
+    let mut merges = merges(&counts, most.saturating_sub(2 * alphabet.len() + 2));
     let mut words: Vec<String> = alphabet.iter().map(char::to_string).collect();
     words.extend(alphabet.iter().map(|c| format!("{c}{}", tokenizer::END)));
     merges.truncate(most.saturating_sub(words.len() + 2));
@@ -57,6 +58,60 @@ pub fn learn(captions: &[String], most: usize) -> Result<Vocabulary> {
     }
     words.extend([BOS.to_string(), EOS.to_string()]);
     Ok(Vocabulary { size: words.len(), words, merges })
+}
+
+/// The most frequent pair of neighbours becomes a token, at most `most` times, while there is one that occurs twice (Sennrich
+/// et al. 2016). Of equally frequent ones the pair that was known first is taken: the tokenizers crate's trainer goes by the
+/// order of a hash map there, which is another in each process, and runs would not repeat.
+fn merges(words: &BTreeMap<String, u64>, most: usize) -> Vec<(String, String)> {
+    let mut names: Vec<String> = vec![];
+    let mut known: BTreeMap<String, usize> = BTreeMap::new();
+    let mut id = |name: String| {
+        *known.entry(name.clone()).or_insert_with(|| {
+            names.push(name);
+            names.len() - 1
+        })
+    };
+    let mut split: Vec<(Vec<usize>, u64)> = vec![];
+    for (word, &count) in words {
+        let last = word.chars().count().saturating_sub(1);
+        let end = |i| if i == last { tokenizer::END } else { "" };
+        split.push((word.chars().enumerate().map(|(i, c)| id(format!("{c}{}", end(i)))).collect(), count));
+    }
+    let mut found = vec![];
+    for _ in 0..most {
+        let mut pairs: BTreeMap<(usize, usize), u64> = BTreeMap::new();
+        for (word, count) in &split {
+            word.windows(2).for_each(|w| *pairs.entry((w[0], w[1])).or_default() += count);
+        }
+        // The first of the most frequent ones.
+        let best = pairs.into_iter().fold(None, |best: Option<((usize, usize), u64)>, next| match best {
+            Some(b) if b.1 >= next.1 => Some(b),
+            _ => Some(next),
+        });
+        let Some(((a, b), 2..)) = best else { break };
+        let (left, right) = (names[a].clone(), names[b].clone());
+        let made = match known.get(&format!("{left}{right}")) {
+            Some(&there) => there,
+            None => {
+                names.push(format!("{left}{right}"));
+                known.insert(format!("{left}{right}"), names.len() - 1);
+                names.len() - 1
+            }
+        };
+        for (word, _) in &mut split {
+            let mut i = 0;
+            while i + 1 < word.len() {
+                if (word[i], word[i + 1]) == (a, b) {
+                    word[i] = made;
+                    word.remove(i + 1);
+                }
+                i += 1;
+            }
+        }
+        found.push((left, right));
+    }
+    found
 }
 
 impl Vocabulary {
