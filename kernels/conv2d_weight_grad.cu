@@ -14,7 +14,7 @@ struct Conv2dWeightGrad {
     const T* x;   // (B,H,W,C)
     const T* dy;  // (B,OUT_H,OUT_W,O) = (M,O)
     int m, o, each;  // each: pixels of a part
-    int h, w, c;     // size of x in memory
+    int h, w_, c;    // size of x in memory
     int kh, kw, out_h, out_w;
     int stride, top, left;
     int upsample;    // x counts as doubled by nearest neighbour
@@ -49,8 +49,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) conv2d_weight_grad(const __g
                 const int image = m / (p.out_h * p.out_w), rest = m - image * (p.out_h * p.out_w);
                 const int oh = rest / p.out_w;
                 const int row = oh * p.stride - p.top + kh, col = (rest - oh * p.out_w) * p.stride - p.left + kw;
-                if (in_k && row >= 0 && row < (p.h << up) && col >= 0 && col < (p.w << up)) {
-                    x = to_float(load(p.x + (((long long)image * p.h + (row >> up)) * p.w + (col >> up)) * p.c + c));
+                if (in_k && row >= 0 && row < (p.h << up) && col >= 0 && col < (p.w_ << up)) {
+                    x = to_float(load(p.x + (((long long)image * p.h + (row >> up)) * p.w_ + (col >> up)) * p.c + c));
                 }
             }
             s.dy[r][column] = dy;

@@ -85,6 +85,8 @@ struct ClipFwd {
     float* norm;           // (1)
     const float* squares;  // (1)
     const float* scale;    // (1)
+    const float* guard0;   // (1) or null: must be finite too
+    const float* guard1;   // (1) or null
     float most;            // 0: no limit
 };
 
@@ -94,6 +96,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) clip_fwd(const __grid_consta
     const float scale = load(p.scale), norm = sqrt_f(load(p.squares)) * scale;
     float factor = scale;
     if (p.most > 0.0f && norm + 1e-6f > p.most) factor = scale * (p.most / (norm + 1e-6f));
-    store(p.factor, is_finite_f(norm) ? factor : norm);
+    const bool finite = is_finite_f(norm) && (!p.guard0 || is_finite_f(load(p.guard0))) && (!p.guard1 || is_finite_f(load(p.guard1)));
+    store(p.factor, finite ? factor : FLOAT_INF);
     store(p.norm, norm);
 }

@@ -288,6 +288,7 @@ fn check_kills(kind: &str, more: &[&str], steps: usize) {
     // Later ones live longer, so that the run ends.
     let kills = killed_run(&args, |k| time.mul_f64(draw.range(0.1, 0.5 + 0.2 * k as f64)));
     println!("{kind}: {kills} kills, seed {seed}");
+    assert!(kills > 0, "the first one comes within half of a run's time");
     assert!(last(&whole, steps) == last(&broken, steps), "other weights after {kills} kills, seed {seed}");
     assert_eq!(losses(&whole), losses(&broken), "{kills} kills, seed {seed}");
     let left: Vec<_> =
@@ -321,6 +322,48 @@ fn a_killed_diffusion_run_goes_on_bit_for_bit() {
     autoencoder(&first, &["steps=3", "--resume"]);
     let o = train("diffusion", &run, &[&path, "steps=2", "--resume"]);
     assert!(o.code == 2 && o.err.contains("its weights have changed"), "{}", o.err);
+}
+
+/// Gradients beyond f16 in the first step: it is taken again on the same data, and data go on in order.
+#[test]
+fn a_step_that_was_left_out_loses_no_data() {
+    let f = Folder::new();
+    let (whole, parts) = (f.path("whole"), f.path("parts"));
+    let own = ["dtype=f16", "loss.kl_weight=20000", "checkpoint.every=2"];
+    let o = train("autoencoder", &whole, &[&own[..], &["steps=6"]].concat());
+    assert_eq!(o.code, 0, "{}", o.err);
+    assert!(o.err.contains("step 0: gradients beyond f16"), "{}", o.err);
+    autoencoder(&parts, &[&own[..], &["steps=2"]].concat());
+    autoencoder(&parts, &[&own[..], &["steps=6", "--resume"]].concat());
+    let [a, b] = [&whole, &parts]
+        .map(|run| Checkpoint::open(run.join("checkpoints/step-00000006.safetensors")).unwrap());
+    for name in a.names() {
+        assert!(a.read_f32(name).unwrap() == b.read_f32(name).unwrap(), "{name} differs");
+    }
+}
+
+/// A folder of pictures with captions, one of which cannot be read: runs leave it out, name it, and go on.
+#[test]
+fn a_picture_that_cannot_be_read_ends_no_run() {
+    let f = Folder::new();
+    let pictures = f.path("pictures");
+    let o = ldm(&["data", "shapes", "-n", "5", "--size", "32", "-o", text(&pictures)]);
+    assert_eq!(o.code, 0, "{}", o.err);
+    let files = fs::read_dir(&pictures).unwrap().map(|e| e.unwrap().path());
+    let mut files: Vec<_> = files.filter(|p| p.extension().is_some_and(|e| e == "png")).collect();
+    files.sort();
+    let damaged = files[1].file_name().unwrap().to_string_lossy().into_owned();
+    let bytes = fs::read(&files[1]).unwrap();
+    fs::write(&files[1], &bytes[..bytes.len() / 2]).unwrap();
+    let data = format!("data.source={}", text(&pictures));
+    let first = f.path("first");
+    let o = train("autoencoder", &first, &[&data, "steps=4", "sample.every=4"]);
+    assert!(o.code == 0 && o.err.contains("left out: ") && o.err.contains(&damaged), "{}", o.err);
+    assert!(first.join("samples/step-00000004.png").is_file() && !o.err.contains("no pictures"), "{}", o.err);
+    let (path, run) = (format!("first_stage.path={}", text(&first)), f.path("run"));
+    let o = train("diffusion", &run, &[&data, &path, "steps=4"]);
+    assert!(o.code == 0 && o.err.contains("left out: ") && o.err.contains(&damaged), "{}", o.err);
+    assert!(run.join("latents.safetensors").is_file(), "the moments are kept");
 }
 
 /// Losses by step.

@@ -295,6 +295,34 @@ fn losses_of_an_autoencoder() {
     check_curve(kl, &Device::Cpu, 100);
 }
 
+/// A loss beyond all numbers whose gradients are finite, as Huber's are: the step fails, and no state has changed.
+#[test]
+fn a_loss_that_is_not_finite_updates_nothing() {
+    let Subject { record, weights, inputs, graph: mut g, loss } = unet_2d();
+    let how = Optimiser { average: true, ..Optimiser::default() };
+    update(&mut g, loss, &how, &[]).unwrap();
+    let parameters = g.parameters().to_vec();
+    let mut trainer = Trainer::new(g, &how, &Weights::new(&Device::Cpu), &Device::Cpu).unwrap();
+    for (p, (name, shape)) in parameters.iter().zip(trainer.parameters()) {
+        trainer.set(&name, &held(&weights, p, Spec::new(DType::F32, shape))).unwrap();
+    }
+    for name in inputs {
+        trainer.write(name, &set(&record, name, 0)).unwrap();
+    }
+    trainer.write("weights", &HostTensor::f32([2], vec![1.0; 2]).unwrap()).unwrap();
+    let target = set(&record, "target", 0);
+    let mut beyond = target.to_f32();
+    beyond[7] = f32::INFINITY;
+    trainer.write("target", &HostTensor::f32(target.shape(), beyond).unwrap()).unwrap();
+    let before = trainer.states().unwrap();
+    let e = trainer.step(1e-3, 0.5).unwrap_err().to_string();
+    assert!(e.contains("a loss of inf") && !e.contains("norm inf") && !e.contains("norm NaN"), "{e}");
+    assert!(trainer.states().unwrap() == before);
+    trainer.write("target", &target).unwrap();
+    trainer.step(1e-3, 0.5).unwrap();
+    assert!(trainer.states().unwrap() != before);
+}
+
 /// The first step of the small UNet with its blocks kept, and made again: the bytes of the arena, and all weights after it.
 fn first_step(again: bool) -> (usize, Vec<(String, HostTensor)>) {
     let Subject { record, weights, inputs, graph: mut g, loss } = unet();

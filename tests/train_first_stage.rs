@@ -304,6 +304,23 @@ fn before_its_start_a_discriminator_changes_nothing() {
     assert_eq!(with.states().unwrap(), again.states().unwrap());
 }
 
+#[test]
+fn an_average_is_kept_of_the_autoencoder_and_exported_beside_the_discriminator() {
+    let subject = vq_vanilla();
+    let how = Optimiser { average: true, ..how(&subject) };
+    let mut trainer = trainer(&subject, &how);
+    subject.loss.at_step(&mut trainer).unwrap();
+    let before = trainer.export(false).unwrap();
+    trainer.step(1e-3, 1.0).unwrap();
+    // The average keeps all of itself; the discriminator has none, and goes as it is.
+    let (now, average) = (trainer.export(false).unwrap(), trainer.export(true).unwrap());
+    for ((name, old), (now, average)) in before.iter().zip(now.iter().zip(&average)) {
+        let expected = if name.starts_with("discriminator.") { &now.1 } else { old };
+        assert!(average.1 == *expected, "{name}");
+    }
+    assert!(before != now && average != now && average != before);
+}
+
 /// A discriminator in evaluation mode, from a checkpoint with the names of the CompVis code.
 #[test]
 fn a_discriminator_judges_as_pytorch_does() {

@@ -169,6 +169,16 @@ mod tests {
     use crate::io::Tokenizer;
     use crate::io::scratch::Scratch;
 
+    /// Two runs with one seed have one vocabulary, in whatever process they are.
+    #[test]
+    fn of_equally_frequent_pairs_the_first_known_is_taken() {
+        let words = ["wx", "ab", "yz", "cd", "abc"].map(|w| (w.to_string(), 2)).into();
+        let found: Vec<String> = merges(&words, 9).into_iter().map(|(a, b)| a + " " + &b).collect();
+        assert_eq!(found, ["a b</w>", "a b", "c d</w>", "w x</w>", "y z</w>", "ab c</w>"]);
+        let once = [("ab".to_string(), 1)].into();
+        assert_eq!(merges(&once, 9), []);
+    }
+
     #[test]
     fn common_words_become_tokens_and_all_text_has_some() {
         let captions: Vec<String> = ["a red circle", "a blue circle", "a red square"]

@@ -20,7 +20,6 @@ pub use grad::{TransposeWeights, WeightGrad, Window};
 pub use tiles::Choice;
 
 use super::Op;
-use super::activation::code;
 use super::prelude::*;
 use super::sampler::checked_row;
 use crate::backend::cpu::SliceMut;
@@ -28,8 +27,7 @@ use crate::backend::cpu::gemm::{BatchAdd, Conv, ConvShape, Dense, Epilogue, Weig
 use crate::backend::cpu::winograd;
 use crate::kernels::conv2d as k;
 use edge::Edge;
-use tensor_cores::Product;
-use tiles::Fast;
+use tiles::{Tiled, operands, windows};
 
 /// Convolution of x (B,H,W,C) with w (O,KH,KW,C); further inputs in the order of [`Epi`], then those of the shortcut.
 #[derive(Clone, PartialEq, Debug)]
@@ -101,17 +99,8 @@ impl Epi {
 
     /// Fills in what both rooms give the plain kernel alike, and launches.
     fn plain(&self, io: &cuda::Call, mut p: k::Conv2dFwd, m: usize) -> Result<()> {
-        let (at, n) = (self.inputs(), io.y_spec(0).shape.last());
-        let input = |i: usize| if i == 0 { Default::default() } else { io.x(i) };
-        p.y = io.y(0);
-        p.x = io.x(0);
-        p.w = io.x(1);
-        p.bias = input(at.bias);
-        p.time = input(at.time);
-        p.residual = input(at.residual);
-        p.counter = input(at.step);
-        p.time_rows = if self.time { io.int(io.x_spec(at.time).shape.rows())? } else { 1 };
-        p.act = code(self.act);
+        let n = io.y_spec(0).shape.last();
+        operands!(io, self, p);
         p.o = io.int(n)?;
         p.m = io.int(m)?;
         let grid = [m.div_ceil(k::BM), n.div_ceil(k::BN), 1];
@@ -257,10 +246,10 @@ impl Operation for Conv2d {
         ensure!(!self.phases || keeps(), Self::NAME, WANT, x);
         ensure!(self.epi.fits(x, y.shape[3], y) && self.shortcut_fits(x, y), Self::NAME, WANT, x);
         let fused = self.shortcut > 0 || self.epi.fused();
-        let takes = || self.edge(x).is_some() || Product::conv(self, x).is_some();
-        ensure!(!fused || takes(), Self::NAME, WANT, x);
-        ensure!(!self.phases || Fast::conv(self, x).is_some(), Self::NAME, WANT, x);
-        ensure!(self.choice.is_none() || Fast::conv(self, x).is_some(), Self::NAME, WANT_CHOICE, x);
+        let tiled = || Tiled::conv(self, x).is_some();
+        ensure!(!fused || self.edge(x).is_some() || tiled(), Self::NAME, WANT, x);
+        ensure!(!self.phases || tiled(), Self::NAME, WANT, x);
+        ensure!(self.choice.is_none() || tiled(), Self::NAME, WANT_CHOICE, x);
         Ok(self.epi.outputs(y))
     }
 
@@ -319,23 +308,11 @@ impl Operation for Conv2d {
         if let Some(edge) = self.edge(&specs(io)) {
             return edge.launch(self, &s, io);
         }
-        if let Some(product) = Fast::conv(self, &specs(io)) {
+        if let Some(product) = Tiled::conv(self, &specs(io)) {
             return product.launch_conv(self, &s, io);
         }
-        let p = k::Conv2dFwd {
-            h: io.int(s.h)?,
-            w_: io.int(s.w)?,
-            c: io.int(s.c)?,
-            kh: io.int(s.kh)?,
-            kw: io.int(s.kw)?,
-            out_h: io.int(s.out_h)?,
-            out_w: io.int(s.out_w)?,
-            stride: io.int(s.stride)?,
-            top: io.int(s.pad_top)?,
-            left: io.int(s.pad_left)?,
-            upsample: s.upsample as i32,
-            ..Default::default()
-        };
+        let mut p = k::Conv2dFwd::default();
+        windows!(io, &s, p);
         self.epi.plain(io, p, s.b * s.out_h * s.out_w)
     }
 
@@ -346,7 +323,7 @@ impl Operation for Conv2d {
     fn scratch(&self, x: &[Spec], _y: &[Spec]) -> usize {
         match self.edge(x) {
             Some(_) => 0,
-            None => Fast::conv(self, x).map_or(0, |product| product.partial_bytes()),
+            None => Tiled::conv(self, x).map_or(0, |product| product.partial_bytes()),
         }
     }
 
@@ -355,18 +332,18 @@ impl Operation for Conv2d {
     }
 
     fn variant(&self, x: &[Spec]) -> &'static str {
-        let product = || Fast::conv(self, x).map(|product| product.variant());
+        let product = || Tiled::conv(self, x).map(|product| product.tile.name);
         self.edge(x).map(|edge| edge.variant()).or_else(product).unwrap_or_default()
     }
 
     fn launches(&self, x: &[Spec]) -> Vec<LaunchPlan> {
-        let product = || Fast::conv(self, x).map(|product| product.plan(x[0].dtype));
+        let product = || Tiled::conv(self, x).map(|product| product.plan(x[0].dtype));
         self.edge(x).map(|edge| edge.plan(x[0].dtype)).or_else(product).into_iter().collect()
     }
 
     fn choices(&self, x: &[Spec]) -> Vec<Op> {
         let with = |choice| Conv2d { choice: Some(choice), ..self.clone() }.into();
-        Fast::choices_conv(self, x).into_iter().map(with).collect()
+        Tiled::choices_conv(self, x).into_iter().map(with).collect()
     }
 
     /// Behind an upsampling: four 2×2 convolutions, where a kernel with tiles takes them.
@@ -424,14 +401,14 @@ impl Operation for Linear {
         if self.more > 0 {
             let same = self.more == 2 && self.epi == Epi::default() && x[1..].iter().all(|w| *w == x[1]);
             ensure!(same && x[0].dtype == x[1].dtype, Self::NAME, WANT_LINEAR, x);
-            ensure!(Product::linear(self, x).is_some(), Self::NAME, WANT_LINEAR, x);
+            ensure!(Tiled::linear(self, x).is_some(), Self::NAME, WANT_LINEAR, x);
             return Ok(vec![Spec::new(x[0].dtype, x[0].shape.with_last(3 * x[1].shape[0]))]);
         }
         let rows = x[1].shape[0];
         let y = Spec::new(x[0].dtype, x[0].shape.with_last(self.epi.columns(rows)));
         ensure!(self.epi.fits(x, rows, y), Self::NAME, WANT_LINEAR, x);
-        ensure!(!self.epi.fused() || Product::linear(self, x).is_some(), Self::NAME, WANT_LINEAR, x);
-        ensure!(self.choice.is_none() || Fast::linear(self, x).is_some(), Self::NAME, WANT_CHOICE, x);
+        ensure!(!self.epi.fused() || Tiled::linear(self, x).is_some(), Self::NAME, WANT_LINEAR, x);
+        ensure!(self.choice.is_none() || Tiled::linear(self, x).is_some(), Self::NAME, WANT_CHOICE, x);
         Ok(self.epi.outputs(y))
     }
 
@@ -462,7 +439,7 @@ impl Operation for Linear {
     }
 
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
-        if let Some(product) = Fast::linear(self, &specs(io)) {
+        if let Some(product) = Tiled::linear(self, &specs(io)) {
             return product.launch_linear(self, io);
         }
         let s = io.x_spec(0).shape;
@@ -486,20 +463,20 @@ impl Operation for Linear {
     }
 
     fn scratch(&self, x: &[Spec], _y: &[Spec]) -> usize {
-        Fast::linear(self, x).map_or(0, |product| product.partial_bytes())
+        Tiled::linear(self, x).map_or(0, |product| product.partial_bytes())
     }
 
     fn variant(&self, x: &[Spec]) -> &'static str {
-        Fast::linear(self, x).map_or("", |product| product.variant())
+        Tiled::linear(self, x).map_or("", |product| product.tile.name)
     }
 
     fn launches(&self, x: &[Spec]) -> Vec<LaunchPlan> {
-        Fast::linear(self, x).map(|product| product.plan(x[0].dtype)).into_iter().collect()
+        Tiled::linear(self, x).map(|product| product.plan(x[0].dtype)).into_iter().collect()
     }
 
     fn choices(&self, x: &[Spec]) -> Vec<Op> {
         let with = |choice| Linear { choice: Some(choice), ..self.clone() }.into();
-        Fast::choices_linear(self, x).into_iter().map(with).collect()
+        Tiled::choices_linear(self, x).into_iter().map(with).collect()
     }
 
     fn with_stats(&self, x: &[Spec]) -> Option<Op> {

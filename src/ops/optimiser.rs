@@ -259,21 +259,25 @@ fn squares(g: &[usize], more: bool) -> Case {
 }
 
 /// Σ g² of all gradients (1) and a factor s of theirs (1), such as the reciprocal of a loss scale, to the factor s ·
-/// min(1, most / (norm + 1e-6)) (1), and norm = s √Σ (1). Where the norm is not finite, so is the factor.
+/// min(1, most / (norm + 1e-6)) (1), and norm = s √Σ (1). Where the norm or a guard is not finite, the
+/// factor is infinite.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Clip {
     /// The largest norm; 0 for none.
     pub most: f32,
+    /// Further inputs (1), at most 2, that must be finite: the loss, and the sum of another side that is updated together with
+    /// this one.
+    pub guards: usize,
 }
 
 impl Operation for Clip {
     const NAME: &'static str = "clip";
 
     fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>> {
-        let want = "sum of squares (1), factor (1), f32";
-        let [sum, scale] = args(Self::NAME, want, x)?;
+        let want = "sum of squares (1), factor (1)[, one or two guards (1)], f32";
         let one = Spec::new(DType::F32, [1]);
-        ensure!(sum == one && scale == one, Self::NAME, want, x);
+        let fits = self.guards <= 2 && x.len() == 2 + self.guards && x.iter().all(|s| *s == one);
+        ensure!(fits, Self::NAME, want, x);
         Ok(vec![one, one])
     }
 
@@ -284,7 +288,8 @@ impl Operation for Clip {
         let limited = self.most > 0.0 && norm + 1e-6 > most;
         let factor = scale * if limited { most / (norm + 1e-6) } else { 1.0 };
         let one = |v: f64| Array { shape: [1].into(), data: vec![v] };
-        vec![one(if norm.is_finite() { factor } else { norm }), one(norm)]
+        let finite = norm.is_finite() && x[2..].iter().all(|g| g.data[0].is_finite());
+        vec![one(if finite { factor } else { f64::INFINITY }), one(norm)]
     }
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
@@ -292,14 +297,15 @@ impl Operation for Clip {
         let norm = sum.sqrt() * scale;
         let limited = self.most > 0.0 && norm + 1e-6 > self.most;
         let factor = if limited { scale * (self.most / (norm + 1e-6)) } else { scale };
-        io.write(0, |y| y[0] = if norm.is_finite() { factor } else { norm });
+        let finite = norm.is_finite() && (0..self.guards).all(|i| io.f32(2 + i)[0].is_finite());
+        io.write(0, |y| y[0] = if finite { factor } else { f32::INFINITY });
         io.write(1, |y| y[0] = norm);
         Ok(())
     }
 
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
-        let (squares, scale) = (io.x(0), io.x(1));
-        let p = k::ClipFwd { factor: io.y(0), norm: io.y(1), squares, scale, most: self.most };
+        let (squares, scale, guard0, guard1) = (io.x(0), io.x(1), io.x(2), io.x(3));
+        let p = k::ClipFwd { factor: io.y(0), norm: io.y(1), squares, scale, guard0, guard1, most: self.most };
         io.launch(k::CLIP_FWD, DType::F32, "", [1, 1, 1], k::BLOCK, p)
     }
 
@@ -310,15 +316,18 @@ impl Operation for Clip {
     fn cases() -> Vec<Case> {
         let all = [(0.0, 4.0, 1.0), (1.0, 4.0, 1.0), (5.0, 4.0, 1.0), (1.0, 0.0, 1.0)];
         let scaled = [(1.0, 1e8, 1e-3), (0.5, 1e-8, 1.0), (0.0, 9.0, 0.25), (1.0, 1.0, 0.5)];
-        all.into_iter().chain(scaled).map(|(most, sum, scale)| clip(most, sum, scale)).collect()
+        let plain = all.into_iter().chain(scaled).map(|(most, sum, scale)| clip(most, sum, scale, &[]));
+        let guards: [&[f64]; 4] = [&[2.0], &[2.0, -3.0], &[f64::INFINITY], &[1.0, f64::NEG_INFINITY]];
+        plain.chain(guards.map(|guards| clip(1.0, 4.0, 1.0, guards))).collect()
     }
 
     fn random(r: &mut Small) -> Case {
-        clip(r.range(0.1, 2.0), r.range(0.0, 9.0), r.range(0.1, 2.0))
+        clip(r.range(0.1, 2.0), r.range(0.0, 9.0), r.range(0.1, 2.0), &[1.0; 2][..r.below(3)])
     }
 }
 
-fn clip(most: f64, sum: f64, scale: f64) -> Case {
-    let one = |v| f32s([1]).values(vec![v]);
-    Case::new(Clip { most: most as f32 }, [one(sum), one(scale)]).only(&[DType::F32])
+fn clip(most: f64, sum: f64, scale: f64, guards: &[f64]) -> Case {
+    let one = |&v: &f64| f32s([1]).values(vec![v]);
+    let args: Vec<_> = [sum, scale].iter().chain(guards).map(one).collect();
+    Case::new(Clip { most: most as f32, guards: guards.len() }, args).only(&[DType::F32])
 }

@@ -12,7 +12,7 @@
 //! The log-variance of the CompVis code, which stays 0 as no optimiser gets it, is left out.
 
 use super::init::initial;
-use super::step::{Inputs, Optimiser, Trainer, descend};
+use super::step::{Inputs, Optimiser, Trainer, descend, squares};
 use crate::error::{Error, Result};
 use crate::exec::Weights;
 use crate::graph::{Graph, Layout, Parameter, Var, gradients};
@@ -154,10 +154,17 @@ impl FirstStageLoss {
     /// When the picture does not fit the models.
     pub fn step(&self, g: &mut Graph, vae: &Vae, image: Var, dtype: DType, how: &Optimiser) -> Result<()> {
         let inputs = Inputs::new(g);
-        for side in self.gradients(g, vae, image, dtype, inputs.scale)? {
+        let sides = self.gradients(g, vae, image, dtype, inputs.scale)?;
+        let loss = g.outputs().iter().find(|(name, _)| name == "loss").map(|(_, v)| *v);
+        let sums = sides.iter().map(|s| squares(g, &s.parameters, &s.gradients));
+        let sums = sums.collect::<Result<Vec<Var>>>()?;
+        for (i, side) in sides.iter().enumerate() {
             // The average is there to sample from: the discriminator needs none.
             let how = Optimiser { average: how.average && side.at.is_empty(), ..how.clone() };
-            descend(g, side.at, &side.parameters, &side.gradients, &how, inputs)?;
+            // Both sides are updated, or none.
+            let others = sums.iter().enumerate().filter(|(j, _)| *j != i).map(|(_, sum)| *sum);
+            let guards: Vec<Var> = loss.into_iter().chain(others).collect();
+            descend(g, side.at, &side.parameters, &side.gradients, &how, inputs, (sums[i], &guards))?;
         }
         Ok(())
     }

@@ -78,22 +78,15 @@ pub fn update(g: &mut Graph, loss: Var, how: &Optimiser, again: &[Range<usize>])
     let used: Vec<Var> = parameters.iter().map(|p| p.used).collect();
     let found = gradients(g, &[(loss, inputs.scale)], &used, again)?;
     g.output("loss", loss);
-    descend(g, "", &parameters, &found, how, inputs)
+    let sum = squares(g, &parameters, &found)?;
+    descend(g, "", &parameters, &found, how, inputs, (sum, &[loss]))
 }
 
-/// The update of parameters from their gradients, clipped together; those without one stay. Nothing may read them
-/// afterwards. Output `{at}norm`.
+/// The sum of the squares of all gradients of some parameters (1).
 ///
 /// # Errors
 /// When no parameter has a gradient.
-pub(super) fn descend(
-    g: &mut Graph,
-    at: &str,
-    parameters: &[Parameter],
-    found: &[Option<Var>],
-    how: &Optimiser,
-    Inputs { unscale, rates, .. }: Inputs,
-) -> Result<()> {
+pub(super) fn squares(g: &mut Graph, parameters: &[Parameter], found: &[Option<Var>]) -> Result<Var> {
     let mut sum = None;
     for (p, d) in parameters.iter().zip(found) {
         if let Some(d) = *d {
@@ -101,8 +94,25 @@ pub(super) fn descend(
             sum = Some(g.push(&format!("norm.{}", p.name), SquareSum { more: sum.is_some() }, &x)?);
         }
     }
-    let sum = sum.ok_or_else(|| Error::invalid("training: the loss depends on no parameter"))?;
-    let clip = g.push_all(&format!("{at}clip"), Clip { most: how.clip }, &[sum, unscale])?;
+    sum.ok_or_else(|| Error::invalid("training: the loss depends on no parameter"))
+}
+
+/// The update of parameters from their gradients, clipped together by the sum of their squares; those without one stay, and all
+/// where the sum or one of the guards (at most 2) is not finite. Nothing may read them afterwards. Output `{at}norm`.
+///
+/// # Errors
+/// None that gradients of the right shapes can have.
+pub(super) fn descend(
+    g: &mut Graph,
+    at: &str,
+    parameters: &[Parameter],
+    found: &[Option<Var>],
+    how: &Optimiser,
+    Inputs { unscale, rates, .. }: Inputs,
+    (sum, guards): (Var, &[Var]),
+) -> Result<()> {
+    let clip = Clip { most: how.clip, guards: guards.len() };
+    let clip = g.push_all(&format!("{at}clip"), clip, &[&[sum, unscale], guards].concat())?;
     let &Optimiser { betas, eps, decay, coupled, average, .. } = how;
     for (p, d) in parameters.iter().zip(found) {
         let Some(d) = *d else { continue };
@@ -148,7 +158,7 @@ pub struct Report {
     pub loss: f32,
     /// The norm of all gradients before clipping.
     pub norm: f32,
-    /// Gradients were not finite under a loss scale: what they belong to was not updated, and the scale is half of what it was.
+    /// Gradients were not finite under a loss scale: no weight was updated, and the scale is half of what it was.
     pub skipped: bool,
 }
 
@@ -272,7 +282,7 @@ impl Trainer {
     /// Takes a step with a learning rate; the average keeps `keep` of itself.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] where the loss is not finite, or without a loss scale the gradients are not: then nothing was
+    /// [`Error::NonFinite`] where the loss is not finite, or without a loss scale the gradients are not: then no weight was
     /// updated. Else from the device.
     pub fn step(&mut self, rate: f64, keep: f64) -> Result<Report> {
         let t = self.step as i32 + 1;

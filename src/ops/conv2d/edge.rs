@@ -109,7 +109,7 @@ const _: () = assert!(k::BM == SLAB, "a tile is a slab");
 
 #[cfg(test)]
 mod tests {
-    use super::super::tensor_cores::Product;
+    use super::super::tiles::Tiled;
     use super::*;
 
     fn specs(x: [usize; 4], o: usize, t: DType) -> [Spec; 3] {
@@ -142,7 +142,7 @@ mod tests {
         for side in [16, 32, 64, 96, 128] {
             let x = specs([2, side, side, 8], 320, DType::BF16);
             let op = Conv2d::same(3);
-            let (edge, product) = (Edge::conv(&op, &x).unwrap(), Product::conv(&op, &x).unwrap());
+            let (edge, product) = (Edge::conv(&op, &x).unwrap(), Tiled::conv(&op, &x).unwrap());
             let [own, other] = [edge.plan(DType::BF16), product.plan(DType::BF16)].map(|p| p.microseconds);
             assert!(own < other, "{side}: {own} us, as a product {other} us");
         }

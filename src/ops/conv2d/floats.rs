@@ -1,12 +1,10 @@
 //! Products in f32 by float units: which of them the kernel takes, in which tiles, and the launch.
 
-use super::super::activation::code;
 use super::super::prelude::*;
-use super::tiles::{Choice, Sums, Tile, tile};
+use super::tiles::{Sums, Tile, Tiled, corners_fit, operands, tile, windows};
 use super::{Conv2d, Epi, Linear};
 use crate::backend::cpu::gemm::ConvShape;
-use crate::kernels::DevicePtr;
-use crate::kernels::conv2d_f32 as k;
+pub(super) use crate::kernels::conv2d_f32 as k;
 
 /// The first for the large levels; the lower ones for what they divide better and for the small levels, the narrow one for
 /// the last layers.
@@ -17,18 +15,10 @@ pub(super) const TILES: [Tile; 4] = [
     tile("BM=128,BN=16", 128, 16),
 ];
 
-/// One product as the kernel sees it.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub(super) struct FloatProduct {
-    sums: Sums,
-    tile: Tile,
-    splits: usize,
-}
-
 /// Microseconds that a product takes by a model of an H200: float units at [`launch::FFMA`], in a loop of which a share is
 /// other instructions; blocks that fit onto a multiprocessor share it, and fewer than two warps for each of its four
 /// schedulers leave some idle; 800 clocks until a copy has landed; memory at 4.3 TB/s. Not measured: it orders the choices.
-fn microseconds(tile: Tile, &Sums { m, n, blocks, .. }: &Sums, splits: usize) -> f64 {
+pub(super) fn microseconds(tile: Tile, &Sums { m, n, blocks, .. }: &Sums, splits: usize) -> f64 {
     const SMS: f64 = launch::MULTIPROCESSORS as f64;
     const FMA: f64 = launch::FFMA / 2.0 / SMS / launch::CLOCK; // per clock and multiprocessor
     let warps = k::BLOCK.of(tile.name) as f64 / 32.0;
@@ -51,119 +41,48 @@ fn microseconds(tile: Tile, &Sums { m, n, blocks, .. }: &Sums, splits: usize) ->
     f64::max(clocks / launch::CLOCK, bytes / launch::MEMORY) + launch::GAP
 }
 
-impl FloatProduct {
-    fn new(sums: Sums, asked: Option<Choice>) -> Option<FloatProduct> {
-        let (tile, splits) = sums.choose(&TILES, asked, |tile, splits| microseconds(tile, &sums, splits))?;
-        Some(FloatProduct { sums, tile, splits })
-    }
+/// A convolution as the kernel takes it; `None` for what it does not take.
+pub(super) fn conv(op: &Conv2d, x: &[Spec]) -> Option<Sums> {
+    let s = op.shape(x[0].shape, x[1].shape)?;
+    let (m, n) = (s.b * s.out_h * s.out_w, op.columns(x[1].shape));
+    // A tile lies in one phase: in one small image.
+    let (rows, taps) = if op.phases { (s.h * s.w, 4) } else { (m, s.kh * s.kw) };
+    let fits = op.shortcut == 0 && corners_fit(op, &s) && takes(x, &op.epi, [m, n, taps * s.c], s.c);
+    fits.then(|| Sums { rows, ..Sums::new(m, n, taps * s.c.div_ceil(k::BK)) })
+}
 
-    /// As the kernel takes a convolution; `None` for what it does not take.
-    pub(super) fn conv(op: &Conv2d, x: &[Spec]) -> Option<FloatProduct> {
-        FloatProduct::new(FloatProduct::sums_conv(op, x)?, op.choice)
-    }
+/// A matrix product as the kernel takes it; `None` for what it does not take.
+pub(super) fn linear(op: &Linear, x: &[Spec]) -> Option<Sums> {
+    let (m, c, n) = (x[0].shape.rows(), x[0].shape.last(), x[1].shape[0]);
+    let fits = op.more == 0 && takes(x, &op.epi, [m, n, c], c);
+    fits.then(|| Sums::new(m, n, c.div_ceil(k::BK)))
+}
 
-    /// As the kernel takes a matrix product; `None` for what it does not take.
-    pub(super) fn linear(op: &Linear, x: &[Spec]) -> Option<FloatProduct> {
-        FloatProduct::new(FloatProduct::sums_linear(op, x)?, op.choice)
+pub(super) fn launch_conv(product: &Tiled, op: &Conv2d, s: &ConvShape, io: &cuda::Call) -> Result<()> {
+    let mut p = k::Conv2dF32 { flat: s.pointwise() as i32, ..Default::default() };
+    windows!(io, s, p);
+    if op.phases {
+        (p.phases, p.upsample, p.kh, p.kw) = (1, 0, 2, 2);
     }
+    launch(product, &op.epi, io, p)
+}
 
-    /// A convolution as the kernel takes it; `None` for what it does not take.
-    pub(super) fn sums_conv(op: &Conv2d, x: &[Spec]) -> Option<Sums> {
-        let s = op.shape(x[0].shape, x[1].shape)?;
-        let corner = |out: usize, kernel: usize| out * op.stride + kernel < 0x4000;
-        let fits = op.shortcut == 0
-            && corner(s.out_h, s.kh)
-            && corner(s.out_w, s.kw)
-            && s.pad_top.max(s.pad_left) < 0x4000;
-        let (m, n) = (s.b * s.out_h * s.out_w, op.columns(x[1].shape));
-        // A tile lies in one phase: in one small image.
-        let (rows, taps) = if op.phases { (s.h * s.w, 4) } else { (m, s.kh * s.kw) };
-        let fits = fits && takes(x, &op.epi, [m, n, taps * s.c], s.c);
-        fits.then(|| Sums { rows, ..Sums::new(m, n, taps * s.c.div_ceil(k::BK)) })
-    }
+pub(super) fn launch_linear(product: &Tiled, op: &Linear, io: &cuda::Call) -> Result<()> {
+    let (c, out_h) = (io.int(io.x_spec(0).shape.last())?, io.int(product.sums.m)?);
+    let p = k::Conv2dF32 { c, kh: 1, kw: 1, out_h, out_w: 1, flat: 1, ..Default::default() };
+    launch(product, &op.epi, io, p)
+}
 
-    /// A matrix product as the kernel takes it; `None` for what it does not take.
-    pub(super) fn sums_linear(op: &Linear, x: &[Spec]) -> Option<Sums> {
-        let (m, c, n) = (x[0].shape.rows(), x[0].shape.last(), x[1].shape[0]);
-        let fits = op.more == 0 && takes(x, &op.epi, [m, n, c], c);
-        fits.then(|| Sums::new(m, n, c.div_ceil(k::BK)))
+fn launch(product: &Tiled, epi: &Epi, io: &cuda::Call, mut p: k::Conv2dF32) -> Result<()> {
+    operands!(io, epi, p);
+    let Sums { m, n, blocks, .. } = product.sums;
+    (p.m, p.o, p.blocks) = (io.int(m)?, io.int(n)?, io.int(blocks)?);
+    p.w_row = p.kh * p.kw * p.c;
+    if product.splits > 1 {
+        (p.partial, p.counters) = (io.scratch, io.counters()?);
     }
-
-    /// Bytes of the partial sums.
-    pub(super) fn partial_bytes(&self) -> usize {
-        self.tile.partial_bytes(self.sums.m, self.sums.n, self.splits)
-    }
-
-    /// Name of the kernel variant.
-    pub(super) fn variant(&self) -> &'static str {
-        self.tile.name
-    }
-
-    /// Blocks along x, y and z.
-    fn grid(&self) -> [usize; 3] {
-        [self.sums.m.div_ceil(self.tile.rows), self.sums.n.div_ceil(self.tile.columns), self.splits]
-    }
-
-    /// The launch, and its time by the model.
-    pub(super) fn plan(&self) -> LaunchPlan {
-        let time = microseconds(self.tile, &self.sums, self.splits);
-        let (name, threads) = (self.tile.name, k::BLOCK.of(self.tile.name));
-        let plan = LaunchPlan::new(k::CONV2D_F32, DType::F32, name, self.grid(), threads, time);
-        LaunchPlan { splits: self.splits, ..plan }
-    }
-
-    pub(super) fn launch_conv(&self, op: &Conv2d, s: &ConvShape, io: &cuda::Call) -> Result<()> {
-        let mut p = k::Conv2dF32 {
-            h: io.int(s.h)?,
-            w_: io.int(s.w)?,
-            c: io.int(s.c)?,
-            kh: io.int(s.kh)?,
-            kw: io.int(s.kw)?,
-            out_h: io.int(s.out_h)?,
-            out_w: io.int(s.out_w)?,
-            stride: io.int(s.stride)?,
-            top: io.int(s.pad_top)?,
-            left: io.int(s.pad_left)?,
-            upsample: s.upsample as i32,
-            flat: s.pointwise() as i32,
-            ..Default::default()
-        };
-        if op.phases {
-            (p.phases, p.upsample, p.kh, p.kw) = (1, 0, 2, 2);
-        }
-        self.launch(&op.epi, io, p)
-    }
-
-    pub(super) fn launch_linear(&self, op: &Linear, io: &cuda::Call) -> Result<()> {
-        let c = io.int(io.x_spec(0).shape.last())?;
-        let p = k::Conv2dF32 {
-            c,
-            kh: 1,
-            kw: 1,
-            out_h: io.int(self.sums.m)?,
-            out_w: 1,
-            flat: 1,
-            ..Default::default()
-        };
-        self.launch(&op.epi, io, p)
-    }
-
-    fn launch(&self, epi: &Epi, io: &cuda::Call, mut p: k::Conv2dF32) -> Result<()> {
-        let at = epi.inputs();
-        let input = |i: usize| if i == 0 { DevicePtr::NULL } else { io.x(i) };
-        (p.y, p.x, p.w) = (io.y(0), io.x(0), io.x(1));
-        (p.bias, p.time, p.residual) = (input(at.bias), input(at.time), input(at.residual));
-        p.counter = input(at.step);
-        p.time_rows = if epi.time { io.int(io.x_spec(at.time).shape.rows())? } else { 1 };
-        let Sums { m, n, blocks, .. } = self.sums;
-        (p.m, p.o, p.blocks) = (io.int(m)?, io.int(n)?, io.int(blocks)?);
-        (p.act, p.w_row) = (code(epi.act), p.kh * p.kw * p.c);
-        if self.splits > 1 {
-            (p.partial, p.counters) = (io.scratch, io.counters()?);
-        }
-        let (name, grid) = (self.tile.name, self.grid());
-        io.launch(k::CONV2D_F32, DType::F32, name, grid, k::BLOCK.of(name), p)
-    }
+    let name = product.tile.name;
+    io.launch(k::CONV2D_F32, DType::F32, name, product.grid(), k::BLOCK.of(name), p)
 }
 
 /// Whether type and sizes suit the kernel, which counts elements with 32 bits, also those of rows of w beyond the last.
@@ -179,7 +98,7 @@ fn takes(x: &[Spec], epi: &Epi, [m, n, k]: [usize; 3], c: usize) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Product;
+    use super::super::tensor_cores;
     use super::*;
 
     #[test]
@@ -202,8 +121,8 @@ mod tests {
             (262144, 128, 1152, ("BM=128,BN=128", 1)),
             (8192, 4, 2880, ("BM=128,BN=16", 8)),
         ] {
-            let p = FloatProduct::new(Sums::new(m, n, k / 16), None).unwrap();
-            let us = p.plan().microseconds;
+            let p = Tiled::of_floats(Sums::new(m, n, k / 16));
+            let us = p.plan(DType::F32).microseconds;
             let rate = 2.0 * (m * n * k) as f64 / us / 1e6;
             println!("{m} {n} {k}: {} {} {us:.1} us, {rate:.1} TFLOP/s", p.tile.name, p.splits);
             assert_eq!((p.tile.name, p.splits), chosen, "{m} {n} {k}");
@@ -232,11 +151,11 @@ mod tests {
             let launches = bare.launches(&specs(c));
             let got: Vec<_> = launches.iter().map(|l| l.stem).collect();
             assert_eq!(got, kernels, "{c} channels");
-            assert!(Product::conv(&bare, &specs(c)).is_none(), "tensor cores round f32");
+            assert!(tensor_cores::conv(&bare, &specs(c)).is_none(), "tensor cores round f32");
         }
         let rows = |t, c| [Spec::new(t, [8, c]), Spec::new(t, [16, c])];
-        assert!(FloatProduct::linear(&Linear::default(), &rows(DType::F32, 36)).is_some());
-        assert!(FloatProduct::linear(&Linear::default(), &rows(DType::F32, 37)).is_none());
-        assert!(FloatProduct::linear(&Linear::default(), &rows(DType::F16, 36)).is_none());
+        assert!(linear(&Linear::default(), &rows(DType::F32, 36)).is_some());
+        assert!(linear(&Linear::default(), &rows(DType::F32, 37)).is_none());
+        assert!(linear(&Linear::default(), &rows(DType::F16, 36)).is_none());
     }
 }

@@ -3,8 +3,11 @@
 
 use super::super::prelude::*;
 use super::super::{ActivationGrad, Dilate, Op, SumPool, SumRows};
+use super::tiles::windows;
 use super::{Conv2d, Epi, Linear};
-use crate::backend::cpu::gemm::{Conv, ConvShape, Epilogue, Transposed, Weights, gemm, pixels_bytes, working_bytes};
+use crate::backend::cpu::gemm::{
+    Conv, ConvShape, Epilogue, Transposed, Weights, gemm, pixels_bytes, working_bytes,
+};
 use crate::kernels::conv2d_transpose as turn;
 use crate::kernels::conv2d_weight_grad as k;
 use crate::kernels::reduce;
@@ -83,7 +86,8 @@ impl Linear {
         if !plain(&self.epi) || self.more > 0 {
             return Err(Error::NoGradient(Self::NAME));
         }
-        let bare = Linear { epi: Epi { act: Act::None, residual: false, ..self.epi.clone() }, ..self.clone() };
+        let bare =
+            Linear { epi: Epi { act: Act::None, residual: false, ..self.epi.clone() }, ..self.clone() };
         let (dz, mut dx) = epilogue(bare.into(), &self.epi, g, x, dy)?;
         dx[1] = Some(g.push("dw", WeightGrad { window: None }, &[x[0], dz])?);
         let w = g.push("w.transposed", TransposeWeights, &[x[1]])?;
@@ -198,25 +202,16 @@ impl Operation for WeightGrad {
         let Some(s) = self.shape(x.shape, dy.shape) else { return Ok(()) };
         let (o, n) = (dy.shape.last(), s.kh * s.kw * s.c);
         let (parts, each) = self.parts(&s, o);
-        let p = k::Conv2dWeightGrad {
+        let mut p = k::Conv2dWeightGrad {
             dw: if parts > 1 { io.scratch } else { io.y(0) },
             x: io.x(0),
             dy: io.x(1),
             m: io.int(s.b * s.out_h * s.out_w)?,
             o: io.int(o)?,
             each: io.int(each)?,
-            h: io.int(s.h)?,
-            w: io.int(s.w)?,
-            c: io.int(s.c)?,
-            kh: io.int(s.kh)?,
-            kw: io.int(s.kw)?,
-            out_h: io.int(s.out_h)?,
-            out_w: io.int(s.out_w)?,
-            stride: io.int(s.stride)?,
-            top: io.int(s.pad_top)?,
-            left: io.int(s.pad_left)?,
-            upsample: s.upsample as i32,
+            ..Default::default()
         };
+        windows!(io, &s, p);
         let grid = [n.div_ceil(k::BN), o.div_ceil(k::BM), parts];
         io.launch(k::CONV2D_WEIGHT_GRAD, x.dtype, "", grid, k::BLOCK, p)?;
         if parts == 1 {

@@ -1,12 +1,10 @@
 //! Products on tensor cores: which of them the kernel takes, in which tiles, and the launch.
 
-use super::super::activation::code;
 use super::super::prelude::*;
-use super::tiles::{Choice, Sums, Tile, tile};
+use super::tiles::{Sums, Tile, Tiled, corners_fit, operands, tile, windows};
 use super::{Conv2d, Epi, Linear, SLAB};
 use crate::backend::cpu::gemm::ConvShape;
-use crate::kernels::DevicePtr;
-use crate::kernels::conv2d_mma as k;
+pub(super) use crate::kernels::conv2d_mma as k;
 
 /// 160 divides the channels of the Stable Diffusion family, 128 those of the autoencoders; lower tiles are for the small
 /// levels, and the narrow one for the last layers.
@@ -18,18 +16,10 @@ pub(super) const TILES: [Tile; 5] = [
     tile("BM=64,BN=16", 64, 16),
 ];
 
-/// One product as the kernel sees it.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub(super) struct Product {
-    sums: Sums,
-    tile: Tile,
-    splits: usize,
-}
-
 /// Microseconds that a product takes by a model of an H200: tensor cores at 470 TFLOP/s through `mma.sync`, 128 bytes of
 /// shared memory per clock and multiprocessor, 6153 bytes of operands per clock from the second-level cache, 4.3 TB/s of
 /// memory, and a wave of blocks as long as its slowest. Not measured: it orders the choices.
-fn microseconds(tile: Tile, &Sums { m, n, blocks, .. }: &Sums, splits: usize) -> f64 {
+pub(super) fn microseconds(tile: Tile, &Sums { m, n, blocks, .. }: &Sums, splits: usize) -> f64 {
     const SMS: f64 = launch::MULTIPROCESSORS as f64;
     const FMA: f64 = launch::MMA / 2.0 / SMS / launch::CLOCK; // per clock and multiprocessor
     let [bm, bn, bk, splits] = [tile.rows, tile.columns, k::BK, splits].map(|n| n as f64);
@@ -48,153 +38,89 @@ fn microseconds(tile: Tile, &Sums { m, n, blocks, .. }: &Sums, splits: usize) ->
     f64::max(clocks / launch::CLOCK, bytes / launch::MEMORY) + launch::GAP
 }
 
-impl Product {
-    fn new(sums: Sums, asked: Option<Choice>) -> Option<Product> {
-        let (tile, splits) = sums.choose(&TILES, asked, |tile, splits| microseconds(tile, &sums, splits))?;
-        Some(Product { sums, tile, splits })
-    }
+/// A convolution as the kernel takes it; `None` for what it does not take.
+pub(super) fn conv(op: &Conv2d, x: &[Spec]) -> Option<Sums> {
+    let s = op.shape(x[0].shape, x[1].shape)?;
+    let first = op.epi.inputs().end;
+    let others: Vec<usize> = x[first..].iter().take(op.shortcut).map(|s| s.shape.last()).collect();
+    let fits = takes(x) && s.c % 8 == 0 && others.iter().all(|c| c % 8 == 0) && corners_fit(op, &s);
+    let blocks = |c: usize| c.div_ceil(k::BK);
+    let (m, n) = (s.b * s.out_h * s.out_w, op.columns(x[1].shape));
+    // A tile lies in one phase: in one small image.
+    let (rows, taps) = if op.phases { (s.h * s.w, 4) } else { (m, s.kh * s.kw) };
+    let sum = taps * blocks(s.c) + others.into_iter().map(blocks).sum::<usize>();
+    let fits = fits && m * n > 0 && (!op.phases || rows % SLAB == 0);
+    fits.then_some(Sums { rows, ..Sums::new(m, n, sum) })
+}
 
-    /// As the kernel takes a convolution; `None` for what it does not take.
-    pub(super) fn conv(op: &Conv2d, x: &[Spec]) -> Option<Product> {
-        Product::new(Product::sums_conv(op, x)?, op.choice)
-    }
+/// A matrix product as the kernel takes it; `None` for what it does not take.
+pub(super) fn linear(op: &Linear, x: &[Spec]) -> Option<Sums> {
+    let (m, c, part) = (x[0].shape.rows(), x[0].shape.last(), x[1].shape[0]);
+    let n = part * (1 + op.more);
+    let fits = takes(x)
+        && c % 8 == 0
+        && m * n * c > 0
+        && (!op.epi.glu || n % 16 == 0)
+        && (op.more == 0 || part % 16 == 0);
+    fits.then(|| Sums { part, ..Sums::new(m, n, c.div_ceil(k::BK)) })
+}
 
-    /// As the kernel takes a matrix product; `None` for what it does not take.
-    pub(super) fn linear(op: &Linear, x: &[Spec]) -> Option<Product> {
-        Product::new(Product::sums_linear(op, x)?, op.choice)
+pub(super) fn launch_conv(product: &Tiled, op: &Conv2d, s: &ConvShape, io: &cuda::Call) -> Result<()> {
+    let (w_row, w_tap) = (io.int(s.kh * s.kw * s.c)?, io.int(s.c)?);
+    let mut p = k::Conv2dMma { w_row, w_tap, segments: 1, ..Default::default() };
+    windows!(io, s, p);
+    if op.phases {
+        (p.phases, p.upsample, p.kh, p.kw, p.w_row) = (1, 0, 2, 2, 4 * p.c);
     }
-
-    /// A convolution as the kernel takes it; `None` for what it does not take.
-    pub(super) fn sums_conv(op: &Conv2d, x: &[Spec]) -> Option<Sums> {
-        let s = op.shape(x[0].shape, x[1].shape)?;
+    p.flat = s.pointwise() as i32;
+    if op.shortcut > 0 {
         let first = op.epi.inputs().end;
-        let others: Vec<usize> = x[first..].iter().take(op.shortcut).map(|s| s.shape.last()).collect();
-        let corner = |out: usize, kernel: usize| out * op.stride + kernel < 0x4000;
-        let fits = takes(x)
-            && s.c % 8 == 0
-            && others.iter().all(|c| c % 8 == 0)
-            && corner(s.out_h, s.kh)
-            && corner(s.out_w, s.kw)
-            && s.pad_top.max(s.pad_left) < 0x4000;
-        let blocks = |c: usize| c.div_ceil(k::BK);
-        let (m, n) = (s.b * s.out_h * s.out_w, op.columns(x[1].shape));
-        // A tile lies in one phase: in one small image.
-        let (rows, taps) = if op.phases { (s.h * s.w, 4) } else { (m, s.kh * s.kw) };
-        let sum = taps * blocks(s.c) + others.into_iter().map(blocks).sum::<usize>();
-        let fits = fits && m * n > 0 && (!op.phases || rows % SLAB == 0);
-        fits.then_some(Sums { rows, ..Sums::new(m, n, sum) })
-    }
-
-    /// A matrix product as the kernel takes it; `None` for what it does not take.
-    pub(super) fn sums_linear(op: &Linear, x: &[Spec]) -> Option<Sums> {
-        let (m, c, part) = (x[0].shape.rows(), x[0].shape.last(), x[1].shape[0]);
-        let n = part * (1 + op.more);
-        let fits = takes(x)
-            && c % 8 == 0
-            && m * n * c > 0
-            && (!op.epi.glu || n % 16 == 0)
-            && (op.more == 0 || part % 16 == 0);
-        fits.then(|| Sums { part, ..Sums::new(m, n, c.div_ceil(k::BK)) })
-    }
-
-    /// Bytes of the partial sums.
-    pub(super) fn partial_bytes(&self) -> usize {
-        self.tile.partial_bytes(self.sums.m, self.sums.n, self.splits)
-    }
-
-    /// Name of the kernel variant.
-    pub(super) fn variant(&self) -> &'static str {
-        self.tile.name
-    }
-
-    /// Blocks along x, y and z.
-    fn grid(&self) -> [usize; 3] {
-        [self.sums.m.div_ceil(self.tile.rows), self.sums.n.div_ceil(self.tile.columns), self.splits]
-    }
-
-    /// The launch, and its time by the model.
-    pub(super) fn plan(&self, dtype: DType) -> LaunchPlan {
-        let time = microseconds(self.tile, &self.sums, self.splits);
-        let plan = LaunchPlan::new(k::CONV2D_MMA, dtype, self.tile.name, self.grid(), k::BLOCK, time);
-        LaunchPlan { splits: self.splits, ..plan }
-    }
-
-    pub(super) fn launch_conv(&self, op: &Conv2d, s: &ConvShape, io: &cuda::Call) -> Result<()> {
-        let mut p = k::Conv2dMma {
-            h: io.int(s.h)?,
-            w_: io.int(s.w)?,
-            c: io.int(s.c)?,
-            kh: io.int(s.kh)?,
-            kw: io.int(s.kw)?,
-            out_h: io.int(s.out_h)?,
-            out_w: io.int(s.out_w)?,
-            stride: io.int(s.stride)?,
-            top: io.int(s.pad_top)?,
-            left: io.int(s.pad_left)?,
-            upsample: s.upsample as i32,
-            w_row: io.int(s.kh * s.kw * s.c)?,
-            w_tap: io.int(s.c)?,
-            segments: 1,
-            ..Default::default()
-        };
-        if op.phases {
-            (p.phases, p.upsample, p.kh, p.kw, p.w_row) = (1, 0, 2, 2, 4 * p.c);
+        let width = |i: usize| io.x_spec(first + i).shape.last();
+        let w = io.x(first + op.shortcut);
+        let row = io.int((0..op.shortcut).map(width).sum())?;
+        (p.x1, p.w1, p.c1, p.w_row1, p.flat1) = (io.x(first), w, io.int(width(0))?, row, 1);
+        if op.shortcut == 2 {
+            let element = io.x_spec(0).dtype.size();
+            (p.x2, p.w2, p.c2, p.w_row2) =
+                (io.x(first + 1), w.offset(width(0) * element), io.int(width(1))?, row);
         }
-        p.flat = s.pointwise() as i32;
-        if op.shortcut > 0 {
-            let first = op.epi.inputs().end;
-            let width = |i: usize| io.x_spec(first + i).shape.last();
-            let w = io.x(first + op.shortcut);
-            let row = io.int((0..op.shortcut).map(width).sum())?;
-            (p.x1, p.w1, p.c1, p.w_row1, p.flat1) = (io.x(first), w, io.int(width(0))?, row, 1);
-            if op.shortcut == 2 {
-                let element = io.x_spec(0).dtype.size();
-                (p.x2, p.w2, p.c2, p.w_row2) =
-                    (io.x(first + 1), w.offset(width(0) * element), io.int(width(1))?, row);
-            }
-            p.bias1 = io.x(first + op.shortcut + 1);
-            p.segments += op.shortcut as i32;
-        }
-        self.launch(&op.epi, io, p)
+        p.bias1 = io.x(first + op.shortcut + 1);
+        p.segments += op.shortcut as i32;
     }
+    launch(product, &op.epi, io, p)
+}
 
-    pub(super) fn launch_linear(&self, op: &Linear, io: &cuda::Call) -> Result<()> {
-        let c = io.int(io.x_spec(0).shape.last())?;
-        let (w1, w2) = if op.more > 0 { (io.x(2), io.x(3)) } else { Default::default() };
-        let p = k::Conv2dMma {
-            w1,
-            w2,
-            part: if op.more > 0 { io.int(io.x_spec(1).shape[0])? } else { 0 },
-            c,
-            kh: 1,
-            kw: 1,
-            out_h: io.int(self.sums.m)?,
-            out_w: 1,
-            flat: 1,
-            w_row: c,
-            w_tap: c,
-            segments: 1,
-            ..Default::default()
-        };
-        self.launch(&op.epi, io, p)
-    }
+pub(super) fn launch_linear(product: &Tiled, op: &Linear, io: &cuda::Call) -> Result<()> {
+    let c = io.int(io.x_spec(0).shape.last())?;
+    let (w1, w2) = if op.more > 0 { (io.x(2), io.x(3)) } else { Default::default() };
+    let p = k::Conv2dMma {
+        w1,
+        w2,
+        part: if op.more > 0 { io.int(io.x_spec(1).shape[0])? } else { 0 },
+        c,
+        kh: 1,
+        kw: 1,
+        out_h: io.int(product.sums.m)?,
+        out_w: 1,
+        flat: 1,
+        w_row: c,
+        w_tap: c,
+        segments: 1,
+        ..Default::default()
+    };
+    launch(product, &op.epi, io, p)
+}
 
-    fn launch(&self, epi: &Epi, io: &cuda::Call, mut p: k::Conv2dMma) -> Result<()> {
-        let at = epi.inputs();
-        let input = |i: usize| if i == 0 { DevicePtr::NULL } else { io.x(i) };
-        (p.y, p.x, p.w) = (io.y(0), io.x(0), io.x(1));
-        (p.bias, p.time, p.residual) = (input(at.bias), input(at.time), input(at.residual));
-        p.counter = input(at.step);
-        p.time_rows = if epi.time { io.int(io.x_spec(at.time).shape.rows())? } else { 1 };
-        p.stats = if epi.stats { io.y(1) } else { DevicePtr::NULL };
-        let Sums { m, n, blocks, .. } = self.sums;
-        (p.m, p.o, p.blocks) = (io.int(m)?, io.int(epi.columns(n))?, io.int(blocks)?);
-        (p.act, p.glu) = (code(epi.act), epi.glu as i32);
-        if self.splits > 1 {
-            (p.partial, p.counters) = (io.scratch, io.counters()?);
-        }
-        io.launch(k::CONV2D_MMA, io.y_spec(0).dtype, self.tile.name, self.grid(), k::BLOCK, p)
+fn launch(product: &Tiled, epi: &Epi, io: &cuda::Call, mut p: k::Conv2dMma) -> Result<()> {
+    operands!(io, epi, p);
+    p.stats = if epi.stats { io.y(1) } else { Default::default() };
+    let Sums { m, n, blocks, .. } = product.sums;
+    (p.m, p.o, p.blocks) = (io.int(m)?, io.int(epi.columns(n))?, io.int(blocks)?);
+    p.glu = epi.glu as i32;
+    if product.splits > 1 {
+        (p.partial, p.counters) = (io.scratch, io.counters()?);
     }
+    io.launch(k::CONV2D_MMA, io.y_spec(0).dtype, product.tile.name, product.grid(), k::BLOCK, p)
 }
 
 /// Whether type and sizes suit the kernel, which counts elements with 32 bits.
@@ -216,7 +142,7 @@ mod tests {
     }
 
     fn chosen(m: usize, n: usize, k: usize) -> (&'static str, usize) {
-        let p = Product::new(Sums::new(m, n, k / 32), None).unwrap();
+        let p = Tiled::of_tensor_cores(Sums::new(m, n, k / 32));
         (p.tile.name, p.splits)
     }
 
@@ -235,7 +161,7 @@ mod tests {
             (262144, 128, 1152),
             (8192, 4, 2880),
         ] {
-            let p = Product::new(Sums::new(m, n, k / 32), None).unwrap();
+            let p = Tiled::of_tensor_cores(Sums::new(m, n, k / 32));
             let us = p.plan(DType::F16).microseconds;
             let rate = 2.0 * (m * n * k) as f64 / us / 1e6;
             println!("{m} {n} {k}: {:?} {us:.1} us, {rate:.0} TFLOP/s", chosen(m, n, k));
@@ -244,7 +170,7 @@ mod tests {
 
     #[test]
     fn a_case_with_statistics_ends_half_way_through_a_tile() {
-        let p = Product::new(Sums::new(129 * SLAB, 256, 9), None).unwrap();
+        let p = Tiled::of_tensor_cores(Sums::new(129 * SLAB, 256, 9));
         assert_eq!((p.tile.rows, p.sums.m % p.tile.rows), (128, SLAB), "{p:?}");
         let case = |c: &Case| {
             matches!(&c.op, crate::ops::Op::Conv2d(op) if op.epi.stats) && *c.args[0].shape == [129, 8, 8, 16]
@@ -255,11 +181,11 @@ mod tests {
     #[test]
     fn other_types_and_odd_channels_take_the_plain_kernel() {
         let specs = |t, c| [Spec::new(t, [2, 8, 8, c]), Spec::new(t, [16, 3, 3, c]), Spec::new(t, [16])];
-        assert!(Product::conv(&Conv2d::same(3), &specs(DType::BF16, 32)).is_some());
-        assert!(Product::conv(&Conv2d::same(3), &specs(DType::F32, 32)).is_none());
-        assert!(Product::conv(&Conv2d::same(3), &specs(DType::F16, 4)).is_none());
+        assert!(conv(&Conv2d::same(3), &specs(DType::BF16, 32)).is_some());
+        assert!(conv(&Conv2d::same(3), &specs(DType::F32, 32)).is_none());
+        assert!(conv(&Conv2d::same(3), &specs(DType::F16, 4)).is_none());
         let rows = |c| [Spec::new(DType::F16, [8, c]), Spec::new(DType::F16, [16, c])];
-        assert!(Product::linear(&Linear::default(), &rows(40)).is_some());
-        assert!(Product::linear(&Linear::default(), &rows(37)).is_none());
+        assert!(linear(&Linear::default(), &rows(40)).is_some());
+        assert!(linear(&Linear::default(), &rows(37)).is_none());
     }
 }

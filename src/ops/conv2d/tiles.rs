@@ -1,84 +1,176 @@
-//! Which kernel takes a product; the tiles of those that are not plain, and the choice among them.
+//! Which kernel takes a product, in which tiles, with its sums split into how many parts.
 
 use super::super::prelude::*;
-use super::floats::FloatProduct;
-use super::tensor_cores::Product;
 use super::{Conv2d, Linear, floats, tensor_cores};
 use crate::backend::cpu::gemm::ConvShape;
 
-/// A product that a kernel with tiles takes.
-pub(super) enum Fast {
-    TensorCores(Product),
-    Floats(FloatProduct),
+/// The kernels that work in tiles: each says what it takes, in which tiles, how long that takes, and how it is launched.
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Engine {
+    TensorCores,
+    Floats,
 }
 
-impl Fast {
-    /// `None`: the plain kernel takes it.
-    pub(super) fn conv(op: &Conv2d, x: &[Spec]) -> Option<Fast> {
-        let floats = || FloatProduct::conv(op, x).map(Fast::Floats);
-        Product::conv(op, x).map(Fast::TensorCores).or_else(floats)
+impl Engine {
+    const ALL: [Engine; 2] = [Engine::TensorCores, Engine::Floats];
+
+    fn conv(self, op: &Conv2d, x: &[Spec]) -> Option<Sums> {
+        match self {
+            Engine::TensorCores => tensor_cores::conv(op, x),
+            Engine::Floats => floats::conv(op, x),
+        }
+    }
+
+    fn linear(self, op: &Linear, x: &[Spec]) -> Option<Sums> {
+        match self {
+            Engine::TensorCores => tensor_cores::linear(op, x),
+            Engine::Floats => floats::linear(op, x),
+        }
+    }
+
+    fn tiles(self) -> &'static [Tile] {
+        match self {
+            Engine::TensorCores => &tensor_cores::TILES,
+            Engine::Floats => &floats::TILES,
+        }
+    }
+
+    /// Microseconds by the model.
+    fn time(self, tile: Tile, sums: &Sums, splits: usize) -> f64 {
+        match self {
+            Engine::TensorCores => tensor_cores::microseconds(tile, sums, splits),
+            Engine::Floats => floats::microseconds(tile, sums, splits),
+        }
+    }
+}
+
+/// A product that a kernel with tiles takes.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(super) struct Tiled {
+    engine: Engine,
+    pub sums: Sums,
+    pub tile: Tile,
+    pub splits: usize,
+}
+
+impl Tiled {
+    fn new(engine: Engine, sums: Sums, asked: Option<Choice>) -> Option<Tiled> {
+        let (tile, splits) =
+            sums.choose(engine.tiles(), asked, |tile, splits| engine.time(tile, &sums, splits))?;
+        Some(Tiled { engine, sums, tile, splits })
     }
 
     /// `None`: the plain kernel takes it.
-    pub(super) fn linear(op: &Linear, x: &[Spec]) -> Option<Fast> {
-        let floats = || FloatProduct::linear(op, x).map(Fast::Floats);
-        Product::linear(op, x).map(Fast::TensorCores).or_else(floats)
+    pub(super) fn conv(op: &Conv2d, x: &[Spec]) -> Option<Tiled> {
+        Engine::ALL.into_iter().find_map(|e| Tiled::new(e, e.conv(op, x)?, op.choice))
+    }
+
+    /// `None`: the plain kernel takes it.
+    pub(super) fn linear(op: &Linear, x: &[Spec]) -> Option<Tiled> {
+        Engine::ALL.into_iter().find_map(|e| Tiled::new(e, e.linear(op, x)?, op.choice))
+    }
+
+    /// What a kernel makes of such sums, of which it takes all.
+    #[cfg(test)]
+    pub(super) fn of_tensor_cores(sums: Sums) -> Tiled {
+        Tiled::new(Engine::TensorCores, sums, None).expect("some tile suits")
+    }
+
+    /// See [`Tiled::of_tensor_cores`].
+    #[cfg(test)]
+    pub(super) fn of_floats(sums: Sums) -> Tiled {
+        Tiled::new(Engine::Floats, sums, None).expect("some tile suits")
     }
 
     /// All that could be asked of a convolution.
     pub(super) fn choices_conv(op: &Conv2d, x: &[Spec]) -> Vec<Choice> {
-        choices(Product::sums_conv(op, x), FloatProduct::sums_conv(op, x))
+        Engine::ALL.into_iter().flat_map(|e| choices(e, e.conv(op, x))).collect()
     }
 
     /// All that could be asked of a matrix product.
     pub(super) fn choices_linear(op: &Linear, x: &[Spec]) -> Vec<Choice> {
-        choices(Product::sums_linear(op, x), FloatProduct::sums_linear(op, x))
+        Engine::ALL.into_iter().flat_map(|e| choices(e, e.linear(op, x))).collect()
     }
 
     /// Bytes of the partial sums.
     pub(super) fn partial_bytes(&self) -> usize {
-        match self {
-            Fast::TensorCores(product) => product.partial_bytes(),
-            Fast::Floats(product) => product.partial_bytes(),
-        }
+        self.tile.partial_bytes(self.sums.m, self.sums.n, self.splits)
     }
 
-    /// Name of the kernel variant.
-    pub(super) fn variant(&self) -> &'static str {
-        match self {
-            Fast::TensorCores(product) => product.variant(),
-            Fast::Floats(product) => product.variant(),
-        }
+    /// Blocks along x, y and z.
+    pub(super) fn grid(&self) -> [usize; 3] {
+        [self.sums.m.div_ceil(self.tile.rows), self.sums.n.div_ceil(self.tile.columns), self.splits]
     }
 
     /// The launch, and its time by the model.
     pub(super) fn plan(&self, dtype: DType) -> LaunchPlan {
-        match self {
-            Fast::TensorCores(product) => product.plan(dtype),
-            Fast::Floats(product) => product.plan(),
-        }
+        let time = self.engine.time(self.tile, &self.sums, self.splits);
+        let (name, grid) = (self.tile.name, self.grid());
+        let plan = match self.engine {
+            Engine::TensorCores => {
+                let k = tensor_cores::k::CONV2D_MMA;
+                LaunchPlan::new(k, dtype, name, grid, tensor_cores::k::BLOCK, time)
+            }
+            Engine::Floats => {
+                LaunchPlan::new(floats::k::CONV2D_F32, dtype, name, grid, floats::k::BLOCK.of(name), time)
+            }
+        };
+        LaunchPlan { splits: self.splits, ..plan }
     }
 
     pub(super) fn launch_conv(&self, op: &Conv2d, s: &ConvShape, io: &cuda::Call) -> Result<()> {
-        match self {
-            Fast::TensorCores(product) => product.launch_conv(op, s, io),
-            Fast::Floats(product) => product.launch_conv(op, s, io),
+        match self.engine {
+            Engine::TensorCores => tensor_cores::launch_conv(self, op, s, io),
+            Engine::Floats => floats::launch_conv(self, op, s, io),
         }
     }
 
     pub(super) fn launch_linear(&self, op: &Linear, io: &cuda::Call) -> Result<()> {
-        match self {
-            Fast::TensorCores(product) => product.launch_linear(op, io),
-            Fast::Floats(product) => product.launch_linear(op, io),
+        match self.engine {
+            Engine::TensorCores => tensor_cores::launch_linear(self, op, io),
+            Engine::Floats => floats::launch_linear(self, op, io),
         }
     }
 }
 
-fn choices(cores: Option<Sums>, floats: Option<Sums>) -> Vec<Choice> {
-    let cores = cores.into_iter().flat_map(|sums| sums.all(&tensor_cores::TILES));
-    let floats = floats.into_iter().flat_map(|sums| sums.all(&floats::TILES));
-    cores.chain(floats).map(|(tile, splits)| Choice { variant: tile.name, splits }).collect()
+fn choices(engine: Engine, sums: Option<Sums>) -> Vec<Choice> {
+    let all = sums.into_iter().flat_map(|sums| sums.all(engine.tiles()));
+    all.map(|(tile, splits)| Choice { variant: tile.name, splits }).collect()
 }
+
+/// Whether every corner of a window fits the 14 bits and the sign that the kernels keep it in.
+pub(super) fn corners_fit(op: &Conv2d, s: &ConvShape) -> bool {
+    let corner = |out: usize, kernel: usize| out * op.stride + kernel < 0x4000;
+    corner(s.out_h, s.kh) && corner(s.out_w, s.kw) && s.pad_top.max(s.pad_left) < 0x4000
+}
+
+/// Fills in the fields of a kernel's struct that say where a convolution's windows lie: the same in every kernel of the room.
+macro_rules! windows {
+    ($io:expr, $s:expr, $p:expr) => {{
+        let (io, s, p) = ($io, $s, &mut $p);
+        (p.h, p.w_, p.c) = (io.int(s.h)?, io.int(s.w)?, io.int(s.c)?);
+        (p.kh, p.kw) = (io.int(s.kh)?, io.int(s.kw)?);
+        (p.out_h, p.out_w) = (io.int(s.out_h)?, io.int(s.out_w)?);
+        (p.stride, p.top, p.left) = (io.int(s.stride)?, io.int(s.pad_top)?, io.int(s.pad_left)?);
+        p.upsample = s.upsample as i32;
+    }};
+}
+pub(super) use windows;
+
+/// Fills in the operands of a product and what its epilogue adds: fields of the same names in every kernel of the room.
+macro_rules! operands {
+    ($io:expr, $epi:expr, $p:expr) => {{
+        let (io, epi, p): (_, &super::Epi, _) = ($io, $epi, &mut $p);
+        let at = epi.inputs();
+        let input = |i: usize| if i == 0 { $crate::kernels::DevicePtr::NULL } else { io.x(i) };
+        (p.y, p.x, p.w) = (io.y(0), io.x(0), io.x(1));
+        (p.bias, p.time, p.residual) = (input(at.bias), input(at.time), input(at.residual));
+        p.counter = input(at.step);
+        p.time_rows = if epi.time { io.int(io.x_spec(at.time).shape.rows())? } else { 1 };
+        p.act = $crate::ops::activation::code(epi.act);
+    }};
+}
+pub(super) use operands;
 
 /// The variant of a product's kernel and the parts that its sums are split into.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
