@@ -43,6 +43,25 @@ DEV float inner(const float (*a)[CHUNK + 1], const float (*b)[CHUNK + 1], int ro
     return sum;
 }
 
+// Of the thread's row of the block and column of the tile that passes by: q · k, and dy · v.
+struct Scores {
+    float score, dp;
+};
+DEV Scores scores(TileSmem& s, const Rows& a0, const Rows& a1, const Rows& b0, const Rows& b1, int row, int column) {
+    Scores made = {0.0f, 0.0f};
+    for (int c0 = 0; c0 < a0.d; c0 += CHUNK) {
+        fetch(s.a[0], a0, c0);
+        fetch(s.a[1], a1, c0);
+        fetch(s.b[0], b0, c0);
+        fetch(s.b[1], b1, c0);
+        sync_block();
+        made.score = inner(s.a[0], s.b[0], row, column, made.score);
+        made.dp = inner(s.a[1], s.b[1], row, column, made.dp);
+        sync_block();
+    }
+    return made;
+}
+
 struct AttentionGradQ {
     T* dq;         // (B,T,N·d)
     float* stats;  // (B,N,T,2)
@@ -118,20 +137,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_grad_q(const __
     for (int n0 = 0; n0 < all; n0 += TILE) {
         k.first = n0;
         v.first = n0;
-        float score = 0.0f, dp = 0.0f;
-        for (int c0 = 0; c0 < p.d; c0 += CHUNK) {
-            fetch(s.a[0], q, c0);
-            fetch(s.a[1], dy, c0);
-            fetch(s.b[0], k, c0);
-            fetch(s.b[1], v, c0);
-            sync_block();
-            score = inner(s.a[0], s.b[0], row, column, score);
-            dp = inner(s.a[1], s.b[1], row, column, dp);
-            sync_block();
-        }
+        const Scores made = scores(s, q, dy, k, v, row, column);
         const bool visible = n0 + column < seen && n0 + column < p.s && query < p.t;
-        const float weight = visible ? exp_f(score * p.scale - s.lse[row]) : 0.0f;
-        s.ds[row][column] = weight * (dp - s.delta[row]) * p.scale;
+        const float weight = visible ? exp_f(made.score * p.scale - s.lse[row]) : 0.0f;
+        s.ds[row][column] = weight * (made.dp - s.delta[row]) * p.scale;
         sync_block();
         const int count = p.s - n0 < TILE ? p.s - n0 : TILE;
         for (int j = 0; j < count; j++) {
@@ -188,23 +197,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_grad_kv(const _
     for (int t0 = from; t0 < p.t; t0 += TILE) {
         q.first = t0;
         dy.first = t0;
-        float score = 0.0f, dp = 0.0f;
-        for (int c0 = 0; c0 < p.d; c0 += CHUNK) {
-            fetch(s.a[0], k, c0);
-            fetch(s.a[1], v, c0);
-            fetch(s.b[0], q, c0);
-            fetch(s.b[1], dy, c0);
-            sync_block();
-            score = inner(s.a[0], s.b[0], row, column, score);
-            dp = inner(s.a[1], s.b[1], row, column, dp);
-            sync_block();
-        }
+        const Scores made = scores(s, k, v, q, dy, row, column);
         const int query = t0 + column;
         float weight = 0.0f, ds = 0.0f;
         if (query < p.t && key < p.s && (!p.causal || key < query + 1 + p.s - p.t)) {
             const float* stats = p.stats + 2 * (((long long)block_z() * p.heads + block_y()) * p.t + query);
-            weight = exp_f(score * p.scale - load(stats));
-            ds = weight * (dp - load(stats + 1)) * p.scale;
+            weight = exp_f(made.score * p.scale - load(stats));
+            ds = weight * (made.dp - load(stats + 1)) * p.scale;
         }
         s.p[row][column] = weight;
         s.ds[row][column] = ds;
