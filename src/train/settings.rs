@@ -2,12 +2,15 @@
 //!
 //! Sections of models hold diffusers' own keys, so that what a run exports says the same as what it was told.
 
+mod autoencoder;
+mod diffusion;
+
 use super::frozen::FirstStage;
 use super::{Objective, Optimiser, Schedule};
 use crate::data::transform::{Crop, Filter, Transform};
 use crate::error::{Error, Result};
 use crate::io::Config;
-use crate::models::{AutoencoderKL, ClipText, Model, UNet2DCondition};
+use crate::models::{AutoencoderKL, UNet2DCondition};
 use crate::ops::Distance;
 use crate::samplers::ScheduleConfig;
 use crate::tensor::DType;
@@ -272,7 +275,7 @@ fn optimiser(c: &Config, kind: Kind, steps: usize) -> Result<(Optimiser, f64, Sc
     Ok((how, rate, schedule))
 }
 
-pub(super) fn distance(c: &Config, default: &str) -> Result<Distance> {
+fn distance(c: &Config, default: &str) -> Result<Distance> {
     let delta = within(c, "huber_delta", 1.0, 1e-6, 1e6)? as f32;
     Ok(match c.one_of("distance", &["l1", "l2", "huber"], default)? {
         "l1" => Distance::L1,
@@ -317,152 +320,6 @@ fn in_section<T>(result: Result<T>, section: &str) -> Result<T> {
     })
 }
 
-fn autoencoder(c: &Config, size: usize) -> Result<AutoencoderSettings> {
-    let channels = levels(c, "model", &[32, 64, 64])?;
-    let n = channels.len();
-    let config = completed(
-        c,
-        "model",
-        json!({
-            "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3,
-            "down_block_types": vec!["DownEncoderBlock2D"; n], "up_block_types": vec!["UpDecoderBlock2D"; n],
-            "block_out_channels": channels, "layers_per_block": 1, "act_fn": "silu", "latent_channels": 4,
-            "norm_num_groups": 32, "sample_size": size, "scaling_factor": 1.0, "force_upcast": false,
-        }),
-    )?;
-    let read = Config::from_value(c.file(), config.clone())?;
-    let model = in_section(AutoencoderKL::from_config(&read), "model")?;
-    if (model.codec.in_channels, model.codec.out_channels) != (3, 3) {
-        return Err(in_section::<()>(Err(read.error("in_channels", "3, for RGB, as out_channels")), "model")
-            .unwrap_err());
-    }
-    let f = model.codec.factor();
-    if size % f != 0 {
-        return Err(c.error(
-            "data",
-            format!("a size that is a multiple of {f}, by model.block_out_channels; it is {size}"),
-        ));
-    }
-    let loss = section(c, "loss", &["distance", "huber_delta", "kl_weight"])?;
-    Ok(AutoencoderSettings {
-        model,
-        config,
-        distance: distance(&loss, "l1")?,
-        kl_weight: within(&loss, "kl_weight", 1e-6, 0.0, 1e6)?,
-    })
-}
-
-fn diffusion(c: &Config, size: usize) -> Result<DiffusionSettings> {
-    let models = section(c, "model", &["unet", "text_encoder"])?;
-    let stage = section(c, "first_stage", &["path", "cache", "scaling_factor"])?;
-    let first = FirstStage::read(&stage)?;
-    let (z, f) = (first.channels(), first.factor());
-    if size % f != 0 {
-        return Err(
-            c.error("data", format!("a size that is a multiple of {f}, by the first stage; it is {size}"))
-        );
-    }
-    let text_config = completed(
-        &models,
-        "text_encoder",
-        json!({
-            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_size": 64,
-            "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "max_position_embeddings": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-        }),
-    )?;
-    if text_config.get("vocab_size").is_some() {
-        return Err(models
-            .error("text_encoder", "no vocab_size: it is that of the tokenizer (see tokenizer.vocab_size)"));
-    }
-    let mut tried = text_config.clone();
-    tried["vocab_size"] = json!(1000);
-    let text =
-        in_section(ClipText::from_config(&Config::from_value(c.file(), tried)?), "model.text_encoder")?;
-    if text.positions < 3 {
-        return Err(models.error("text_encoder", "max_position_embeddings of at least 3"));
-    }
-    let channels = levels(&models, "unet", &[64, 128])?;
-    let n = channels.len();
-    let cross = |i: usize| i + 1 == n || i > 0;
-    let down: Vec<_> =
-        (0..n).map(|i| if cross(i) { "CrossAttnDownBlock2D" } else { "DownBlock2D" }).collect();
-    let up: Vec<_> =
-        (0..n).rev().map(|i| if cross(i) { "CrossAttnUpBlock2D" } else { "UpBlock2D" }).collect();
-    let unet_config = completed(
-        &models,
-        "unet",
-        json!({
-            "_class_name": "UNet2DConditionModel", "sample_size": size / f, "in_channels": z, "out_channels": z,
-            "down_block_types": down, "up_block_types": up, "block_out_channels": channels, "layers_per_block": 1,
-            "cross_attention_dim": text.hidden, "attention_head_dim": 4, "norm_num_groups": 32, "act_fn": "silu",
-            "flip_sin_to_cos": true, "freq_shift": 0,
-        }),
-    )?;
-    let read = Config::from_value(c.file(), unet_config.clone())?;
-    let unet = in_section(UNet2DCondition::from_config(&read), "model.unet")?;
-    let wrong =
-        |key: &str, want: String| in_section::<()>(Err(read.error(key, want)), "model.unet").unwrap_err();
-    for (key, n) in [("in_channels", unet.in_channels), ("out_channels", unet.out_channels)] {
-        if n != z {
-            return Err(wrong(key, format!("the first stage's {z} channels")));
-        }
-    }
-    if unet.context != text.hidden {
-        return Err(wrong("cross_attention_dim", format!("model.text_encoder.hidden_size {}", text.hidden)));
-    }
-    let m = f * unet.multiple();
-    if size % m != 0 {
-        return Err(c.error(
-            "data",
-            format!("a size that is a multiple of {m}, by first stage and UNet; it is {size}"),
-        ));
-    }
-    let loss = section(c, "loss", &["distance", "huber_delta", "snr_gamma", "noise_offset"])?;
-    let schedule_config = completed(
-        c,
-        "scheduler",
-        json!({
-            "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear",
-            "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon", "clip_sample": false,
-            "set_alpha_to_one": false, "steps_offset": 1, "timestep_spacing": "leading",
-        }),
-    )?;
-    let schedule = in_section(ScheduleConfig::from_json(&schedule_config, c.file()), "scheduler")?;
-    schedule.alphas_cumprod()?;
-    let snr_gamma = loss.opt_f64("snr_gamma")?;
-    if snr_gamma.is_some_and(|g| !(g > 0.0)) {
-        return Err(loss.error("snr_gamma", "a number above 0 (5 is usual), or no such key"));
-    }
-    let objective = Objective {
-        output: schedule.output,
-        distance: distance(&loss, "l2")?,
-        snr_gamma,
-        noise_offset: within(&loss, "noise_offset", 0.0, 0.0, 1.0)?,
-    };
-    let tokenizer = section(c, "tokenizer", &["vocab_size"])?;
-    let vocabulary = tokenizer.usize_or("vocab_size", 1000)?;
-    if vocabulary < 514 {
-        return Err(tokenizer.error(
-            "vocab_size",
-            "at least 514: 256 bytes, each inside and at the end of a word, and two more",
-        ));
-    }
-    let drop = within(&section(c, "conditioning", &["drop"])?, "drop", 0.1, 0.0, 1.0)?;
-    Ok(DiffusionSettings {
-        unet,
-        unet_config,
-        text_config,
-        vocabulary,
-        first,
-        cache: stage.bool_or("cache", true)?,
-        schedule,
-        schedule_config,
-        objective,
-        drop,
-    })
-}
-
 impl Settings {
     /// Reads what a run is told; `file` is what errors name.
     ///
@@ -483,8 +340,8 @@ impl Settings {
         let decay = within(&average, "decay", default, 0.0, 1.0)?;
         optimiser.average = decay > 0.0;
         let parts = match kind {
-            Kind::Autoencoder => Parts::Autoencoder(Box::new(autoencoder(&c, data.size)?)),
-            Kind::Diffusion => Parts::Diffusion(Box::new(diffusion(&c, data.size)?)),
+            Kind::Autoencoder => Parts::Autoencoder(Box::new(autoencoder::read(&c, data.size)?)),
+            Kind::Diffusion => Parts::Diffusion(Box::new(diffusion::read(&c, data.size)?)),
         };
         let checkpoint = section(&c, "checkpoint", &["every", "newest"])?;
         let sample = section(&c, "sample", &["every", "count", "prompts", "steps", "guidance"])?;
