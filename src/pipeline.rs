@@ -216,8 +216,38 @@ impl Pipeline {
         if copies == 2 {
             ids.extend(self.encode_prompt("negative prompt", &r.negative, observer)?.ids);
         }
-        ids.extend(self.encode_prompt("prompt", &r.prompt, observer)?.ids);
-        repeat(&self.encode_text(&ids, copies, r.clip_skip, observer)?, r.batch)
+        let own: Vec<&String> =
+            if r.prompts.is_empty() { vec![&r.prompt] } else { r.prompts.iter().collect() };
+        for prompt in &own {
+            ids.extend(self.encode_prompt("prompt", prompt, observer)?.ids);
+        }
+        if own.len() == 1 {
+            return repeat(&self.encode_text(&ids, copies, r.clip_skip, observer)?, r.batch);
+        }
+        // As few rows at a time as the memory of a request counts.
+        let tokens = ids.len() / (copies - 1 + own.len());
+        let mut rows = self.encode_rows(&ids, tokens, r.clip_skip, observer)?;
+        let positive = rows.split_off(copies - 1);
+        let negative = rows.iter().cycle().take(rows.len() * r.batch);
+        let shape = [copies * r.batch, tokens, positive[0].len() / tokens];
+        HostTensor::f32(shape, negative.chain(&positive).flatten().copied().collect())
+    }
+
+    /// ids (rows·T) to the hidden states (T·E) of each row, one after the other.
+    fn encode_rows(
+        &self,
+        ids: &[i32],
+        tokens: usize,
+        skip: usize,
+        observer: &mut dyn Observer,
+    ) -> Result<Vec<Vec<f32>>> {
+        let graph = self.blueprint.text.context_graph(1, tokens, self.dtype, skip)?;
+        let mut program = self.program(&self.text, graph, "text", observer)?;
+        let mut row = |ids: &[i32]| {
+            program.write("ids", &HostTensor::i32([1, tokens], ids.to_vec())?)?;
+            Ok(finite(&mut program, "context", "text encoder")?.to_f32())
+        };
+        ids.chunks(tokens).map(&mut row).collect()
     }
 
     /// ids (rows·T) to the hidden states (rows,T,E) f32.

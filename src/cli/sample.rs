@@ -13,17 +13,24 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+/// The model that comes with the sources: `recipes/` says how it was made.
+const OWN_MODEL: &str = "assets/shapes-64";
+
+/// Prompts of a file that are made into pictures together, unless told.
+const TOGETHER: usize = 8;
+
 /// Flags are those of stable-diffusion.cpp and diffusers.
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
-    /// A checkpoint: a diffusers folder (with model_index.json)
+    /// A checkpoint: a diffusers folder (with model_index.json) [default: assets/shapes-64, a small model of the shapes world]
     #[arg(short, long, value_name = "FOLDER")]
-    model: PathBuf,
+    model: Option<PathBuf>,
     /// What the picture shows
     #[arg(short, long, value_name = "TEXT", required_unless_present = "from_file")]
     prompt: Option<String>,
-    /// A file with a prompt a line: a picture of each, 0000.png, 0001.png, …, in the folder --output; picture i has seed + i
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "batch_size", "init_img"])]
+    /// A file with a prompt a line: a picture of each, 0000.png, 0001.png, …, in the folder --output; picture i has seed + i,
+    /// and --batch-size of them are made together [default: 8]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "init_img"])]
     from_file: Option<PathBuf>,
     /// What the picture does not show
     #[arg(short, long, default_value = "", hide_default_value = true, value_name = "TEXT")]
@@ -44,9 +51,9 @@ pub(super) struct Arguments {
     seed: i64,
     #[command(flatten)]
     size: SizeFlags,
-    /// Pictures that are made together; picture i has seed + i
-    #[arg(long, default_value_t = 1, value_name = "N")]
-    batch_size: usize,
+    /// Pictures that are made together; picture i has seed + i [default: 1]
+    #[arg(long, value_name = "N")]
+    batch_size: Option<usize>,
     /// Share of fresh noise in the steps of ddim, 0 to 1
     #[arg(long, default_value_t = 0.0, value_name = "X")]
     eta: f64,
@@ -76,7 +83,28 @@ pub(super) struct Arguments {
 }
 
 impl Arguments {
-    fn request(&self, prompt: &str, seed: u64) -> Result<Request> {
+    /// The checkpoint: the one that is named, or the one that comes with the sources, here or where this was built.
+    fn model(&self) -> Result<PathBuf> {
+        if let Some(model) = &self.model {
+            return Ok(model.clone());
+        }
+        let places = [Path::new(""), Path::new(env!("CARGO_MANIFEST_DIR"))].map(|p| p.join(OWN_MODEL));
+        let found = places.iter().find(|p| p.join("model_index.json").is_file());
+        found.cloned().ok_or_else(|| {
+            let own = places[1].display();
+            Error::invalid(format!(
+                "no model: there is none at {OWN_MODEL} or {own}; name one with -m FOLDER"
+            ))
+        })
+    }
+
+    /// For pictures of one prompt, or one of each of several.
+    fn request(&self, prompts: &[&str], seed: u64) -> Result<Request> {
+        let batch = match self.batch_size {
+            Some(0) => return Err(Error::invalid("--batch-size: want at least 1; got 0")),
+            n if self.from_file.is_none() => n.unwrap_or(1),
+            _ => prompts.len(),
+        };
         let finite = |name: &str, v: f64, low: f64, high: f64| {
             if v.is_finite() && (low..=high).contains(&v) {
                 return Ok(());
@@ -85,9 +113,7 @@ impl Arguments {
         };
         finite("--cfg-scale", self.cfg_scale, 0.0, 1000.0)?;
         finite("--eta", self.eta, 0.0, 1.0)?;
-        for (name, n) in
-            [("--steps", self.steps), ("--batch-size", self.batch_size), ("--clip-skip", self.clip_skip)]
-        {
+        for (name, n) in [("--steps", self.steps), ("--clip-skip", self.clip_skip)] {
             if n == 0 {
                 return Err(Error::invalid(format!("{name}: want at least 1; got 0")));
             }
@@ -103,7 +129,8 @@ impl Arguments {
         };
         Ok(Request {
             init,
-            prompt: prompt.into(),
+            prompt: prompts[0].into(),
+            prompts: if prompts.len() > 1 { prompts.iter().map(|p| p.to_string()).collect() } else { vec![] },
             negative: self.negative_prompt.clone(),
             width: self.size.width,
             height: self.size.height,
@@ -111,7 +138,7 @@ impl Arguments {
             method: self.sampling_method,
             cfg_scale: self.cfg_scale,
             seed,
-            batch: self.batch_size,
+            batch,
             clip_skip: self.clip_skip - 1,
             eta: self.eta,
             vae_tiling: self.vae_tiling,
@@ -126,18 +153,18 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
         return from_file(&a, list, seed);
     }
     let prompt = a.prompt.as_deref().unwrap_or_default();
-    let request = a.request(prompt, seed)?;
+    let request = a.request(&[prompt], seed)?;
     let dtype = a.device.dtype()?;
     let device = a.device.open()?;
     // Before any work: can the model do this, is there memory for it, and can the result be written?
-    let folder = ModelFolder::open(&a.model)?;
+    let folder = ModelFolder::open(a.model()?)?;
     let blueprint = Blueprint::read(&folder)?;
     let staged = Residency::Staged;
     let compute = Pipeline::compute_type(&folder, &device, dtype)?;
     blueprint.check_memory(&request, compute, &device, staged, false)?;
     let method = blueprint.choose(&request)?.0;
     check_output(&a.output)?;
-    let files = names(&a.output, a.batch_size);
+    let files = names(&a.output, request.batch);
     files.iter().try_for_each(|f| check_output(f))?;
     let mut progress = Progress::new(a.quiet);
     let pipeline = Pipeline::open_with(&folder, &device, dtype, staged)?;
@@ -164,16 +191,17 @@ fn from_file(a: &Arguments, list: &Path, seed: u64) -> Result<ExitCode> {
     let text =
         fs::read_to_string(list).map_err(|e| invalid(list, format!("cannot be read as UTF-8 text: {e}")))?;
     let prompts: Vec<&str> = text.lines().map(str::trim).collect();
-    let Some(first) = prompts.first() else {
+    if prompts.is_empty() {
         return Err(invalid(list, "want a prompt a line; it is empty".into()));
-    };
+    }
     if a.output.extension().is_some_and(|e| e == "png") {
         return Err(invalid(&a.output, "want a folder for the pictures of --from-file: -o FOLDER".into()));
     }
-    let request = a.request(first, seed)?;
+    let together: Vec<&[&str]> = prompts.chunks(a.batch_size.unwrap_or(TOGETHER).max(1)).collect();
+    let request = a.request(together[0], seed)?;
     let dtype = a.device.dtype()?;
     let device = a.device.open()?;
-    let folder = ModelFolder::open(&a.model)?;
+    let folder = ModelFolder::open(a.model()?)?;
     let blueprint = Blueprint::read(&folder)?;
     let compute = Pipeline::compute_type(&folder, &device, dtype)?;
     blueprint.check_memory(&request, compute, &device, Residency::Always, false)?;
@@ -185,16 +213,18 @@ fn from_file(a: &Arguments, list: &Path, seed: u64) -> Result<ExitCode> {
         eprintln!("{}; {}, seed {seed}, {} prompts", pipeline.describe(), method.label(), prompts.len());
     }
     let digits = (prompts.len() - 1).to_string().len().max(4);
-    for (i, prompt) in prompts.iter().enumerate() {
+    let mut files = (0..).map(|i| a.output.join(format!("{i:0digits$}.png")));
+    let mut made = 0;
+    for prompts in together {
         // Warnings alone: a bar of each would be too much.
-        let pictures =
-            pipeline.generate(&a.request(prompt, seed.wrapping_add(i as u64))?, &mut Progress::new(true))?;
-        let file = a.output.join(format!("{i:0digits$}.png"));
-        for picture in &pictures {
+        let request = a.request(prompts, seed.wrapping_add(made))?;
+        let pictures = pipeline.generate(&request, &mut Progress::new(true))?;
+        made += pictures.len() as u64;
+        for ((picture, prompt), file) in pictures.iter().zip(prompts).zip(&mut files) {
             let text = (!a.disable_image_metadata).then(|| parameters(a, prompt, picture, method.label()));
             png::write_rgb8(&file, picture.width, picture.height, &picture.rgb, text.as_deref())?;
+            print(&format!("{}\n", file.display()))?;
         }
-        print(&format!("{}\n", file.display()))?;
     }
     atomic::write(a.output.join("prompts.txt"), (prompts.join("\n") + "\n").as_bytes())?;
     Ok(ExitCode::SUCCESS)
@@ -216,7 +246,8 @@ fn parameters(a: &Arguments, prompt: &str, picture: &Picture, sampler: &str) -> 
     if !a.negative_prompt.is_empty() {
         text += &format!("\nNegative prompt: {}", a.negative_prompt);
     }
-    let model = a.model.file_name().unwrap_or_default().to_string_lossy();
+    let model = a.model.as_deref().unwrap_or(Path::new(OWN_MODEL));
+    let model = model.file_name().unwrap_or_default().to_string_lossy();
     let (w, h, version) = (picture.width, picture.height, env!("CARGO_PKG_VERSION"));
     text += &format!(
         "\nSteps: {}, Sampler: {sampler}, CFG scale: {}, Seed: {}, Size: {w}x{h}, Model: {model}",

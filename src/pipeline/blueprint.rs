@@ -186,6 +186,13 @@ impl Blueprint {
         if r.batch == 0 || r.batch > MAX_BATCH {
             return Err(Error::invalid(format!("batch size: want 1 to {MAX_BATCH}; got {}", r.batch)));
         }
+        if !r.prompts.is_empty() && r.prompts.len() != r.batch {
+            return Err(Error::invalid(format!(
+                "prompts: want one for each of the {} pictures, or none; got {}",
+                r.batch,
+                r.prompts.len()
+            )));
+        }
         if !r.cfg_scale.is_finite() {
             return Err(Error::invalid(format!("guidance: want a finite number; got {}", r.cfg_scale)));
         }

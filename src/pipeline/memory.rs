@@ -193,6 +193,7 @@ impl Blueprint {
             height: Some(height),
             init: init(width, height),
             prompt: String::new(),
+            prompts: vec![],
             negative: String::new(),
             ..Request { init: None, ..r.clone() }
         };

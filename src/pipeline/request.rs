@@ -8,6 +8,8 @@ use crate::samplers::Choice;
 pub struct Request {
     /// What the pictures show.
     pub prompt: String,
+    /// What each picture of the batch shows, in place of `prompt`; empty where all show the same.
+    pub prompts: Vec<String>,
     /// What they do not show.
     pub negative: String,
     /// Pixels; by default what the model was made for.
@@ -54,6 +56,7 @@ impl Default for Request {
     fn default() -> Request {
         Request {
             prompt: String::new(),
+            prompts: vec![],
             negative: String::new(),
             width: None,
             height: None,
