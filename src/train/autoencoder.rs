@@ -90,6 +90,22 @@ impl Task for Autoencoder {
         false
     }
 
+    /// The layer before the draw says the same deviation everywhere.
+    fn begin(&self, trainer: &mut Trainer) -> Result<()> {
+        let Some(deviation) = self.own.initial_deviation else { return Ok(()) };
+        let (layer, z) = ("quant_conv", self.own.model.codec.latent_channels);
+        for (name, start) in [("weight", 0.0), ("bias", 2.0 * deviation.ln())] {
+            let name = format!("{layer}.{name}");
+            let old = trainer.read(&name)?;
+            let mut values = old.to_f32();
+            // Rows are means, then the logarithms of variances.
+            let own = z * values.len() / (2 * z);
+            values[own..].fill(start as f32);
+            trainer.set(&name, &HostTensor::f32(old.shape(), values)?)?;
+        }
+        Ok(())
+    }
+
     fn inputs(&mut self, step: usize) -> Result<Vec<(&'static str, HostTensor)>> {
         let (s, shape) = (&self.settings, self.latents(self.settings.batch));
         let batch = self.loader.next().unwrap_or(Err(crate::Error::Cancelled))?;

@@ -22,6 +22,10 @@ pub(super) trait Task {
     fn graph(&self) -> Result<(Graph, Var)>;
     /// Whether a parameter starts at zero.
     fn starts_at_zero(&self, name: &str) -> bool;
+    /// Changes what parameters start with.
+    fn begin(&self, _: &mut Trainer) -> Result<()> {
+        Ok(())
+    }
     /// The inputs of step n = 0, 1, …; asked for in order.
     fn inputs(&mut self, step: usize) -> Result<Vec<(&'static str, HostTensor)>>;
     /// How long steps have waited for data.
@@ -125,6 +129,7 @@ pub fn run(
             for ((name, _), value) in parameters.iter().zip(&values) {
                 trainer.set(name, value)?;
             }
+            task.begin(&mut trainer)?;
         }
     }
     drop(last);

@@ -89,6 +89,8 @@ pub struct AutoencoderSettings {
     pub distance: Distance,
     /// Weight of the divergence, see [`super::reconstruction_loss`].
     pub kl_weight: f64,
+    /// Deviation of the draws at the start; `None` for what the layer before them starts with, about 1.
+    pub initial_deviation: Option<f64>,
 }
 
 /// What is particular to the kind.

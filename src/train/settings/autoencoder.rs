@@ -32,11 +32,21 @@ pub(super) fn read(c: &Config, size: usize) -> Result<AutoencoderSettings> {
             format!("a size that is a multiple of {f}, by model.block_out_channels; it is {size}"),
         ));
     }
-    let loss = section(c, "loss", &["distance", "huber_delta", "kl_weight"])?;
+    let loss = section(c, "loss", &["distance", "huber_delta", "kl_weight", "initial_deviation"])?;
+    let initial_deviation = loss.opt_f64("initial_deviation")?;
+    if initial_deviation.is_some_and(|d| !(1e-6..=1e3).contains(&d)) {
+        return Err(loss.error("initial_deviation", "a number from 1e-6 to 1000, or no such key"));
+    }
+    if initial_deviation.is_some() && !read.bool_or("use_quant_conv", true)? {
+        return Err(
+            loss.error("initial_deviation", "a model with use_quant_conv = true, whose layer says it")
+        );
+    }
     Ok(AutoencoderSettings {
         model,
         config,
         distance: distance(&loss, "l1")?,
         kl_weight: within(&loss, "kl_weight", 1e-6, 0.0, 1e6)?,
+        initial_deviation,
     })
 }
