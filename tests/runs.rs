@@ -198,6 +198,16 @@ fn a_diffusion_model_learns_is_exported_and_samples() {
     );
     let o = ldm(&[&from_list[..], &device].concat());
     assert!(o.code == 2 && o.err.contains("want a folder"), "{}", o.err);
+    // The captions of a data set do as well.
+    let data = f.write("metadata.jsonl", "{\"file_name\": \"0.png\", \"text\": \"a large red circle\"}\n\n");
+    let (again, seven) = (f.path("again"), ["-s", "7"]);
+    let from_data = ["sample", "-m", text(&export), "--from-file", text(&data), "-o", text(&again)];
+    let o = ldm(&[&from_data[..], &seven, &device[2..]].concat());
+    assert_eq!(o.code, 0, "{}", o.err);
+    assert!(fs::read(again.join("0000.png")).unwrap() == fs::read(&picture).unwrap());
+    f.write("metadata.jsonl", "{\"file_name\": \"0.png\"}\n");
+    let o = ldm(&[&from_data[..], &seven, &device[2..]].concat());
+    assert!(o.code == 2 && o.err.contains("line 1: want a key `text`"), "{}", o.err);
     let vae: Value = serde_json::from_slice(&fs::read(export.join("vae/config.json")).unwrap()).unwrap();
     let file = run.join("checkpoints/step-00000040.safetensors");
     let checkpoint = Checkpoint::open(file).unwrap();

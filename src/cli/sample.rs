@@ -9,6 +9,7 @@ use crate::pipeline::{Blueprint, Init, Picture, Pipeline, Request, Residency};
 use crate::rng::fresh_seed;
 use crate::samplers::Choice;
 use clap::Args;
+use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -28,7 +29,7 @@ pub(super) struct Arguments {
     /// What the picture shows
     #[arg(short, long, value_name = "TEXT", required_unless_present = "from_file")]
     prompt: Option<String>,
-    /// A file with a prompt a line: a picture of each, 0000.png, 0001.png, …, in the folder --output; picture i has seed + i,
+    /// A file with a prompt a line, or a metadata.jsonl with captions: a picture of each, 0000.png, 0001.png, …, in the folder --output; picture i has seed + i,
     /// and --batch-size of them are made together [default: 8]
     #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "init_img"])]
     from_file: Option<PathBuf>,
@@ -190,7 +191,11 @@ fn from_file(a: &Arguments, list: &Path, seed: u64) -> Result<ExitCode> {
     let invalid = |path: &Path, what: String| Error::invalid(format!("{}: {what}", path.display()));
     let text =
         fs::read_to_string(list).map_err(|e| invalid(list, format!("cannot be read as UTF-8 text: {e}")))?;
-    let prompts: Vec<&str> = text.lines().map(str::trim).collect();
+    let prompts = match list.extension() {
+        Some(e) if e == "jsonl" => texts(&text).map_err(|what| invalid(list, what))?,
+        _ => text.lines().map(|line| line.trim().to_string()).collect(),
+    };
+    let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
     if prompts.is_empty() {
         return Err(invalid(list, "want a prompt a line; it is empty".into()));
     }
@@ -228,6 +233,17 @@ fn from_file(a: &Arguments, list: &Path, seed: u64) -> Result<ExitCode> {
     }
     atomic::write(a.output.join("prompts.txt"), (prompts.join("\n") + "\n").as_bytes())?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The captions of a `metadata.jsonl`, as `ldm data` writes it.
+fn texts(lines: &str) -> std::result::Result<Vec<String>, String> {
+    let text = |(i, line): (usize, &str)| {
+        let value: Value =
+            serde_json::from_str(line).map_err(|e| format!("line {}: not JSON: {e}", i + 1))?;
+        let text = value["text"].as_str().map(|t| t.trim().to_string());
+        text.ok_or_else(|| format!("line {}: want a key `text`; got {line}", i + 1))
+    };
+    lines.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).map(text).collect()
 }
 
 /// `out.png`, or `out_0.png` … where there are several.

@@ -273,7 +273,9 @@ fn optimiser(c: &Config, kind: Kind, steps: usize) -> Result<(Optimiser, f64, Sc
         "linear" => Schedule::LambdaLinear { warmup, steps, start: 0.0, most: 1.0, least: 0.0 },
         _ => Schedule::Constant { warmup },
     };
-    schedule.check().map_err(|e| o.error("warmup", e.to_string()))?;
+    schedule
+        .check()
+        .map_err(|_| o.error("warmup", format!("fewer steps than the run, which has {steps}")))?;
     Ok((how, rate, schedule))
 }
 
