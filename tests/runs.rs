@@ -137,6 +137,16 @@ fn settings_are_checked_before_anything_is_made() {
             "`optimiser.rte`: want a key that the engine knows; did the writer mean `rate`?",
         ),
         ("autoencoder", "model.latnt_channels=4", "did the writer mean `latent_channels`?"),
+        (
+            "autoencoder",
+            "optimiser={schedule=\"cosine\", least=0.1}",
+            "`optimiser.least`: want no such key: the schedule is cosine",
+        ),
+        (
+            "autoencoder",
+            "optimiser={schedule=\"linear\", warmup=2000}",
+            "fewer steps than the run, which has 1000",
+        ),
         ("autoencoder", "optimiser.rate=fast", "`optimiser.rate`: want a number; got \"fast\""),
         ("autoencoder", "batch_size=0", "`batch_size`: want at least 1; got 0"),
         ("autoencoder", "data.source=/no/such", "a folder of pictures; there is none at /no/such"),

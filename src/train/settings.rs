@@ -246,7 +246,8 @@ fn data(c: &Config) -> Result<DataSettings> {
 }
 
 fn optimiser(c: &Config, kind: Kind, steps: usize) -> Result<(Optimiser, f64, Schedule)> {
-    let keys = ["rate", "betas", "eps", "decay", "coupled", "clip", "schedule", "warmup"];
+    let keys =
+        ["rate", "betas", "eps", "decay", "coupled", "clip", "schedule", "warmup", "start", "most", "least"];
     let o = section(c, "optimiser", &keys)?;
     let betas = o.opt_f64_list("betas")?.unwrap_or(match kind {
         Kind::Autoencoder => vec![0.5, 0.9],
@@ -268,11 +269,21 @@ fn optimiser(c: &Config, kind: Kind, steps: usize) -> Result<(Optimiser, f64, Sc
     };
     let rate = within(&o, "rate", if kind == Kind::Autoencoder { 2e-4 } else { 1e-4 }, 0.0, 1.0)?;
     let warmup = o.usize_or("warmup", (steps / 20).min(100))?;
-    let schedule = match o.one_of("schedule", &["constant", "cosine", "linear"], "constant")? {
+    let end = |key, default| within(&o, key, default, 0.0, 1e3);
+    let (start, most, least) = (end("start", 0.0)?, end("most", 1.0)?, end("least", 0.0)?);
+    let name = o.one_of("schedule", &["constant", "cosine", "linear", "warmup_cosine"], "constant")?;
+    let schedule = match name {
         "cosine" => Schedule::Cosine { warmup, steps },
-        "linear" => Schedule::LambdaLinear { warmup, steps, start: 0.0, most: 1.0, least: 0.0 },
+        "linear" => Schedule::LambdaLinear { warmup, steps, start, most, least },
+        "warmup_cosine" => Schedule::WarmUpCosine { warmup, steps, start, most, least },
         _ => Schedule::Constant { warmup },
     };
+    let given = ["start", "most", "least"].into_iter().find(|key| o.has(key));
+    if let Some(key) = given.filter(|_| matches!(name, "constant" | "cosine")) {
+        return Err(
+            o.error(key, format!("no such key: the schedule is {name}; linear and warmup_cosine have ends"))
+        );
+    }
     schedule
         .check()
         .map_err(|_| o.error("warmup", format!("fewer steps than the run, which has {steps}")))?;
