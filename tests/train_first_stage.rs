@@ -136,7 +136,7 @@ fn check_gradients(subject: fn() -> Subject, device: &Device) {
     let subject = subject();
     let (mut g, image) = subject.graph();
     let scale = g.input("scale", DType::F32, [1]);
-    let sides = subject.loss.gradients(&mut g, &subject.vae, image, DType::F32, scale).unwrap();
+    let sides = subject.loss.gradients(&mut g, &subject.vae, image, (DType::F32, false), scale).unwrap();
     let (mut all, mut names) = (vec![], BTreeSet::new());
     for side in &sides {
         for (p, d) in side.parameters.iter().zip(&side.gradients) {
@@ -211,7 +211,7 @@ fn how(subject: &Subject) -> Optimiser {
 /// A trainer at the weights that PyTorch started from.
 fn trainer(subject: &Subject, how: &Optimiser) -> Trainer {
     let (mut g, image) = subject.graph();
-    subject.loss.step(&mut g, &subject.vae, image, DType::F32, how).unwrap();
+    subject.loss.step(&mut g, &subject.vae, image, (DType::F32, false), how).unwrap();
     let layouts: Vec<Layout> = g.parameters().iter().map(|p| p.layout).collect();
     let mut trainer = Trainer::new(g, how, &Weights::new(&Device::Cpu), &Device::Cpu).unwrap();
     for ((name, shape), layout) in trainer.parameters().into_iter().zip(layouts) {
@@ -269,7 +269,7 @@ fn before_its_start_a_discriminator_changes_nothing() {
     let mut with = trainer(&subject, &how);
     subject.loss.adversary = None;
     let (mut g, image) = subject.graph();
-    subject.loss.step(&mut g, &subject.vae, image, DType::F32, &how).unwrap();
+    subject.loss.step(&mut g, &subject.vae, image, (DType::F32, false), &how).unwrap();
     let mut without = Trainer::new(g, &how, &Weights::new(&Device::Cpu), &Device::Cpu).unwrap();
     for (name, _) in without.parameters() {
         without.set(&name, &with.read(&name).unwrap()).unwrap();

@@ -21,7 +21,7 @@ pub(super) struct Arguments {
 
 #[derive(Subcommand, Debug)]
 enum What {
-    /// A KL autoencoder: pictures to latents and back
+    /// An autoencoder, KL or VQ: pictures to latents and back
     Autoencoder(Flags),
     /// A UNet with its text encoder, on the latents of an autoencoder
     Diffusion(Flags),
@@ -156,6 +156,11 @@ fn set(all: &mut Value, key: &str, value: Value) -> Result<()> {
     Ok(())
 }
 
+/// Four digits, at any size.
+fn short(v: f64) -> String {
+    if v == 0.0 || (1e-3..1e4).contains(&v.abs()) { format!("{v:.4}") } else { format!("{v:.3e}") }
+}
+
 /// A bar on a terminal, a line from time to time otherwise.
 struct Bar {
     quiet: bool,
@@ -182,8 +187,9 @@ impl Watch for Bar {
             return Ok(());
         }
         let left = s.seconds * (s.of - s.step) as f64;
+        let parts: String = s.parts.iter().map(|(name, v)| format!("{name} {}, ", short(*v))).collect();
         let line = format!(
-            "loss {:.4}, norm {:.3}, rate {:.2e}, {:.3} s/step, {left:.0} s left, {:.0} % waiting for data",
+            "loss {:.4}, {parts}norm {:.3}, rate {:.2e}, {:.3} s/step, {left:.0} s left, {:.0} % waiting for data",
             s.loss,
             s.norm,
             s.rate,

@@ -3,13 +3,13 @@
 use super::export;
 use super::frozen::FirstStage;
 use super::grid::Tiles;
-use super::is_zero_module;
+use super::{initial, is_zero_module};
 use super::latents::{Latents, draw, dropped};
 use super::objective::Levels;
 use super::run::{Task, Watch, note};
 use super::settings::{DiffusionSettings, Settings};
 use super::source::{Stream, Subject, drawing, normal};
-use super::step::Trainer;
+use super::step::{Trainer, blocks, update};
 use crate::data::loader::Options;
 use crate::error::{Error, Result};
 use crate::exec::Device;
@@ -189,7 +189,7 @@ fn deviation(x: &[f32]) -> f64 {
 }
 
 impl Task for Diffusion {
-    fn graph(&self) -> Result<(Graph, Var)> {
+    fn graph(&self) -> Result<Graph> {
         let (b, mut g) = (self.settings.batch, Graph::new());
         g.train(true);
         let input = Noised {
@@ -201,11 +201,16 @@ impl Task for Diffusion {
         };
         let models = (&self.own.unet, &self.text);
         let loss = diffusion_loss(&mut g, models, input, self.own.objective.distance, self.settings.dtype)?;
-        Ok((g, loss))
+        let again = if self.settings.recompute { blocks(&g) } else { vec![] };
+        update(&mut g, loss, &self.settings.optimiser, &again)?;
+        Ok(g)
     }
 
-    fn starts_at_zero(&self, name: &str) -> bool {
-        name.strip_prefix(UNET).is_some_and(|name| is_zero_module(&name[1..]))
+    fn begin(&mut self, trainer: &mut Trainer) -> Result<()> {
+        let zero = |name: &str| name.strip_prefix(UNET).is_some_and(|name| is_zero_module(&name[1..]));
+        let parameters = trainer.parameters();
+        let values = initial(&parameters, zero, self.settings.seed)?;
+        parameters.iter().zip(&values).try_for_each(|((name, _), value)| trainer.set(name, value))
     }
 
     fn inputs(&mut self, step: usize) -> Result<Vec<(&'static str, HostTensor)>> {

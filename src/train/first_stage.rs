@@ -12,7 +12,7 @@
 //! The log-variance of the CompVis code, which stays 0 as no optimiser gets it, is left out.
 
 use super::init::initial;
-use super::step::{Inputs, Optimiser, Trainer, descend, squares};
+use super::step::{Inputs, Optimiser, Trainer, blocks, descend, squares};
 use crate::error::{Error, Result};
 use crate::exec::Weights;
 use crate::graph::{Graph, Layout, Parameter, Var, gradients};
@@ -26,15 +26,22 @@ use crate::ops::{
 use crate::pipeline::Vae;
 use crate::rng::Generator;
 use crate::tensor::{DType, HostTensor, Shape};
+use std::ops::Range;
 
 /// What a first stage is trained for.
 #[derive(Clone, PartialEq, Debug)]
 pub struct FirstStageLoss {
-    /// Weight of the divergence of a KL code, a sum over each latent, beside absolute differences summed over each picture.
+    /// What the difference of one value of a picture costs: |d| in the CompVis code.
+    pub distance: Distance,
+    /// Weight of the divergence of a KL code, a sum over each latent, beside distances summed over each picture.
     pub kl_weight: f64,
-    /// A perceptual distance beside the mean of absolute differences, of which it is a part: weighed and summed with them.
+    /// The likelihood and the divergence of a KL code are divided by the number H·W·C of a picture's values, so that the first
+    /// is a mean, as it is for a codebook. The minimum stays the same, gradients are H·W·C times smaller, which Adam does not
+    /// notice, and the adaptive weight follows them.
+    pub means: bool,
+    /// A perceptual distance beside the mean distance, of which it is a part: weighed and summed with it.
     pub perceptual: Option<PerceptualTerm>,
-    /// The losses of a codebook, beside the mean of absolute differences.
+    /// The losses of a codebook, beside the mean distance.
     pub codebook: Codebook,
     /// The discriminator, if there is one.
     pub adversary: Option<Adversary>,
@@ -86,11 +93,13 @@ pub enum Gan {
 }
 
 impl Default for FirstStageLoss {
-    /// KL weight 1e-6, no perceptual term, whose weights come from a file, codebook weight 1, a hinge discriminator with weight
-    /// 0.5 from step 50 001 on.
+    /// Absolute differences, summed for KL; KL weight 1e-6, no perceptual term, whose weights come from a file, codebook weight
+    /// 1, a hinge discriminator with weight 0.5 from step 50 001 on.
     fn default() -> FirstStageLoss {
         FirstStageLoss {
+            distance: Distance::L1,
             kl_weight: 1e-6,
+            means: false,
             perceptual: None,
             codebook: Codebook { weight: 1.0, beta: 0.25, legacy: true },
             adversary: Some(Adversary {
@@ -118,7 +127,7 @@ pub struct Side {
 /// Before the names of the perceptual term's weights.
 const PERCEPTUAL: &str = "perceptual";
 /// Before the names of the discriminator's weights.
-const DISCRIMINATOR: &str = "discriminator";
+pub(super) const DISCRIMINATOR: &str = "discriminator";
 /// The input (1) f32 that is the factor on both losses of a discriminator in this step.
 const FACTOR: &str = "discriminator.factor";
 /// The input (B) f32 of weights of single pictures.
@@ -130,7 +139,7 @@ const LAST: &str = "decoder.conv_out.weight";
 struct Forward {
     image: Var,
     reconstruction: Var,
-    /// Absolute differences (1): summed over each picture for KL, their mean for VQ.
+    /// Distances (1): their mean, or for KL without `means` summed over each picture.
     likelihood: Var,
     /// The weighted rest (1).
     regulariser: Var,
@@ -144,17 +153,25 @@ impl FirstStageLoss {
 
     /// Appends to a graph whose weights are parameters ([`Graph::train`]) the step of an autoencoder, computed in `dtype`, on
     /// `image` (B,H,W,C) f32 in −1…1. For KL it makes the input `noise` (B,h,w,Z) f32. Further inputs are written by
-    /// [`FirstStageLoss::begin`] and [`FirstStageLoss::at_step`].
+    /// [`FirstStageLoss::begin`] and [`FirstStageLoss::at_step`]. With `again`, the autoencoder's [`blocks`] are made again in
+    /// the backward pass in place of being kept.
     ///
-    /// Outputs `loss` and `norm` of the autoencoder; `reconstruction`, the mean absolute difference; `perceptual`, `kl`, `codebook`,
+    /// Outputs `loss` and `norm` of the autoencoder; `reconstruction`, the mean distance; `perceptual`, `kl`, `codebook`,
     /// without their weights, where they are; of a codebook `perplexity` and `used`; with a discriminator `generator`,
     /// `adaptive_weight`, `discriminator.loss` and `discriminator.norm`.
     ///
     /// # Errors
     /// When the picture does not fit the models.
-    pub fn step(&self, g: &mut Graph, vae: &Vae, image: Var, dtype: DType, how: &Optimiser) -> Result<()> {
+    pub fn step(
+        &self,
+        g: &mut Graph,
+        vae: &Vae,
+        image: Var,
+        (dtype, again): (DType, bool),
+        how: &Optimiser,
+    ) -> Result<()> {
         let inputs = Inputs::new(g);
-        let sides = self.gradients(g, vae, image, dtype, inputs.scale)?;
+        let sides = self.gradients(g, vae, image, (dtype, again), inputs.scale)?;
         let loss = g.outputs().iter().find(|(name, _)| name == "loss").map(|(_, v)| *v);
         let sums = sides.iter().map(|s| squares(g, &s.parameters, &s.gradients));
         let sums = sums.collect::<Result<Vec<Var>>>()?;
@@ -178,7 +195,7 @@ impl FirstStageLoss {
         g: &mut Graph,
         vae: &Vae,
         image: Var,
-        dtype: DType,
+        (dtype, again): (DType, bool),
         scale: Var,
     ) -> Result<Vec<Side>> {
         let before = g.parameters().len();
@@ -187,13 +204,14 @@ impl FirstStageLoss {
             Vae::Vq(_) => self.forward_vq(g, vae, image, dtype)?,
         };
         let own = g.parameters()[before..].to_vec();
+        let again = if again { blocks(g) } else { vec![] };
         let loss = add(g, "loss.autoencoder", forward.likelihood, forward.regulariser)?;
         let Some(adversary) = &self.adversary else {
             g.output("loss", loss);
-            let found = gradients(g, &[(loss, scale)], &used(&own), &[])?;
+            let found = gradients(g, &[(loss, scale)], &used(&own), &again)?;
             return Ok(vec![Side { at: "", parameters: own, gradients: found }]);
         };
-        adversary.sides(g, &forward, own, loss, scale)
+        adversary.sides(g, &forward, (own, &again), loss, scale)
     }
 
     fn forward_kl(&self, g: &mut Graph, vae: &Vae, image: Var, dtype: DType) -> Result<Forward> {
@@ -207,11 +225,12 @@ impl FirstStageLoss {
         let reconstruction = model.decode(g, z)?;
         let weights = g.input(WEIGHTS, DType::F32, [shape[0]]);
         let mean = self.distance(g, reconstruction, (image, x), weights)?;
-        let pixels = g.shape(image).numel() / shape[0];
-        let likelihood = cast(g, "likelihood", mean, DType::F32, pixels as f64)?;
+        let values = (g.shape(image).numel() / shape[0]) as f64;
+        let (pixels, latents) = if self.means { (1.0, values) } else { (values, 1.0) };
+        let likelihood = cast(g, "likelihood", mean, DType::F32, pixels)?;
         let kl = g.push("kl", Kl, &[moments])?;
         g.output("kl", kl);
-        let regulariser = cast(g, "kl.weighted", kl, DType::F32, self.kl_weight)?;
+        let regulariser = cast(g, "kl.weighted", kl, DType::F32, self.kl_weight / latents)?;
         Ok(Forward { image: x, reconstruction, likelihood, regulariser })
     }
 
@@ -244,7 +263,7 @@ impl FirstStageLoss {
         Ok(Forward { image: x, reconstruction, likelihood, regulariser })
     }
 
-    /// The mean absolute difference and the weighted perceptual distance (1) to the picture, in f32 and in the model's type.
+    /// The mean distance and the weighted perceptual distance (1) to the picture, in f32 and in the model's type.
     fn distance(
         &self,
         g: &mut Graph,
@@ -252,7 +271,7 @@ impl FirstStageLoss {
         (image, typed): (Var, Var),
         weights: Var,
     ) -> Result<Var> {
-        let mean = g.push("reconstruction", Loss(Distance::L1), &[reconstruction, image, weights])?;
+        let mean = g.push("reconstruction", Loss(self.distance), &[reconstruction, image, weights])?;
         g.output("reconstruction", mean);
         let Some(PerceptualTerm { model, weight }) = &self.perceptual else { return Ok(mean) };
         g.train(false);
@@ -342,7 +361,7 @@ impl Adversary {
         &self,
         g: &mut Graph,
         forward: &Forward,
-        own: Vec<Parameter>,
+        (own, again): (Vec<Parameter>, &[Range<usize>]),
         loss: Var,
         scale: Var,
     ) -> Result<Vec<Side>> {
@@ -371,7 +390,7 @@ impl Adversary {
         let weighted = g.push("generator.weighted", Scale, &[judged, weight[1]])?;
         let total = add(g, "loss", loss, weighted)?;
         let seeds = [(picture, pulls[0]), (picture, pull), (forward.regulariser, scale)];
-        let found = gradients(g, &seeds, &used(&own), &[])?;
+        let found = gradients(g, &seeds, &used(&own), again)?;
 
         let (on_real, on_fake) = match self.kind {
             Gan::Hinge => (Criterion::HingeReal, Criterion::HingeFake),

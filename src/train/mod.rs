@@ -17,7 +17,6 @@ mod source;
 mod step;
 mod store;
 
-pub use autoencoder::reconstruction_loss;
 pub use diffusion::{Noised, diffusion_loss};
 pub use first_stage::{
     Adversary, Codebook, FirstStageLoss, Gan, PerceptualTerm, Side, initial_discriminator,

@@ -6,12 +6,13 @@ mod autoencoder;
 mod diffusion;
 
 use super::frozen::FirstStage;
-use super::{Objective, Optimiser, Schedule};
+use super::{FirstStageLoss, Objective, Optimiser, Schedule};
 use crate::data::transform::{Crop, Filter, Transform};
 use crate::error::{Error, Result};
 use crate::io::Config;
-use crate::models::{AutoencoderKL, UNet2DCondition};
+use crate::models::UNet2DCondition;
 use crate::ops::Distance;
+use crate::pipeline::Vae;
 use crate::samplers::ScheduleConfig;
 use crate::tensor::DType;
 use serde_json::{Map, Value, json};
@@ -20,7 +21,7 @@ use std::path::{Path, PathBuf};
 /// What is trained.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Kind {
-    /// A KL autoencoder.
+    /// An autoencoder, KL- or VQ-regularised.
     Autoencoder,
     /// A conditioned UNet with its text encoder.
     Diffusion,
@@ -82,13 +83,11 @@ pub struct DiffusionSettings {
 #[derive(Clone, Debug)]
 pub struct AutoencoderSettings {
     /// The model.
-    pub model: AutoencoderKL,
+    pub model: Vae,
     /// Its `config.json`.
     pub config: Value,
-    /// Distance of a reconstruction.
-    pub distance: Distance,
-    /// Weight of the divergence, see [`super::reconstruction_loss`].
-    pub kl_weight: f64,
+    /// What it is trained for.
+    pub loss: FirstStageLoss,
 }
 
 /// What is particular to the kind.

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::exec::{Device, Program, Weights};
 use crate::graph::{Graph, Layout, Parameter, Var, gradients};
 use crate::ops::{Adam, Clip, RATES, SquareSum};
-use crate::tensor::{DType, HostTensor, Shape};
+use crate::tensor::{DType, HostTensor, Shape, Spec};
 use std::collections::BTreeSet;
 use std::ops::Range;
 
@@ -188,6 +188,8 @@ pub struct Trainer {
     others: Vec<String>,
     /// Outputs that must be finite: norms of gradients.
     norms: Vec<String>,
+    /// Outputs of one number beside the loss and its norm, and what the last step gave.
+    parts: Vec<(String, f64)>,
     how: Optimiser,
     step: usize,
     /// The loss scale, and the steps since it changed.
@@ -223,9 +225,13 @@ impl Trainer {
         let others = all.difference(&owned).cloned().collect();
         let norms = graph.outputs().iter().map(|(name, _)| name.clone());
         let norms = norms.filter(|name| name.ends_with(".norm")).collect();
+        let parts = graph.outputs().iter().filter(|(name, v)| {
+            !["loss", "norm"].contains(&&**name) && graph.spec(*v) == Spec::new(DType::F32, [1])
+        });
+        let parts = parts.map(|(name, _)| (name.clone(), 0.0)).collect();
         let program = Program::new(graph, frozen, device)?;
         let scale = (if how.loss_scale { FIRST_SCALE } else { 1.0 }, 0);
-        Ok(Trainer { program, trained, others, norms, how: how.clone(), step: 0, scale })
+        Ok(Trainer { program, trained, others, norms, parts, how: how.clone(), step: 0, scale })
     }
 
     /// Names and shapes of the parameters, as the engine holds them.
@@ -236,6 +242,11 @@ impl Trainer {
     /// Names of the updated states that belong to no parameter, such as running statistics.
     pub fn others(&self) -> &[String] {
         &self.others
+    }
+
+    /// The outputs of one number beside `loss` and `norm`, such as `kl`, and what the last step gave.
+    pub fn parts(&self) -> &[(String, f64)] {
+        &self.parts
     }
 
     /// How many steps have been taken.
@@ -313,6 +324,9 @@ impl Trainer {
                     report.loss, report.norm
                 ),
             });
+        }
+        for (name, value) in &mut self.parts {
+            *value = f64::from(self.program.read(name)?.to_f32()[0]);
         }
         self.step += 1;
         self.scale.1 += 1;
