@@ -51,9 +51,12 @@ struct Flags {
     /// Length of the run [steps]
     #[arg(long, alias = "max-train-steps", value_name = "N")]
     steps: Option<usize>,
-    /// Pictures of a step [batch_size]
+    /// Pictures of a batch [batch_size]
     #[arg(long, alias = "train-batch-size", value_name = "N")]
     batch_size: Option<usize>,
+    /// Batches of a step, whose gradients are added up [accumulate]
+    #[arg(long, alias = "gradient-accumulation-steps", value_name = "N")]
+    accumulate: Option<usize>,
     /// Learning rate [optimiser.rate]
     #[arg(long, value_name = "X")]
     learning_rate: Option<f64>,
@@ -103,6 +106,7 @@ fn settings(a: &Flags) -> Result<(Value, PathBuf)> {
         ("first_stage.path", a.first_stage.as_ref().map(|v| json!(v))),
         ("steps", a.steps.map(|v| json!(v))),
         ("batch_size", a.batch_size.map(|v| json!(v))),
+        ("accumulate", a.accumulate.map(|v| json!(v))),
         ("optimiser.rate", a.learning_rate.map(|v| json!(v))),
         ("seed", a.seed.map(|v| json!(v))),
         ("dtype", a.device.dtype.as_ref().map(|v| json!(v))),

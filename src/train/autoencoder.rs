@@ -4,19 +4,23 @@ use super::export;
 use super::first_stage::{DISCRIMINATOR, initial_discriminator};
 use super::grid::{Tiles, bytes};
 use super::initial;
-use super::run::{Task, Watch};
+use super::perceptual::fingerprint;
+use super::run::{Task, Watch, note, rows};
 use super::settings::{AutoencoderSettings, Settings};
 use super::source::{Stream, Subject, normal};
 use super::step::Trainer;
 use crate::data::loader::{Loader, Options};
 use crate::data::source::Source;
-use crate::error::Result;
-use crate::exec::{Device, Program};
+use crate::error::{Error, Result};
+use crate::exec::{Device, Program, Weights};
 use crate::graph::Graph;
+use crate::io::Checkpoint;
+use crate::models::PatchNorm;
 use crate::ops::Gaussian;
 use crate::pipeline::Vae;
 use crate::rng::Small;
 use crate::tensor::{DType, HostTensor};
+use std::collections::HashMap;
 use std::path::Path;
 use std::time::Duration;
 
@@ -26,22 +30,41 @@ pub(super) struct Autoencoder {
     own: AutoencoderSettings,
     subject: Subject,
     loader: Loader,
+    /// The inputs of the first step, where they have been asked for already.
+    first: Option<Vec<(&'static str, HostTensor)>>,
+    /// What tells the weights of the perceptual term from others.
+    lpips: Option<String>,
 }
 
 impl Autoencoder {
     pub(super) fn start(
         s: &Settings,
         own: &AutoencoderSettings,
-        step: usize,
+        (step, notes): (usize, &HashMap<String, String>),
         watch: &mut dyn Watch,
     ) -> Result<Autoencoder> {
+        let lpips = own.lpips.as_deref().map(fingerprint).transpose()?;
+        match (&own.lpips, &lpips) {
+            (None, _) => watch.say("no LPIPS: loss.lpips.file names no weights of it"),
+            (Some(path), Some(hash)) if step > 0 && note::<String>(notes, "lpips")? != *hash => {
+                return Err(Error::file(
+                    path,
+                    "want the weights that the run began with; they have changed since",
+                ));
+            }
+            _ => {}
+        }
         if let Some(d) = own.loss.adversary.as_ref().filter(|d| d.start >= s.steps) {
-            watch.say(&format!("the discriminator has no say in these {} steps: it starts at {}", s.steps, d.start));
+            watch.say(&format!(
+                "the discriminator has no say in these {} steps: it starts at {}",
+                s.steps, d.start
+            ));
         }
         let subject = Subject::open(&s.data)?;
-        let options = Options { batch: s.batch, seed: s.seed, threads: s.data.threads, ..Options::default() };
+        let options =
+            Options { batch: s.pictures(), seed: s.seed, threads: s.data.threads, ..Options::default() };
         let loader = Loader::at(subject.clone(), options, step as u64)?;
-        Ok(Autoencoder { settings: s.clone(), own: own.clone(), subject, loader })
+        Ok(Autoencoder { settings: s.clone(), own: own.clone(), subject, loader, first: None, lpips })
     }
 
     fn latents(&self, batch: usize) -> [usize; 4] {
@@ -59,6 +82,14 @@ impl Task for Autoencoder {
         Ok(g)
     }
 
+    fn frozen(&self, device: &Device) -> Result<Weights> {
+        let mut weights = Weights::new(device);
+        if let (Some(term), Some(path)) = (&self.own.loss.perceptual, &self.own.lpips) {
+            term.load(&Checkpoint::open(path)?, self.settings.dtype, &mut weights)?;
+        }
+        Ok(weights)
+    }
+
     fn begin(&mut self, trainer: &mut Trainer) -> Result<()> {
         let seed = self.settings.seed;
         let judge = format!("{DISCRIMINATOR}.");
@@ -68,15 +99,27 @@ impl Task for Autoencoder {
         for ((name, _), value) in own.iter().chain(&theirs).zip(values.iter().flatten()) {
             trainer.set(name, value)?;
         }
-        self.own.loss.begin(trainer, self.settings.batch)
+        self.own.loss.begin(trainer, self.settings.batch)?;
+        if self.own.loss.adversary.as_ref().is_some_and(|a| a.model.norm == PatchNorm::Act) {
+            let first = self.inputs(0)?;
+            let batch = first.iter().map(|(name, value)| Ok((*name, rows(value, 0, self.settings.batch)?)));
+            let batch = batch.collect::<Result<Vec<_>>>()?;
+            self.own.loss.begin_norms(trainer, &self.own.model, &batch, self.settings.dtype)?;
+            self.first = Some(first);
+        }
+        Ok(())
     }
 
     fn inputs(&mut self, step: usize) -> Result<Vec<(&'static str, HostTensor)>> {
-        let (s, shape) = (&self.settings, self.latents(self.settings.batch));
+        if let Some(first) = self.first.take() {
+            return Ok(first);
+        }
+        let (s, n) = (&self.settings, self.settings.pictures());
+        let shape = self.latents(n);
         let batch = self.loader.next().unwrap_or(Err(crate::Error::Cancelled))?;
         let mut all = vec![
-            ("image", HostTensor::f32([s.batch, s.data.size, s.data.size, 3], batch.images)?),
-            ("weights", HostTensor::f32([s.batch], vec![1.0; s.batch])?),
+            ("image", HostTensor::f32([n, s.data.size, s.data.size, 3], batch.images)?),
+            ("weights", HostTensor::f32([n], vec![1.0; n])?),
         ];
         if let Vae::Kl(_) = self.own.model {
             let noise = normal(s.seed, step, Stream::Noise, shape.iter().product());
@@ -98,7 +141,7 @@ impl Task for Autoencoder {
     }
 
     fn notes(&self) -> Vec<(String, String)> {
-        vec![]
+        self.lpips.iter().map(|hash| ("lpips".to_string(), hash.clone())).collect()
     }
 
     fn export(&self, trainer: &Trainer, folder: &Path) -> Result<()> {

@@ -12,12 +12,12 @@
 //! The log-variance of the CompVis code, which stays 0 as no optimiser gets it, is left out.
 
 use super::init::initial;
-use super::step::{Inputs, Optimiser, Trainer, blocks, descend, squares};
+use super::perceptual::{PERCEPTUAL, PerceptualTerm};
+use super::step::{Inputs, Optimiser, Trainer, accumulate, blocks, descend, squares};
 use crate::error::{Error, Result};
-use crate::exec::Weights;
+use crate::exec::Program;
 use crate::graph::{Graph, Layout, Parameter, Var, gradients};
-use crate::io::Checkpoint;
-use crate::models::{Lpips, Model, NLayerDiscriminator};
+use crate::models::{NLayerDiscriminator, PatchNorm};
 use crate::nn::{add, cast, join};
 use crate::ops::{
     AdaptiveWeight, CodeUsage, Criterion, Distance, Embedding, Gaussian, Kl, LogitLoss, Loss, Scale,
@@ -45,15 +45,6 @@ pub struct FirstStageLoss {
     pub codebook: Codebook,
     /// The discriminator, if there is one.
     pub adversary: Option<Adversary>,
-}
-
-/// A perceptual distance: Zhang et al. 2018. Its weights are no parameters: see [`PerceptualTerm::load`].
-#[derive(Clone, PartialEq, Debug)]
-pub struct PerceptualTerm {
-    /// The network.
-    pub model: Lpips,
-    /// Factor on the distance (`perceptual_weight`).
-    pub weight: f64,
 }
 
 /// The losses of a codebook: van den Oord et al. 2017, equation 3.
@@ -124,8 +115,6 @@ pub struct Side {
     pub gradients: Vec<Option<Var>>,
 }
 
-/// Before the names of the perceptual term's weights.
-const PERCEPTUAL: &str = "perceptual";
 /// Before the names of the discriminator's weights.
 pub(super) const DISCRIMINATOR: &str = "discriminator";
 /// The input (1) f32 that is the factor on both losses of a discriminator in this step.
@@ -156,6 +145,8 @@ impl FirstStageLoss {
     /// [`FirstStageLoss::begin`] and [`FirstStageLoss::at_step`]. With `again`, the autoencoder's [`blocks`] are made again in
     /// the backward pass in place of being kept.
     ///
+    /// Both sides are updated as `how` says, the discriminator without weight decay and average.
+    ///
     /// Outputs `loss` and `norm` of the autoencoder; `reconstruction`, the mean distance; `perceptual`, `kl`, `codebook`,
     /// without their weights, where they are; of a codebook `perplexity` and `used`; with a discriminator `generator`,
     /// `adaptive_weight`, `discriminator.loss` and `discriminator.norm`.
@@ -170,14 +161,21 @@ impl FirstStageLoss {
         (dtype, again): (DType, bool),
         how: &Optimiser,
     ) -> Result<()> {
-        let inputs = Inputs::new(g);
-        let sides = self.gradients(g, vae, image, (dtype, again), inputs.scale)?;
+        let inputs = Inputs::new(g, how);
+        let mut sides = self.gradients(g, vae, image, (dtype, again), inputs.scale)?;
+        for side in &mut sides {
+            accumulate(g, &side.parameters, &mut side.gradients, inputs)?;
+        }
         let loss = g.outputs().iter().find(|(name, _)| name == "loss").map(|(_, v)| *v);
         let sums = sides.iter().map(|s| squares(g, &s.parameters, &s.gradients));
         let sums = sums.collect::<Result<Vec<Var>>>()?;
         for (i, side) in sides.iter().enumerate() {
-            // The average is there to sample from: the discriminator needs none.
-            let how = Optimiser { average: how.average && side.at.is_empty(), ..how.clone() };
+            // The average is there to sample from: the discriminator needs none. Nor does it decay, which would go on before its
+            // start.
+            let how = match side.at {
+                "" => how.clone(),
+                _ => Optimiser { average: false, decay: 0.0, ..how.clone() },
+            };
             // Both sides are updated, or none.
             let others = sums.iter().enumerate().filter(|(j, _)| *j != i).map(|(_, sum)| *sum);
             let guards: Vec<Var> = loss.into_iter().chain(others).collect();
@@ -299,6 +297,56 @@ impl FirstStageLoss {
         Ok(())
     }
 
+    /// Sets the shifts and scales of a discriminator's [`PatchNorm::Act`] from the first batch, which `inputs` are of (`image`,
+    /// and `noise` for KL), in a trainer whose other parameters are set: −mean and 1 / (deviation + 1e-6) of what each norm sees
+    /// of the reconstruction, which CompVis code shows the discriminator first. Does nothing with other norms.
+    ///
+    /// # Errors
+    /// When the trainer is of another graph.
+    pub fn begin_norms(
+        &self,
+        trainer: &mut Trainer,
+        vae: &Vae,
+        inputs: &[(&str, HostTensor)],
+        dtype: DType,
+    ) -> Result<()> {
+        let Some(judge) = self.adversary.as_ref().map(|a| &a.model).filter(|m| m.norm == PatchNorm::Act)
+        else {
+            return Ok(());
+        };
+        let mut g = Graph::new();
+        let [image, noise] = ["image", "noise"].map(|wanted| {
+            let found = inputs.iter().find(|(name, _)| *name == wanted);
+            found.map(|(name, value)| g.input(name, DType::F32, value.shape()))
+        });
+        let image = image.ok_or_else(|| Error::invalid("norms of a discriminator: want an input `image`"))?;
+        let picture = reconstruct(&mut g, vae, (image, noise), dtype)?;
+        let seen = judge.observe(&mut g, DISCRIMINATOR, picture)?;
+        for norm in &seen {
+            g.output(&join(&norm.name, "mean"), norm.mean);
+            g.output(&join(&norm.name, "var"), norm.var);
+        }
+        let device = trainer.program().device().clone();
+        // Each norm sees what those before it let through.
+        for norm in &seen {
+            let mut program = Program::new(g.clone(), &trainer.weights("", false, dtype)?, &device)?;
+            for (name, value) in inputs {
+                if program.has(name) {
+                    program.write(name, value)?;
+                }
+            }
+            program.run(&mut ())?;
+            let [mean, var] = ["mean", "var"].map(|kind| program.read(&join(&norm.name, kind)));
+            let n = norm.rows as f64;
+            let loc = mean?.to_f64().into_iter().map(|mean| -mean as f32).collect();
+            let scale = var?.to_f64().into_iter().map(|v| (1.0 / ((v * n / (n - 1.0)).sqrt() + 1e-6)) as f32);
+            let c = [scale.len()];
+            trainer.set(&join(&norm.name, "loc"), &HostTensor::f32(c, loc)?)?;
+            trainer.set(&join(&norm.name, "scale"), &HostTensor::f32(c, scale.collect())?)?;
+        }
+        Ok(())
+    }
+
     /// Before each step: whether the discriminator has a say in it.
     ///
     /// # Errors
@@ -310,40 +358,21 @@ impl FirstStageLoss {
     }
 }
 
-impl PerceptualTerm {
-    /// Puts its weights, for graphs that compute in `dtype`, into those of a program. The file holds the names of [`Lpips`], or
-    /// those of the `lpips` package for the convolutions (`net.slice1.0.weight`), perhaps behind another name, such as
-    /// `loss.perceptual_loss.` in CompVis checkpoints.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] with the name that is missing; when a tensor has another shape.
-    pub fn load(&self, file: &Checkpoint, dtype: DType, into: &mut Weights) -> Result<()> {
-        for (_, value, layout) in self.model.inventory(dtype)?[0].weights() {
-            let name = &value.name;
-            let own = |held: &str| match name.strip_prefix("features.") {
-                // net.slice1.0.weight
-                Some(layer) => held.strip_suffix(layer).is_some_and(|stem| {
-                    stem.ends_with("features.")
-                        || stem
-                            .trim_end_matches('.')
-                            .rsplit('.')
-                            .next()
-                            .is_some_and(|s| s.starts_with("slice"))
-                }),
-                None => held.ends_with(&**name),
-            };
-            let found = file.names().find(|held| own(held)).map(String::from);
-            let found = found.ok_or_else(|| {
-                Error::invalid(format!(
-                    "LPIPS: want a tensor `{name}`; the file has none: give one with torchvision's VGG16 and the heads"
-                ))
-            })?;
-            let x = file.read(&found, value.spec.dtype)?;
-            let x = if layout == Layout::Conv { x.permute(&[0, 2, 3, 1])? } else { x };
-            // Not packed for products: the backward pass transposes them.
-            into.insert(&join(PERCEPTUAL, name), &x.reshape(value.spec.shape)?)?;
+/// What an autoencoder makes of an image (B,H,W,C), for KL with noise (B,h,w,Z).
+fn reconstruct(g: &mut Graph, vae: &Vae, (image, noise): (Var, Option<Var>), dtype: DType) -> Result<Var> {
+    let x = cast(g, "image", image, dtype, 1.0)?;
+    match vae {
+        Vae::Kl(model) => {
+            let moments = model.encode(g, x)?;
+            let noise = noise.ok_or_else(|| Error::invalid("a draw: want an input `noise`"))?;
+            let z = g.push("draw", Gaussian { scale: 1.0 }, &[moments, noise])?;
+            let z = cast(g, "z", z, dtype, 1.0)?;
+            model.decode(g, z)
         }
-        Ok(())
+        Vae::Vq(model) => {
+            let z = model.encode(g, x)?;
+            model.decode(g, z)
+        }
     }
 }
 

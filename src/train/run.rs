@@ -1,17 +1,17 @@
 //! A run: steps from where the last checkpoint stands to the end, with metrics, checkpoints, pictures and an export.
 
 use super::autoencoder::Autoencoder;
+use super::average_decay;
 use super::diffusion::Diffusion;
+use super::first_stage::DISCRIMINATOR;
 use super::grid::Tiles;
 use super::settings::{Parts, Settings};
-use super::average_decay;
-use super::first_stage::DISCRIMINATOR;
 use super::step::Trainer;
 use super::store::Store;
 use crate::error::{Error, Result};
 use crate::exec::{Device, Program, Target, Weights, human_bytes};
-use crate::graph::Graph;
-use crate::tensor::{DType, HostTensor};
+use crate::graph::{Graph, Origin};
+use crate::tensor::{DType, HostTensor, Shape, Spec};
 use serde_json::json;
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -21,9 +21,13 @@ use std::time::{Duration, Instant};
 pub(super) trait Task {
     /// The graph of a step, updates included.
     fn graph(&self) -> Result<Graph>;
+    /// The weights of that graph that are not trained.
+    fn frozen(&self, device: &Device) -> Result<Weights> {
+        Ok(Weights::new(device))
+    }
     /// Sets what a run starts with: parameters, and other states that do not start at zero.
     fn begin(&mut self, trainer: &mut Trainer) -> Result<()>;
-    /// The inputs of step n = 0, 1, …; asked for in order.
+    /// The inputs of step n = 0, 1, … with a row for each picture of all its batches; asked for in order.
     fn inputs(&mut self, step: usize) -> Result<Vec<(&'static str, HostTensor)>>;
     /// Writes what else a step depends on, before each.
     fn ready(&self, _trainer: &mut Trainer) -> Result<()> {
@@ -116,12 +120,12 @@ pub fn run(
     }
     let notes = last.as_ref().map_or_else(HashMap::new, |(_, c)| c.metadata().clone());
     let mut task: Box<dyn Task> = match &s.parts {
-        Parts::Autoencoder(own) => Box::new(Autoencoder::start(s, own, step, watch)?),
+        Parts::Autoencoder(own) => Box::new(Autoencoder::start(s, own, (step, &notes), watch)?),
         Parts::Diffusion(own) => Box::new(Diffusion::start(s, own, folder, (step, &notes), device, watch)?),
     };
     let graph = task.graph()?;
     watch.say(&plan(&graph, device)?);
-    let mut trainer = Trainer::new(graph, &s.optimiser, &Weights::new(device), device)?;
+    let mut trainer = Trainer::new(graph, &s.optimiser, &task.frozen(device)?, device)?;
     match &last {
         Some((step, c)) => trainer.resume(*step, |name| c.read(name, DType::F32))?,
         None => task.begin(&mut trainer)?,
@@ -145,13 +149,23 @@ fn plan(graph: &Graph, device: &Device) -> Result<String> {
         n => format!(", {n} of them the discriminator's"),
     };
     let n = count(false);
+    let sums = graph.values().iter().any(|v| v.origin == Origin::State && v.name.starts_with("sum."));
+    let sums = if sums { ", sums of gradients among them" } else { "" };
     Ok(format!(
-        "{n} parameters{judge}; {} planned: {} of weights, moments and averages, {} of values and gradients, {} beside them",
+        "{n} parameters{judge}; {} planned: {} of weights, moments and averages{sums}, {} of values and gradients, {} beside them",
         human_bytes(m.weights + m.states + m.arena + m.scratch),
         human_bytes(m.weights + m.states),
         human_bytes(m.arena),
         human_bytes(m.scratch)
     ))
+}
+
+/// Rows n · batch, …, (n + 1) · batch − 1 of a tensor.
+pub(super) fn rows(value: &HostTensor, batch: usize, n: usize) -> Result<HostTensor> {
+    let shape = value.shape();
+    let bytes = value.bytes().len() / shape[0] * n;
+    let spec = Spec::new(value.spec().dtype, Shape::new(&[&[n], &shape[1..]].concat()));
+    HostTensor::from_bytes(spec, &value.bytes()[batch * bytes..][..bytes])
 }
 
 /// A mean that starts anew.
@@ -180,18 +194,19 @@ fn steps(
     let (mut lines, mut since_saved, mut told) = (Mean::default(), Mean::default(), BTreeSet::new());
     let (mut clock, mut waited, mut latest) = (Instant::now(), task.waited(), None);
     let mut parts: Vec<Mean> = trainer.parts().iter().map(|_| Mean::default()).collect();
-    let mut again = false;
+    let (mut again, mut inputs) = (false, vec![]);
     while trainer.steps() < s.steps {
         let n = trainer.steps();
-        // A step that was left out is taken again on what was written: data come in order, each once.
+        // A step that was left out is taken again on the same data: they come in order, each once.
         if !std::mem::take(&mut again) {
-            for (name, value) in task.inputs(n)? {
-                trainer.write(name, &value)?;
-            }
+            inputs = task.inputs(n)?;
         }
         task.ready(trainer)?;
         let rate = s.rate * s.schedule.factor(n);
-        let report = trainer.step(rate, average_decay(s.average.unwrap_or(0.0), n + 1))?;
+        let keep = average_decay(s.average.unwrap_or(0.0), n + 1);
+        let report = trainer.step_over(rate, keep, |trainer, batch| {
+            inputs.iter().try_for_each(|(name, value)| trainer.write(name, &rows(value, batch, s.batch)?))
+        })?;
         if report.skipped {
             watch.say(&format!("step {n}: gradients beyond f16; once more under half the loss scale"));
             again = true;
@@ -210,7 +225,12 @@ fn steps(
             step,
             of: s.steps,
             loss: lines.0 / count,
-            parts: trainer.parts().iter().zip(&parts).map(|((name, _), m)| (name.clone(), m.0 / count)).collect(),
+            parts: trainer
+                .parts()
+                .iter()
+                .zip(&parts)
+                .map(|((name, _), m)| (name.clone(), m.0 / count))
+                .collect(),
             norm: f64::from(report.norm),
             rate,
             seconds: spent / count,

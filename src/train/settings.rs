@@ -88,6 +88,8 @@ pub struct AutoencoderSettings {
     pub config: Value,
     /// What it is trained for.
     pub loss: FirstStageLoss,
+    /// The file with the weights of its perceptual term.
+    pub lpips: Option<PathBuf>,
 }
 
 /// What is particular to the kind.
@@ -121,7 +123,7 @@ pub struct Settings {
     pub seed: u64,
     /// Length of the run.
     pub steps: usize,
-    /// Pictures of a step.
+    /// Pictures of a batch; a step has `optimiser.accumulate` of them.
     pub batch: usize,
     /// What models compute in; weights and moments are f32 always.
     pub dtype: DType,
@@ -157,6 +159,7 @@ const KEYS: &[&str] = &[
     "seed",
     "steps",
     "batch_size",
+    "accumulate",
     "dtype",
     "recompute",
     "log_every",
@@ -262,6 +265,7 @@ fn optimiser(c: &Config, kind: Kind, steps: usize) -> Result<(Optimiser, f64, Sc
         clip: within(&o, "clip", 1.0, 0.0, 1e9)? as f32,
         average: false,
         loss_scale: false,
+        accumulate: at_least_one(c, "accumulate", 1)?,
     };
     let rate = within(&o, "rate", if kind == Kind::Autoencoder { 2e-4 } else { 1e-4 }, 0.0, 1.0)?;
     let warmup = o.usize_or("warmup", (steps / 20).min(100))?;
@@ -320,6 +324,11 @@ fn in_section<T>(result: Result<T>, section: &str) -> Result<T> {
 }
 
 impl Settings {
+    /// Pictures of a step.
+    pub fn pictures(&self) -> usize {
+        self.batch * self.optimiser.accumulate
+    }
+
     /// Reads what a run is told; `file` is what errors name.
     ///
     /// # Errors

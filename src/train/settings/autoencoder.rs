@@ -2,11 +2,12 @@
 
 use super::{AutoencoderSettings, completed, distance, in_section, levels, section, within};
 use crate::error::Result;
-use crate::io::Config;
-use crate::models::{AutoencoderKL, Model, NLayerDiscriminator, VQModel};
+use crate::io::{Checkpoint, Config};
+use crate::models::{AutoencoderKL, Model, NLayerDiscriminator, PatchNorm, VQModel};
 use crate::pipeline::Vae;
-use crate::train::{Adversary, Codebook, FirstStageLoss, Gan};
+use crate::train::{Adversary, Codebook, FirstStageLoss, Gan, PerceptualTerm};
 use serde_json::{Value, json};
+use std::path::PathBuf;
 
 pub(super) fn read(c: &Config, size: usize) -> Result<AutoencoderSettings> {
     let (model, config) = model(c, size)?;
@@ -22,8 +23,8 @@ pub(super) fn read(c: &Config, size: usize) -> Result<AutoencoderSettings> {
             format!("a size that is a multiple of {f}, by model.block_out_channels; it is {size}"),
         ));
     }
-    let loss = loss(c, &model, size)?;
-    Ok(AutoencoderSettings { model, config, loss })
+    let (loss, lpips) = loss(c, &model, size)?;
+    Ok(AutoencoderSettings { model, config, loss, lpips })
 }
 
 /// The model, and its configuration with what was left out.
@@ -57,8 +58,9 @@ fn model(c: &Config, size: usize) -> Result<(Vae, Value)> {
     Ok((model, config))
 }
 
-fn loss(c: &Config, model: &Vae, size: usize) -> Result<FirstStageLoss> {
-    let keys = ["distance", "huber_delta", "kl_weight", "codebook", "discriminator"];
+/// The loss, and the file with the weights of its perceptual term.
+fn loss(c: &Config, model: &Vae, size: usize) -> Result<(FirstStageLoss, Option<PathBuf>)> {
+    let keys = ["distance", "huber_delta", "kl_weight", "codebook", "lpips", "discriminator"];
     let loss = section(c, "loss", &keys)?;
     let (key, none) = match model {
         Vae::Kl(_) => ("codebook", "no such key: an AutoencoderKL has no codebook"),
@@ -67,23 +69,32 @@ fn loss(c: &Config, model: &Vae, size: usize) -> Result<FirstStageLoss> {
     if loss.has(key) {
         return Err(loss.error(key, none));
     }
+    let lpips = section(&loss, "lpips", &["file", "weight"])?;
+    let file = if loss.has("lpips") { Some(PathBuf::from(lpips.str("file")?)) } else { None };
+    let weight = within(&lpips, "weight", 1.0, 0.0, 1e6)?;
+    let perceptual = file.as_ref().map(|file| {
+        let term = Checkpoint::open(file).and_then(|file| PerceptualTerm::of(&file, weight));
+        term.map_err(|e| lpips.error("file", format!("a safetensors file with the weights of LPIPS ({e})")))
+    });
     let book = section(&loss, "codebook", &["weight", "beta", "legacy"])?;
-    Ok(FirstStageLoss {
+    let loss = FirstStageLoss {
         distance: distance(&loss, "l1")?,
         kl_weight: within(&loss, "kl_weight", 1e-6, 0.0, 1e6)?,
         means: true,
-        perceptual: None,
+        perceptual: perceptual.transpose()?,
         codebook: Codebook {
             weight: within(&book, "weight", 1.0, 0.0, 1e6)?,
             beta: within(&book, "beta", 0.25, 0.0, 1e6)?,
             legacy: book.bool_or("legacy", true)?,
         },
         adversary: if loss.has("discriminator") { Some(adversary(&loss, size)?) } else { None },
-    })
+    };
+    Ok((loss, file))
 }
 
 fn adversary(loss: &Config, size: usize) -> Result<Adversary> {
-    let d = section(loss, "discriminator", &["kind", "weight", "factor", "start", "width", "layers"])?;
+    let d =
+        section(loss, "discriminator", &["kind", "weight", "factor", "start", "width", "layers", "norm"])?;
     let (default, whole) = (NLayerDiscriminator::default(), 1..=1 << 12);
     let (width, layers) = (d.usize_or("width", default.width)?, d.usize_or("layers", default.layers)?);
     if !whole.contains(&width) {
@@ -92,11 +103,21 @@ fn adversary(loss: &Config, size: usize) -> Result<Adversary> {
     // The side of the smallest patch that is judged.
     let least = 3usize.checked_shl(layers.min(63) as u32).unwrap_or(usize::MAX);
     if layers == 0 || least > size {
-        let want = format!("at least 1, and few enough for pictures of {size} pixels: n layers want 3 · 2^n of them");
+        let want = format!(
+            "at least 1, and few enough for pictures of {size} pixels: n layers want 3 · 2^n of them"
+        );
         return Err(d.error("layers", want));
     }
     Ok(Adversary {
-        model: NLayerDiscriminator { width, layers, ..default },
+        model: NLayerDiscriminator {
+            width,
+            layers,
+            norm: match d.one_of("norm", &["batch", "actnorm"], "batch")? {
+                "actnorm" => PatchNorm::Act,
+                _ => PatchNorm::Batch,
+            },
+            ..default
+        },
         kind: match d.one_of("kind", &["hinge", "vanilla"], "hinge")? {
             "vanilla" => Gan::Vanilla,
             _ => Gan::Hinge,
