@@ -1,4 +1,5 @@
-// The optimiser: Adam with its moments, and the average of the weights, in one pass; and the norm of all gradients. All f32.
+// The optimiser: Adam with its moments, and the average of the weights, in one pass; the norm of all gradients; sums of gradients
+// over batches. All f32.
 // types: f32
 #include "dev.cuh"
 
@@ -99,4 +100,19 @@ extern "C" __global__ void __launch_bounds__(BLOCK) clip_fwd(const __grid_consta
     const bool finite = is_finite_f(norm) && (!p.guard0 || is_finite_f(load(p.guard0))) && (!p.guard1 || is_finite_f(load(p.guard1)));
     store(p.factor, finite ? factor : FLOAT_INF);
     store(p.norm, norm);
+}
+
+struct AccumulateFwd {
+    float* sum;         // (n), updated
+    const float* g;     // (n)
+    const float* more;  // (1): 0 where the sum begins with g
+    long long n;
+};
+
+// sum = g, or sum + g. Grid: ceil(n / BLOCK); a thread owns one element.
+extern "C" __global__ void __launch_bounds__(BLOCK) accumulate_fwd(const __grid_constant__ AccumulateFwd p) {
+    const long long i = (long long)block_x() * BLOCK + thread_x();
+    if (i >= p.n) return;
+    const float g = load(p.g + i);
+    store(p.sum + i, load(p.more) == 0.0f ? g : load(p.sum + i) + g);
 }

@@ -132,7 +132,7 @@ fn reconstructions_are_compared_picture_by_picture() {
     let data = golden("data");
     let [source, noise] = ["source.png", "noise.png"].map(|n| data.join(n));
     let o = ldm(&["eval", "reconstruction", text(&source), text(&noise)]);
-    assert!(o.out.starts_with("              mean    lowest  1 picture\n"), "{}{}", o.out, o.err);
+    assert!(o.out.starts_with("              mean     worst  1 picture\n"), "{}{}", o.out, o.err);
     assert!(o.code == 0 && o.out.contains("30.19") && o.out.contains("0.9630  "), "{}{}", o.out, o.err);
     let f = Folder::new();
     for dir in ["a", "b", "b/in", "a/in"] {
@@ -150,6 +150,15 @@ fn reconstructions_are_compared_picture_by_picture() {
     assert_eq!(report["each"][0]["file"], "in/x");
     assert!((report["each"][0]["psnr"].as_f64().unwrap() - 30.188932318895514).abs() < 1e-9);
     assert!((report["ssim"].as_f64().unwrap() - (1.0 + 0.9629803578714086) / 2.0).abs() < 1e-9);
+    // With weights of a narrow network: nothing lies between a picture and itself.
+    let weights = golden("train/vq-hinge.safetensors");
+    let o = ldm(&["eval", "reconstruction", text(&a), text(&b), "--json", "--lpips", text(&weights)]);
+    let report: Value = serde_json::from_str(&o.out).unwrap();
+    let each = |i: usize| report["each"][i]["lpips"].as_f64().unwrap();
+    assert!(each(0) > 0.0 && each(1) == 0.0, "{report}");
+    assert!((report["lpips"].as_f64().unwrap() - each(0) / 2.0).abs() < 1e-12);
+    let o = ldm(&["eval", "reconstruction", text(&a), text(&b), "--lpips", text(&weights)]);
+    assert!(o.code == 0 && o.out.lines().nth(3).unwrap().starts_with("LPIPS  "), "{}{}", o.out, o.err);
     let compare = |a: &str, b: &str| ldm(&["eval", "reconstruction", text(&f.path(a)), text(&f.path(b))]);
     refused(&f, 2, &["want two pictures or two folders", "y.png"], || compare("a", "b/y.png"));
     refused(&f, 2, &["want two pictures or two folders", "none"], || compare("a", "none"));

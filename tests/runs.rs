@@ -8,7 +8,7 @@ mod program;
 mod common;
 
 use common::on_cuda_with;
-use folder::Folder;
+use folder::{Folder, golden};
 use ldm::exec::Device;
 use ldm::io::{Checkpoint, png::read_rgb8};
 use ldm::tensor::DType;
@@ -31,6 +31,13 @@ const AUTOENCODER: &[&str] = &[
     "optimiser.rate=3e-3",
     "log_every=2",
     "sample.every=0",
+];
+
+/// A codebook, and a discriminator that starts in between.
+const ADVERSARIAL: &[&str] = &[
+    "model._class_name=VQModel",
+    "model.num_vq_embeddings=32",
+    "loss.discriminator={kind=\"hinge\", weight=0.8, width=4, layers=2, start=4}",
 ];
 
 const DIFFUSION: &[&str] = &[
@@ -108,6 +115,138 @@ fn an_autoencoder_learns_and_is_exported() {
     assert_eq!(losses(&run).last().unwrap().0, 32);
 }
 
+/// Perceptual weights of a narrow network.
+fn lpips() -> String {
+    format!("loss.lpips={{file=\"{}\", weight=0.5}}", text(&golden("train/vq-hinge.safetensors")))
+}
+
+#[test]
+fn a_vq_autoencoder_with_a_discriminator_learns_and_is_a_first_stage() {
+    let f = Folder::new();
+    let (first, run) = (f.path("first"), f.path("run"));
+    let own = ["steps=30", "sample.every=15", "sample.count=2", "data.count=2", &lpips()];
+    let o = train("autoencoder", &first, &[ADVERSARIAL, &own].concat());
+    assert_eq!(o.code, 0, "{}", o.err);
+    for word in ["of them the discriminator's", "perplexity ", "adaptive_weight ", "discriminator.loss "] {
+        assert!(o.err.contains(word), "want `{word}` in: {}", o.err);
+    }
+    assert!(!o.err.contains("no LPIPS") && !o.err.contains("no pictures"), "{}", o.err);
+    let all = metrics(&first);
+    let part = |i: usize, name: &str| all[i][name].as_f64().unwrap_or_else(|| panic!("{name}: {}", all[i]));
+    let last = all.len() - 1;
+    // This perceptual distance is most of the loss.
+    assert!(part(last, "perceptual") < 0.8 * part(0, "perceptual"), "{all:?}");
+    assert!(part(last, "reconstruction") < part(0, "reconstruction"), "{all:?}");
+    assert!((1.0..=32.0).contains(&part(last, "perplexity")) && part(last, "used") >= 1.0);
+    assert_eq!((part(0, "discriminator.loss"), part(1, "discriminator.norm")), (0.0, 0.0), "starts at 4");
+    assert!(part(last, "discriminator.loss") > 0.0 && part(last, "discriminator.norm") > 0.0);
+    // The parts make the loss, in the mean over the steps of a line before the start.
+    let sum = part(0, "reconstruction") + 0.5 * part(0, "perceptual") + part(0, "codebook");
+    assert!((part(0, "loss") - sum).abs() < 1e-5 * sum, "{}", all[0]);
+    let grid = read_rgb8(first.join("samples/step-00000030.png")).unwrap();
+    assert_eq!((grid.width, grid.height), (2 * 34 + 2, 2 * 34 + 2));
+    // The export is the autoencoder alone; the checkpoint has all that a run needs.
+    let vae = Checkpoint::open(first.join("export/vae")).unwrap();
+    assert_eq!(vae.entry("quantize.embedding.weight").unwrap().shape, [32, 3]);
+    assert!(vae.names().all(|name| !name.contains("discriminator") && !name.contains("perceptual")));
+    let file = first.join("checkpoints/step-00000030.safetensors");
+    let checkpoint = Checkpoint::open(&file).unwrap();
+    for name in ["main.3.running_var", "main.3.weight"] {
+        assert!(checkpoint.entry(&format!("discriminator.{name}")).is_some(), "{name}");
+    }
+    assert!(checkpoint.entry("v.discriminator.main.0.bias").is_some());
+    assert!(checkpoint.metadata().contains_key("lpips"));
+    let own = ["--first-stage", text(&first), "steps=4", "data.count=6", "sample.every=4", "sample.steps=2"];
+    let o = train("diffusion", &run, &own);
+    assert!(o.code == 0 && !o.err.contains("no pictures"), "{}", o.err);
+    assert!(run.join("samples/step-00000004.png").is_file());
+}
+
+/// Without a file, LPIPS is off and the run says so; with another file than it began with, a run does not go on.
+#[test]
+fn perceptual_weights_are_those_that_a_run_began_with() {
+    let f = Folder::new();
+    let (plain, run) = (f.path("plain"), f.path("run"));
+    let o = train("autoencoder", &plain, &["steps=2"]);
+    assert!(o.code == 0 && o.err.contains("no LPIPS: loss.lpips.file"), "{}", o.err);
+    assert!(metrics(&plain)[0].get("perceptual").is_none());
+    let file = f.write("lpips.safetensors", fs::read(golden("train/vq-hinge.safetensors")).unwrap());
+    let own = format!("loss.lpips.file={}", text(&file));
+    let more = |steps: &'static str| train("autoencoder", &run, &[&own, steps, "--resume"]);
+    assert_eq!(more("steps=2").code, 0);
+    assert!(metrics(&run)[0]["perceptual"].as_f64().unwrap() > 0.0);
+    let o = more("steps=4");
+    assert!(o.code == 0 && o.err.contains("goes on after step 2"), "{}", o.err);
+    f.fill("lpips.safetensors", "lpips.lin0.model.1.weight", 0.5);
+    let o = more("steps=6");
+    assert!(o.code == 1 && o.err.contains("they have changed since"), "{}: {}", o.code, o.err);
+}
+
+/// The norms of the discriminator start with the first batch, whose data the first step takes again.
+#[test]
+fn a_run_with_actnorm_goes_on_where_it_stopped() {
+    let f = Folder::new();
+    let (whole, parts) = (f.path("whole"), f.path("parts"));
+    let judge = "loss.discriminator={kind=\"vanilla\", width=4, layers=2, norm=\"actnorm\"}";
+    let own = [judge, "accumulate=2", "checkpoint.every=1", "checkpoint.newest=9"];
+    autoencoder(&whole, &[&own[..], &["steps=4"]].concat());
+    autoencoder(&parts, &[&own[..], &["steps=2"]].concat());
+    autoencoder(&parts, &[&own[..], &["steps=4", "--resume"]].concat());
+    assert!(last(&whole, 4) == last(&parts, 4));
+    let read = |step: usize, name: &str| {
+        let file = whole.join(format!("checkpoints/step-{step:08}.safetensors"));
+        Checkpoint::open(file).unwrap().read_f32(name).unwrap()
+    };
+    let scale = "discriminator.main.3.scale";
+    assert!(read(1, scale).iter().all(|v| *v > 0.0 && *v != 1.0), "{:?}", read(1, scale));
+    assert!(read(1, scale) != read(4, scale));
+}
+
+/// Batches whose gradients are added up make the step that one batch of all their pictures makes, within rounding.
+#[test]
+fn a_step_of_two_batches_is_a_step_of_one_that_is_twice_as_large() {
+    let f = Folder::new();
+    let first = f.path("first");
+    autoencoder(&first, &["steps=2"]);
+    let path = format!("first_stage.path={}", text(&first));
+    let vq = &ADVERSARIAL[..2];
+    let cases: [(&str, &str, &[&str]); 4] = [
+        ("kl", "autoencoder", &[]),
+        ("vq", "autoencoder", vq),
+        ("live", "diffusion", &[&path]),
+        ("kept", "diffusion", &[&path, "data.count=7", "loss.snr_gamma=5", "loss.noise_offset=0.1"]),
+    ];
+    for (name, kind, own) in cases {
+        let [whole, parts] = ["whole", "parts"].map(|half| f.path(&format!("{name}-{half}")));
+        let steps = ["steps=2", "checkpoint.every=1", "log_every=1"];
+        for (run, how) in
+            [(&whole, ["batch_size=4", "accumulate=1"]), (&parts, ["batch_size=2", "accumulate=2"])]
+        {
+            let o = train(kind, run, &[own, &steps, &how].concat());
+            assert_eq!(o.code, 0, "{name}: {}", o.err);
+        }
+        let near = |a: &(u64, f64), b: &(u64, f64)| (a.1 - b.1).abs() <= 2e-5 * a.1.abs();
+        let [a, b] = [&whole, &parts].map(|run| losses(run));
+        assert!(a.len() == 2 && a.iter().zip(&b).all(|(a, b)| near(a, b)), "{name}: {a:?}, {b:?}");
+        // The first moments are the gradient of the first step, but for a factor.
+        let [a, b] = [&whole, &parts]
+            .map(|run| Checkpoint::open(run.join("checkpoints/step-00000001.safetensors")).unwrap());
+        assert_eq!(a.names().collect::<Vec<_>>(), b.names().collect::<Vec<_>>(), "{name}");
+        let norm = |x: &[f32]| x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+        let moments = || a.names().filter(|n| n.starts_with("m.")).map(|n| (n, a.read_f32(n).unwrap()));
+        let all = moments().map(|(_, m)| norm(&m).powi(2)).sum::<f64>().sqrt();
+        for (tensor, x) in moments() {
+            let y = b.read_f32(tensor).unwrap();
+            let off = norm(&x.iter().zip(&y).map(|(x, y)| x - y).collect::<Vec<_>>());
+            assert!(
+                off <= 1e-4 * (norm(&x) + 1e-3 * all),
+                "{name}: {tensor}: off by {off:e} of {:e}",
+                norm(&x)
+            );
+        }
+    }
+}
+
 #[test]
 fn blocks_that_are_made_again_change_no_bit_and_f16_little() {
     let f = Folder::new();
@@ -156,6 +295,18 @@ fn settings_are_checked_before_anything_is_made() {
         ("autoencoder", "scheduler.beta_end=0.1", "`scheduler`"),
         ("autoencoder", "optimiser", "want KEY=VALUE"),
         ("autoencoder", "steps.more=1", "`steps`"),
+        ("autoencoder", "model._class_name=VQGAN", "`model._class_name`: want one of AutoencoderKL, VQModel"),
+        ("autoencoder", "loss.codebook.beta=1", "`loss.codebook`: want no such key: an AutoencoderKL"),
+        (
+            "autoencoder",
+            "loss.discriminator.kind=wgan",
+            "`loss.discriminator.kind`: want one of hinge, vanilla",
+        ),
+        ("autoencoder", "loss.discriminator.wieght=1", "did the writer mean `weight`?"),
+        ("autoencoder", "loss.discriminator.layers=4", "n layers want 3 · 2^n of them"),
+        ("autoencoder", "loss.lpips.weight=1", "`loss.lpips.file`"),
+        ("autoencoder", "loss.lpips.file=/no/such", "a safetensors file with the weights of LPIPS"),
+        ("autoencoder", "accumulate=0", "`accumulate`: want at least 1; got 0"),
         ("diffusion", "seed=1", "`first_stage.path`"),
         ("diffusion", "first_stage.path=/no/such", "`first_stage.path`"),
     ] {
@@ -330,13 +481,18 @@ fn a_killed_autoencoder_run_goes_on_bit_for_bit() {
 }
 
 #[test]
+fn a_killed_run_with_a_codebook_and_a_discriminator_goes_on_bit_for_bit() {
+    check_kills("autoencoder", &[ADVERSARIAL, &["accumulate=2", "average.decay=0.9"]].concat(), 24);
+}
+
+#[test]
 fn a_killed_diffusion_run_goes_on_bit_for_bit() {
     let f = Folder::new();
     let first = f.path("first");
     autoencoder(&first, &["steps=2"]);
     let path = format!("first_stage.path={}", text(&first));
     check_kills("diffusion", &[&path], 24);
-    check_kills("diffusion", &[&path, "data.count=7"], 24);
+    check_kills("diffusion", &[&path, "data.count=7", "accumulate=2"], 24);
     // Another first stage in the same place is none to go on with.
     let run = f.path("run");
     assert_eq!(train("diffusion", &run, &[&path, "steps=1"]).code, 0);
@@ -349,17 +505,19 @@ fn a_killed_diffusion_run_goes_on_bit_for_bit() {
 #[test]
 fn a_step_that_was_left_out_loses_no_data() {
     let f = Folder::new();
-    let (whole, parts) = (f.path("whole"), f.path("parts"));
-    let own = ["dtype=f16", "loss.kl_weight=20000", "checkpoint.every=2"];
-    let o = train("autoencoder", &whole, &[&own[..], &["steps=6"]].concat());
-    assert_eq!(o.code, 0, "{}", o.err);
-    assert!(o.err.contains("step 0: gradients beyond f16"), "{}", o.err);
-    autoencoder(&parts, &[&own[..], &["steps=2"]].concat());
-    autoencoder(&parts, &[&own[..], &["steps=6", "--resume"]].concat());
-    let [a, b] = [&whole, &parts]
-        .map(|run| Checkpoint::open(run.join("checkpoints/step-00000006.safetensors")).unwrap());
-    for name in a.names() {
-        assert!(a.read_f32(name).unwrap() == b.read_f32(name).unwrap(), "{name} differs");
+    for accumulate in ["accumulate=1", "accumulate=2"] {
+        let [whole, parts] = ["whole", "parts"].map(|half| f.path(&format!("{half}-{accumulate}")));
+        let own = ["dtype=f16", "loss.kl_weight=20000", "checkpoint.every=2", accumulate];
+        let o = train("autoencoder", &whole, &[&own[..], &["steps=6"]].concat());
+        assert_eq!(o.code, 0, "{}", o.err);
+        assert!(o.err.contains("step 0: gradients beyond f16"), "{}", o.err);
+        autoencoder(&parts, &[&own[..], &["steps=2"]].concat());
+        autoencoder(&parts, &[&own[..], &["steps=6", "--resume"]].concat());
+        let [a, b] = [&whole, &parts]
+            .map(|run| Checkpoint::open(run.join("checkpoints/step-00000006.safetensors")).unwrap());
+        for name in a.names() {
+            assert!(a.read_f32(name).unwrap() == b.read_f32(name).unwrap(), "{name} differs");
+        }
     }
 }
 
@@ -414,6 +572,15 @@ fn runs_on_cuda() {
         "optimiser": {"warmup": 0, "rate": 3e-3},
         "model": {"block_out_channels": [8, 8, 8], "norm_num_groups": 4, "mid_block_add_attention": false},
     });
+    let adversarial = json!({
+        "steps": 2, "batch_size": 1, "accumulate": 2, "log_every": 1, "sample": {"every": 0}, "data": {"size": 32},
+        "optimiser": {"warmup": 0, "rate": 3e-3},
+        "model": {
+            "_class_name": "VQModel", "block_out_channels": [8, 8, 8], "norm_num_groups": 4,
+            "mid_block_add_attention": false,
+        },
+        "loss": {"discriminator": {"width": 4, "layers": 1}},
+    });
     let second = json!({
         "steps": 3, "batch_size": 1, "log_every": 1, "sample": {"every": 0}, "data": {"size": 32},
         "optimiser": {"warmup": 0, "rate": 1e-3}, "first_stage": {"path": f.path("cpu").to_str()},
@@ -426,6 +593,7 @@ fn runs_on_cuda() {
         },
     });
     let cpu = curve(Kind::Autoencoder, &first, &f.path("cpu"), &Device::Cpu);
+    let cpu1 = curve(Kind::Autoencoder, &adversarial, &f.path("cpu1"), &Device::Cpu);
     let cpu2 = curve(Kind::Diffusion, &second, &f.path("cpu2"), &Device::Cpu);
     on_cuda_with(&["order=forward;async=late"], |device| {
         let near = |cpu: &[f64], cuda: &[f64]| {
@@ -433,6 +601,7 @@ fn runs_on_cuda() {
             assert!(close && cpu.len() == cuda.len(), "{cpu:?}, {cuda:?}");
         };
         near(&cpu, &curve(Kind::Autoencoder, &first, &f.path("cuda"), device));
+        near(&cpu1, &curve(Kind::Autoencoder, &adversarial, &f.path("cuda1"), device));
         near(&cpu2, &curve(Kind::Diffusion, &second, &f.path("cuda2"), device));
     });
 }

@@ -8,7 +8,7 @@ use ldm::backend::Device;
 use ldm::exec::{Program, Weights};
 use ldm::graph::{Graph, Layout, Parameter};
 use ldm::io::{Checkpoint, Config};
-use ldm::models::{AutoencoderKL, Lpips, Model, NLayerDiscriminator, VQModel};
+use ldm::models::{AutoencoderKL, Lpips, Model, NLayerDiscriminator, PatchNorm, VQModel};
 use ldm::pipeline::Vae;
 use ldm::tensor::{DType, HostTensor, Shape};
 use ldm::train::{
@@ -30,7 +30,7 @@ struct Subject {
 }
 
 fn adversary(kind: Gan, weight: f64) -> Option<Adversary> {
-    let model = NLayerDiscriminator { in_channels: 3, width: 4, layers: 2 };
+    let model = NLayerDiscriminator { in_channels: 3, width: 4, layers: 2, norm: PatchNorm::Batch };
     Some(Adversary { model, kind, weight, factor: 1.0, start: 0 })
 }
 
@@ -62,6 +62,13 @@ fn vq(record: &str, kind: Gan, legacy: bool) -> Subject {
 
 fn vq_vanilla() -> Subject {
     vq("vq-vanilla", Gan::Vanilla, true)
+}
+
+/// With norms that start with their first batch.
+fn vq_actnorm() -> Subject {
+    let mut subject = vq("vq-actnorm", Gan::Vanilla, true);
+    subject.loss.adversary.as_mut().unwrap().model.norm = PatchNorm::Act;
+    subject
 }
 
 /// With a perceptual term.
@@ -136,7 +143,7 @@ fn check_gradients(subject: fn() -> Subject, device: &Device) {
     let subject = subject();
     let (mut g, image) = subject.graph();
     let scale = g.input("scale", DType::F32, [1]);
-    let sides = subject.loss.gradients(&mut g, &subject.vae, image, DType::F32, scale).unwrap();
+    let sides = subject.loss.gradients(&mut g, &subject.vae, image, (DType::F32, false), scale).unwrap();
     let (mut all, mut names) = (vec![], BTreeSet::new());
     for side in &sides {
         for (p, d) in side.parameters.iter().zip(&side.gradients) {
@@ -197,10 +204,50 @@ fn gradients_of_vq_corrected_a_hinge_discriminator_and_a_perceptual_term() {
 }
 
 #[test]
+fn gradients_of_vq_and_a_discriminator_with_actnorm() {
+    check_gradients(vq_actnorm, &Device::Cpu);
+}
+
+#[test]
 fn gradients_on_cuda() {
     on_cuda_with(&["order=forward;async=late"], |device| {
-        [kl, vq_vanilla, vq_hinge].iter().for_each(|subject| check_gradients(*subject, device));
+        [kl, vq_vanilla, vq_hinge, vq_actnorm].iter().for_each(|subject| check_gradients(*subject, device));
     });
+}
+
+/// Means in place of sums: the loss, the weight of the generator and every gradient are divided by the values of a picture.
+#[test]
+fn means_of_kl_are_sums_by_the_number_of_values() {
+    let mut subject = kl();
+    let x = subject.read("x").shape();
+    let values = (x.numel() / x[0]) as f64;
+    subject.loss.means = true;
+    let (mut g, image) = subject.graph();
+    let scale = g.input("scale", DType::F32, [1]);
+    let sides = subject.loss.gradients(&mut g, &subject.vae, image, (DType::F32, false), scale).unwrap();
+    let own: Vec<_> = sides[0].parameters.iter().zip(&sides[0].gradients).collect();
+    own.iter().for_each(|(p, d)| g.output(&format!("grad.{}", p.name), d.unwrap()));
+    let all: Vec<_> = g.parameters().iter().map(|p| (p.clone(), g.shape(p.state))).collect();
+    let mut program = Program::new(g, &Weights::new(&Device::Cpu), &Device::Cpu).unwrap();
+    for (p, shape) in &all {
+        program.write(&p.name, &subject.held(&p.name, p.layout, *shape)).unwrap();
+    }
+    for (name, value) in subject.inputs() {
+        program.write(name, &value).unwrap();
+    }
+    program.write("scale", &HostTensor::f32([1], vec![1.0]).unwrap()).unwrap();
+    program.run(&mut ()).unwrap();
+    for name in ["loss", "adaptive_weight"] {
+        near(name, values * program.read(name).unwrap().to_f64()[0], subject.number(name), 2e-5);
+    }
+    let total =
+        own.iter().map(|(p, _)| subject.number(&format!("norm.{}", p.name)).powi(2)).sum::<f64>().sqrt();
+    for (p, _) in own {
+        let grad = program.read(&format!("grad.{}", p.name)).unwrap();
+        let times = grad.to_f32().iter().map(|v| (f64::from(*v) * values) as f32).collect();
+        let off = subject.distance(p, HostTensor::f32(grad.shape(), times).unwrap(), 1e-3 * total);
+        assert!(off <= 1e-4, "{}: off by {off:e}", p.name);
+    }
 }
 
 fn how(subject: &Subject) -> Optimiser {
@@ -211,7 +258,7 @@ fn how(subject: &Subject) -> Optimiser {
 /// A trainer at the weights that PyTorch started from.
 fn trainer(subject: &Subject, how: &Optimiser) -> Trainer {
     let (mut g, image) = subject.graph();
-    subject.loss.step(&mut g, &subject.vae, image, DType::F32, how).unwrap();
+    subject.loss.step(&mut g, &subject.vae, image, (DType::F32, false), how).unwrap();
     let layouts: Vec<Layout> = g.parameters().iter().map(|p| p.layout).collect();
     let mut trainer = Trainer::new(g, how, &Weights::new(&Device::Cpu), &Device::Cpu).unwrap();
     for ((name, shape), layout) in trainer.parameters().into_iter().zip(layouts) {
@@ -241,7 +288,8 @@ fn check_curve(subject: fn() -> Subject) {
         }
     }
     println!("losses: worst {worst:e}, bound {bound:e}");
-    assert_eq!(trainer.others().len(), 4);
+    let batch_norms = subject.loss.adversary.as_ref().is_some_and(|a| a.model.norm == PatchNorm::Batch);
+    assert_eq!(trainer.others().len(), if batch_norms { 4 } else { 0 });
     for name in trainer.others() {
         let ours = trainer.read(name).unwrap().to_f64();
         let theirs = subject.read(&name.replace("discriminator.", "after.")).to_f64();
@@ -262,14 +310,43 @@ fn losses_of_vq() {
 }
 
 #[test]
+fn losses_of_vq_with_actnorm() {
+    check_curve(vq_actnorm);
+}
+
+/// Shifts and scales start as those that the first reconstruction asks for, layer by layer.
+#[test]
+fn actnorm_starts_with_the_first_batch_as_compvis_starts_it() {
+    let subject = vq_actnorm();
+    let mut trainer = trainer(&subject, &how(&subject));
+    let norms = ["discriminator.main.3", "discriminator.main.6"];
+    let names = norms.iter().flat_map(|norm| ["loc", "scale"].map(|kind| format!("{norm}.{kind}")));
+    let names: Vec<String> = names.collect();
+    for name in &names {
+        let shape = trainer.read(name).unwrap().shape();
+        let start = if name.ends_with("scale") { 1.0 } else { 0.0 };
+        trainer.set(name, &HostTensor::f32(shape, vec![start; shape.numel()]).unwrap()).unwrap();
+    }
+    subject.loss.begin_norms(&mut trainer, &subject.vae, &subject.inputs(), DType::F32).unwrap();
+    for name in &names {
+        let ours = trainer.read(name).unwrap().to_f64();
+        let theirs = subject.read(&name.replace("discriminator.", "start.")).to_f64();
+        for (a, b) in ours.iter().zip(&theirs) {
+            assert!((a - b).abs() <= 1e-4 * b.abs().max(1e-3), "{name}: {a}, PyTorch {b}");
+        }
+        assert_eq!(ours.len(), theirs.len());
+    }
+}
+
+#[test]
 fn before_its_start_a_discriminator_changes_nothing() {
     let mut subject = vq_vanilla();
-    let how = how(&subject);
+    let how = Optimiser { decay: 0.1, coupled: false, ..how(&subject) };
     subject.loss.adversary.as_mut().unwrap().start = 2;
     let mut with = trainer(&subject, &how);
     subject.loss.adversary = None;
     let (mut g, image) = subject.graph();
-    subject.loss.step(&mut g, &subject.vae, image, DType::F32, &how).unwrap();
+    subject.loss.step(&mut g, &subject.vae, image, (DType::F32, false), &how).unwrap();
     let mut without = Trainer::new(g, &how, &Weights::new(&Device::Cpu), &Device::Cpu).unwrap();
     for (name, _) in without.parameters() {
         without.set(&name, &with.read(&name).unwrap()).unwrap();
@@ -350,6 +427,15 @@ fn a_discriminator_judges_as_pytorch_does() {
     let inventory = ldm::models::Inventory::of(&model.inventory(DType::F32).unwrap());
     let held: BTreeSet<&str> = subject.record.names().filter_map(|n| n.strip_prefix("start.")).collect();
     assert_eq!(inventory.iter().map(|(name, ..)| name).collect::<BTreeSet<_>>(), held);
+}
+
+#[test]
+fn a_discriminator_with_actnorm_has_the_published_number_of_parameters() {
+    let config = serde_json::json!({"use_actnorm": true});
+    let model =
+        NLayerDiscriminator::from_config(&Config::from_value("config.json", config).unwrap()).unwrap();
+    let inventory = ldm::models::Inventory::of(&model.inventory(DType::F32).unwrap());
+    assert_eq!(inventory.parameters(), 2_766_529);
 }
 
 #[test]

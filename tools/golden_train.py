@@ -143,18 +143,35 @@ def unconditional():
     record("unet_2d", model, {"x": last(x), "target": last(target), "t": t.float()}, loss, 1e-4)
 
 
-class Discriminator(torch.nn.Module):
-    """Of patches (Isola et al. 2017): 4x4 convolutions, batch norms, leaky ReLU; the layout of names is CompVis's."""
+class ActNorm(torch.nn.Module):
+    """Shift and scale by channel (Kingma and Dhariwal 2018) that start as those that make the first batch normal."""
 
-    def __init__(self, width, layers):
+    def __init__(self, c):
+        super().__init__()
+        self.loc = torch.nn.Parameter(torch.zeros(1, c, 1, 1))
+        self.scale = torch.nn.Parameter(torch.ones(1, c, 1, 1))
+        self.started = False
+
+    def forward(self, x):
+        if not self.started:
+            self.loc.data = -x.detach().mean((0, 2, 3), keepdim=True)
+            self.scale.data = 1 / (x.detach().std((0, 2, 3), keepdim=True) + 1e-6)
+            self.started = True
+        return self.scale * (x + self.loc)
+
+
+class Discriminator(torch.nn.Module):
+    """Of patches (Isola et al. 2017): 4x4 convolutions, norms, leaky ReLU; the layout of names is CompVis's."""
+
+    def __init__(self, width, layers, norm=torch.nn.BatchNorm2d):
         super().__init__()
         wide = lambda n: width * 2 ** min(n, 3)
         leaky = lambda: torch.nn.LeakyReLU(0.2)
         parts = [torch.nn.Conv2d(3, width, 4, 2, 1), leaky()]
         for n in range(1, layers + 1):
             stride = 2 if n < layers else 1
-            parts += [torch.nn.Conv2d(wide(n - 1), wide(n), 4, stride, 1, bias=False)]
-            parts += [torch.nn.BatchNorm2d(wide(n)), leaky()]
+            parts += [torch.nn.Conv2d(wide(n - 1), wide(n), 4, stride, 1, bias=norm is ActNorm)]
+            parts += [norm(wide(n)), leaky()]
         self.main = torch.nn.Sequential(*parts, torch.nn.Conv2d(wide(layers), 1, 4, 1, 1))
 
     def forward(self, x):
@@ -203,22 +220,25 @@ EPS = 1e-3
 RATE = 1e-4
 
 
-def adversarial(name, model, inputs, forward, weight, hinge, extra={}):
+def adversarial(name, model, inputs, forward, weight, hinge, extra={}, norm=torch.nn.BatchNorm2d):
     """Gradients and losses of both sides, each from the weights before a step. `forward` gives the reconstruction, its
     likelihood term, and the weighted rest. Discriminators are tried until one is found whose steps stay away from the kinks of
     the losses (absolute values, leaky ReLU, nearest codes), where rounding decides."""
     for seed in range(100):
-        if record_adversarial(name, model, inputs, forward, weight, hinge, extra, seed):
+        if record_adversarial(name, model, inputs, forward, weight, hinge, extra, norm, seed):
             return
 
 
-def record_adversarial(name, model, inputs, forward, weight, hinge, extra, seed):
+def record_adversarial(name, model, inputs, forward, weight, hinge, extra, norm, seed):
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    judge = Discriminator(4, 2).train()
+    judge = Discriminator(4, 2, norm).train()
     # As large as after some training: at the start, with 0.02, its gradients are tiny.
     for key, p in judge.named_parameters():
         torch.nn.init.normal_(p, 1.0 if p.dim() == 1 and key.endswith("weight") else 0.0, 0.2)
+    # The first that it sees: of norms that start with their first batch.
+    if norm is ActNorm:
+        judge(forward(model, inputs)[0])
     start = {f"start.{k}": v.clone() for k, v in judge.state_dict().items() if "num_batches" not in k}
     x = inputs["x"]
     relu, softplus = torch.nn.functional.relu, torch.nn.functional.softplus
@@ -295,7 +315,7 @@ def kl_adversarial():
     adversarial("kl-hinge", model, {"x": x, "noise": noise}, forward, 0.5, True)
 
 
-def vq_adversarial(legacy):
+def vq_adversarial(legacy, norm=torch.nn.BatchNorm2d):
     model = diffusers.VQModel.from_pretrained(GOLDEN / "vq4-tiny" / "vqvae", torch_dtype=torch.float32).train()
     g = torch.Generator().manual_seed(4)
     x = torch.rand(2, 3, 32, 32, generator=g) * 2 - 1
@@ -313,7 +333,8 @@ def vq_adversarial(legacy):
             likelihood = likelihood + 0.7 * copy.deepcopy(lpips).to(y.dtype)(y, inputs["x"]).mean()
         return y, likelihood, loss
 
-    adversarial("vq-vanilla" if legacy else "vq-hinge", model, {"x": x}, forward, 0.8, not legacy, extra)
+    name = "vq-actnorm" if norm is ActNorm else "vq-vanilla" if legacy else "vq-hinge"
+    adversarial(name, model, {"x": x}, forward, 0.8, not legacy, extra, norm)
 
 
 PARTS = {
@@ -323,6 +344,7 @@ PARTS = {
     "kl-hinge": kl_adversarial,
     "vq-vanilla": lambda: vq_adversarial(True),
     "vq-hinge": lambda: vq_adversarial(False),
+    "vq-actnorm": lambda: vq_adversarial(True, ActNorm),
 }
 for part in sys.argv[1:] or PARTS:
     PARTS[part]()

@@ -7,7 +7,9 @@ use crate::data::quality::{psnr, ssim};
 use crate::data::recognise::{Found, Seen, recognise};
 use crate::data::score::{CRITERIA, Tally, Verdict, judge};
 use crate::error::{Error, Result};
+use crate::exec::Device;
 use crate::io::picture;
+use crate::train::PerceptualDistance;
 use clap::{Args, Subcommand};
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
@@ -26,7 +28,7 @@ pub(super) struct Arguments {
 enum What {
     /// Whether pictures show what captions of the shapes world asked for, read from their pixels
     Shapes(Shapes),
-    /// How near pictures are to others, such as an autoencoder's to what it was given: PSNR and SSIM
+    /// How near pictures are to others, such as an autoencoder's to what it was given: PSNR, SSIM, and LPIPS
     Reconstruction(Reconstruction),
 }
 
@@ -49,6 +51,9 @@ struct Reconstruction {
     /// The other picture, or a folder with pictures of the same names (extensions may differ)
     #[arg(value_name = "B")]
     second: PathBuf,
+    /// Measure LPIPS too, with these weights: a safetensors file with torchvision's VGG16 and the heads of the lpips package
+    #[arg(long, value_name = "FILE")]
+    lpips: Option<PathBuf>,
     /// Print JSON, with a line for each picture, instead of a summary
     #[arg(long)]
     json: bool,
@@ -163,41 +168,63 @@ struct Near {
     file: String,
     psnr: f64,
     ssim: f64,
+    lpips: Option<f64>,
 }
 
 fn reconstruction(a: Reconstruction) -> Result<ExitCode> {
     let pairs = pairs(&a.first, &a.second)?;
-    let near = pairs.par_iter().map(|(file, first, second)| {
-        let (x, y) = (picture::read(first)?, picture::read(second)?);
-        let both = |e: Error| Error::file(first, format!("beside {}: {e}", second.display()));
-        Ok(Near { file: file.clone(), psnr: psnr(&x, &y).map_err(both)?, ssim: ssim(&x, &y).map_err(both)? })
+    let beside =
+        |e: Error, (_, first, second): &Pair| Error::file(first, format!("beside {}: {e}", second.display()));
+    let near = pairs.par_iter().map(|pair| {
+        let (x, y) = (picture::read(&pair.1)?, picture::read(&pair.2)?);
+        let (psnr, ssim) = psnr(&x, &y).and_then(|v| Ok((v, ssim(&x, &y)?))).map_err(|e| beside(e, pair))?;
+        Ok(Near { file: pair.0.clone(), psnr, ssim, lpips: None })
     });
-    let near = near.collect::<Result<Vec<Near>>>()?;
+    let mut near = near.collect::<Result<Vec<Near>>>()?;
+    if let Some(file) = &a.lpips {
+        let mut distance = PerceptualDistance::open(file, &Device::Cpu)?;
+        for (near, pair) in near.iter_mut().zip(&pairs) {
+            let (x, y) = (picture::read(&pair.1)?, picture::read(&pair.2)?);
+            let lpips = distance.between([x.width, x.height], &x.pixels, &y.pixels);
+            near.lpips = Some(lpips.map_err(|e| beside(e, pair))?);
+        }
+    }
     let mean = |of: &dyn Fn(&Near) -> f64| near.iter().map(of).sum::<f64>() / near.len() as f64;
     let (psnr, ssim) = (mean(&|n| n.psnr), mean(&|n| n.ssim));
+    let lpips = a.lpips.is_some().then(|| mean(&|n| n.lpips.unwrap_or(0.0)));
     if a.json {
         // JSON has no infinity: pictures that are the same have a PSNR of null.
-        let each = |n: &Near| json!({"file": n.file, "psnr": n.psnr, "ssim": n.ssim});
+        let with = |mut line: Value, lpips: Option<f64>| {
+            lpips.into_iter().for_each(|v| line["lpips"] = json!(v));
+            line
+        };
+        let each = |n: &Near| with(json!({"file": n.file, "psnr": n.psnr, "ssim": n.ssim}), n.lpips);
         let each: Vec<Value> = near.iter().map(each).collect();
-        let all = json!({"pictures": near.len(), "psnr": psnr, "ssim": ssim, "each": each});
+        let all = with(json!({"pictures": near.len(), "psnr": psnr, "ssim": ssim, "each": each}), lpips);
         print(&format!("{all:#}\n"))?;
         return Ok(ExitCode::SUCCESS);
     }
     let lowest = |of: &dyn Fn(&Near) -> f64| near.iter().min_by(|x, y| of(x).total_cmp(&of(y)));
     let (count, s) = (near.len(), if near.len() == 1 { "" } else { "s" });
-    let mut text = format!("{:8}{:>10}{:>10}  {count} picture{s}\n", "", "mean", "lowest");
+    let mut text = format!("{:8}{:>10}{:>10}  {count} picture{s}\n", "", "mean", "worst");
     if let Some(n) = lowest(&|n| n.psnr) {
         text += &format!("{:8}{psnr:>10.2}{:>10.2}  {}\n", "PSNR dB", n.psnr, n.file);
     }
     if let Some(n) = lowest(&|n| n.ssim) {
         text += &format!("{:8}{ssim:>10.4}{:>10.4}  {}\n", "SSIM", n.ssim, n.file);
     }
+    if let (Some(mean), Some(n)) = (lpips, lowest(&|n| -n.lpips.unwrap_or(0.0))) {
+        text += &format!("{:8}{mean:>10.4}{:>10.4}  {}\n", "LPIPS", n.lpips.unwrap_or(0.0), n.file);
+    }
     print(&text)?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Name, first and second file of each pair: two pictures, or those of two folders that have the same names.
-fn pairs(first: &Path, second: &Path) -> Result<Vec<(String, PathBuf, PathBuf)>> {
+/// Name, first and second file.
+type Pair = (String, PathBuf, PathBuf);
+
+/// Two pictures, or those of two folders that have the same names.
+fn pairs(first: &Path, second: &Path) -> Result<Vec<Pair>> {
     if first.is_file() && second.is_file() {
         return Ok(vec![(first.display().to_string(), first.into(), second.into())]);
     }

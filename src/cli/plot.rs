@@ -17,7 +17,7 @@ pub(super) struct Arguments {
     /// Where the picture goes [default: RUN/loss.png]
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Which number of metrics.jsonl: loss, norm, rate, seconds_per_step or waited
+    /// Which number of metrics.jsonl: loss, norm, rate, seconds_per_step, waited, or a part of the loss such as kl
     #[arg(long, default_value = "loss", value_name = "NAME")]
     metric: String,
 }

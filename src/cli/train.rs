@@ -21,7 +21,7 @@ pub(super) struct Arguments {
 
 #[derive(Subcommand, Debug)]
 enum What {
-    /// A KL autoencoder: pictures to latents and back
+    /// An autoencoder, KL or VQ: pictures to latents and back
     Autoencoder(Flags),
     /// A UNet with its text encoder, on the latents of an autoencoder
     Diffusion(Flags),
@@ -51,9 +51,12 @@ struct Flags {
     /// Length of the run [steps]
     #[arg(long, alias = "max-train-steps", value_name = "N")]
     steps: Option<usize>,
-    /// Pictures of a step [batch_size]
+    /// Pictures of a batch [batch_size]
     #[arg(long, alias = "train-batch-size", value_name = "N")]
     batch_size: Option<usize>,
+    /// Batches of a step, whose gradients are added up [accumulate]
+    #[arg(long, alias = "gradient-accumulation-steps", value_name = "N")]
+    accumulate: Option<usize>,
     /// Learning rate [optimiser.rate]
     #[arg(long, value_name = "X")]
     learning_rate: Option<f64>,
@@ -103,6 +106,7 @@ fn settings(a: &Flags) -> Result<(Value, PathBuf)> {
         ("first_stage.path", a.first_stage.as_ref().map(|v| json!(v))),
         ("steps", a.steps.map(|v| json!(v))),
         ("batch_size", a.batch_size.map(|v| json!(v))),
+        ("accumulate", a.accumulate.map(|v| json!(v))),
         ("optimiser.rate", a.learning_rate.map(|v| json!(v))),
         ("seed", a.seed.map(|v| json!(v))),
         ("dtype", a.device.dtype.as_ref().map(|v| json!(v))),
@@ -156,6 +160,11 @@ fn set(all: &mut Value, key: &str, value: Value) -> Result<()> {
     Ok(())
 }
 
+/// Four digits, at any size.
+fn short(v: f64) -> String {
+    if v == 0.0 || (1e-3..1e4).contains(&v.abs()) { format!("{v:.4}") } else { format!("{v:.3e}") }
+}
+
 /// A bar on a terminal, a line from time to time otherwise.
 struct Bar {
     quiet: bool,
@@ -182,8 +191,9 @@ impl Watch for Bar {
             return Ok(());
         }
         let left = s.seconds * (s.of - s.step) as f64;
+        let parts: String = s.parts.iter().map(|(name, v)| format!("{name} {}, ", short(*v))).collect();
         let line = format!(
-            "loss {:.4}, norm {:.3}, rate {:.2e}, {:.3} s/step, {left:.0} s left, {:.0} % waiting for data",
+            "loss {:.4}, {parts}norm {:.3}, rate {:.2e}, {:.3} s/step, {left:.0} s left, {:.0} % waiting for data",
             s.loss,
             s.norm,
             s.rate,

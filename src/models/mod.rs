@@ -86,4 +86,4 @@ macro_rules! define {
 models!(define);
 
 pub use autoencoder::{Codec, Encoded};
-pub use patchgan::Statistics;
+pub use patchgan::{PatchNorm, Statistics};

@@ -6,10 +6,20 @@ use crate::error::Result;
 use crate::graph::{Graph, Layout, Var};
 use crate::io::Config;
 use crate::nn::join;
-use crate::ops::{Act, Activation, BatchNorm, Conv2d, Epi, Running};
+use crate::ops::{Act, ActNorm, Activation, BatchNorm, Conv2d, Epi, Running};
 use crate::tensor::DType;
 
-/// Convolutions of 4×4 with batch norms and leaky ReLU, from pictures to one logit for each of some overlapping patches.
+/// What stands between two convolutions of a discriminator.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PatchNorm {
+    /// Batch norm: `weight`, `bias`, running statistics. The convolution before it has no bias.
+    Batch,
+    /// Shifts `loc` and scales `scale` by channel that are trained (`use_actnorm`). They start as those that give the channels of
+    /// the first batch mean 0 and deviation 1: see [`NLayerDiscriminator::observe`]. The convolution before it has a bias.
+    Act,
+}
+
+/// Convolutions of 4×4 with norms and leaky ReLU, from pictures to one logit for each of some overlapping patches.
 #[derive(Clone, PartialEq, Debug)]
 pub struct NLayerDiscriminator {
     /// Channels of pictures.
@@ -18,24 +28,30 @@ pub struct NLayerDiscriminator {
     pub width: usize,
     /// Layers of stride 2: 3 see patches of 70².
     pub layers: usize,
+    /// Behind each convolution but the first and the last.
+    pub norm: PatchNorm,
 }
 
-/// What a batch norm saw in training: for [`NLayerDiscriminator::follow`].
+/// What a norm saw of a batch.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Statistics {
-    name: String,
-    mean: Var,
-    var: Var,
-    rows: usize,
+    /// The norm.
+    pub name: String,
+    /// Means (C) f32.
+    pub mean: Var,
+    /// Biased variances (C) f32.
+    pub var: Var,
+    /// Rows that they are of.
+    pub rows: usize,
 }
 
 const EPS: f32 = 1e-5;
 const MOMENTUM: f32 = 0.1;
 
 impl Default for NLayerDiscriminator {
-    /// Three layers, 64 channels: that of all first stages of Rombach et al. 2022.
+    /// Three layers, 64 channels, batch norms: that of all first stages of Rombach et al. 2022.
     fn default() -> NLayerDiscriminator {
-        NLayerDiscriminator { in_channels: 3, width: 64, layers: 3 }
+        NLayerDiscriminator { in_channels: 3, width: 64, layers: 3, norm: PatchNorm::Batch }
     }
 }
 
@@ -44,11 +60,11 @@ impl Model for NLayerDiscriminator {
 
     fn from_config(c: &Config) -> Result<NLayerDiscriminator> {
         c.only(&["input_nc", "ndf", "n_layers", "use_actnorm"])?;
-        c.neutral("use_actnorm", &[false])?;
         let model = NLayerDiscriminator {
             in_channels: c.usize_or("input_nc", 3)?,
             width: c.usize_or("ndf", 64)?,
             layers: c.usize_or("n_layers", 3)?,
+            norm: if c.bool_or("use_actnorm", false)? { PatchNorm::Act } else { PatchNorm::Batch },
         };
         if !(1..=MAX_LAYERS).contains(&model.layers) {
             return Err(c.error("n_layers", format!("1 to {MAX_LAYERS} layers")));
@@ -70,7 +86,8 @@ impl Model for NLayerDiscriminator {
 }
 
 impl NLayerDiscriminator {
-    /// x (B,H,W,C) in −1…1 to logits (B,h,w,1), with the statistics of this batch. `at` stands before the names.
+    /// x (B,H,W,C) in −1…1 to logits (B,h,w,1), with the statistics of this batch that batch norms have seen. `at` stands before
+    /// the names.
     ///
     /// # Errors
     /// When x is too small.
@@ -98,6 +115,25 @@ impl NLayerDiscriminator {
         })
     }
 
+    /// What the norms of [`PatchNorm::Act`] see of x (B,H,W,C), in order. A program that is run once for each, and each time is
+    /// given what the next of them starts with, `loc` = −mean and `scale` = 1 / (deviation + 1e-6), finds them as CompVis code does.
+    ///
+    /// # Errors
+    /// As [`NLayerDiscriminator::train`].
+    pub fn observe(&self, g: &mut Graph, at: &str, x: Var) -> Result<Vec<Statistics>> {
+        let mut seen = vec![];
+        self.layers(g, at, x, |g, name, x| {
+            let (c, dtype, rows) = (g.shape(x).last(), g.spec(x).dtype, g.shape(x).rows());
+            // Of a batch norm, the statistics alone.
+            let [w, bias] =
+                ["scale", "loc"].map(|kind| g.weight(&join(name, kind), Layout::Same, dtype, [c]));
+            let y = g.push_all(&join(name, "seen"), BatchNorm { eps: EPS, given: false }, &[x, w?, bias?])?;
+            seen.push(Statistics { name: name.into(), mean: y[1], var: y[2], rows });
+            act_norm(g, name, x)
+        })?;
+        Ok(seen)
+    }
+
     /// Moves the running statistics, states `….running_mean` and `….running_var`, towards those of batches, in that order.
     ///
     /// # Errors
@@ -120,12 +156,31 @@ impl NLayerDiscriminator {
         Ok(())
     }
 
+    /// `batch` is what a batch norm does with x, its scales and shifts.
     fn build(
         &self,
         g: &mut Graph,
         at: &str,
         x: Var,
-        mut norm: impl FnMut(&mut Graph, &str, Var, Var, Var) -> Result<Var>,
+        mut batch: impl FnMut(&mut Graph, &str, Var, Var, Var) -> Result<Var>,
+    ) -> Result<Var> {
+        self.layers(g, at, x, |g, name, x| {
+            if self.norm == PatchNorm::Act {
+                return act_norm(g, name, x);
+            }
+            let (c, dtype) = (g.shape(x).last(), g.spec(x).dtype);
+            let [w, bias] =
+                ["weight", "bias"].map(|kind| g.weight(&join(name, kind), Layout::Same, dtype, [c]));
+            batch(g, name, x, w?, bias?)
+        })
+    }
+
+    fn layers(
+        &self,
+        g: &mut Graph,
+        at: &str,
+        x: Var,
+        mut norm: impl FnMut(&mut Graph, &str, Var) -> Result<Var>,
     ) -> Result<Var> {
         let main = |i: usize| join(at, &format!("main.{i}"));
         let h = conv(g, &main(0), x, (self.width, 2), true)?;
@@ -133,15 +188,18 @@ impl NLayerDiscriminator {
         for n in 1..=self.layers {
             let channels = self.width * (1 << n.min(3));
             let stride = if n < self.layers { 2 } else { 1 };
-            h = conv(g, &main(3 * n - 1), h, (channels, stride), false)?;
-            let (name, dtype) = (main(3 * n), g.spec(h).dtype);
-            let w = g.weight(&join(&name, "weight"), Layout::Same, dtype, [channels])?;
-            let bias = g.weight(&join(&name, "bias"), Layout::Same, dtype, [channels])?;
-            h = norm(g, &name, h, w, bias)?;
+            h = conv(g, &main(3 * n - 1), h, (channels, stride), self.norm == PatchNorm::Act)?;
+            h = norm(g, &main(3 * n), h)?;
             h = g.push(&main(3 * n + 1), Activation(Act::LeakyRelu), &[h])?;
         }
         conv(g, &main(3 * self.layers + 2), h, (1, 1), true)
     }
+}
+
+fn act_norm(g: &mut Graph, name: &str, x: Var) -> Result<Var> {
+    let (c, dtype) = (g.shape(x).last(), g.spec(x).dtype);
+    let [loc, scale] = ["loc", "scale"].map(|kind| g.weight(&join(name, kind), Layout::Same, dtype, [c]));
+    g.push(name, ActNorm, &[x, loc?, scale?])
 }
 
 /// 4×4, one zero on each side.

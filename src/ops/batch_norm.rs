@@ -23,10 +23,10 @@ pub struct BatchNorm {
 /// Rows of a part, on a GPU.
 const PART: usize = 512;
 /// Elements of a part whose sums one task of the CPU adds up.
-const CHUNK: usize = 1 << 15;
+pub(super) const CHUNK: usize = 1 << 15;
 
 /// Parts of the rows on a GPU, and the rows of a part.
-fn parts(rows: usize) -> (usize, usize) {
+pub(super) fn parts(rows: usize) -> (usize, usize) {
     let each = rows.div_ceil(rows.div_ceil(PART).clamp(1, 128)).max(1);
     (rows.div_ceil(each).max(1), each)
 }

@@ -35,6 +35,7 @@ macro_rules! rooms {
     ($then:ident) => {
         $then! {
             activation: Activation, ActivationGrad;
+            actnorm: ActNorm, ActNormGrad;
             add: Add;
             adversarial: LogitLoss, LogitLossGrad, AdaptiveWeight, Scale;
             attention: Attention, AttentionGrad;
@@ -50,7 +51,7 @@ macro_rules! rooms {
             layer_norm: LayerNorm, LayerNormGrad;
             loss: Loss, LossGrad, Kl, KlGrad;
             max_pool: MaxPool, MaxPoolGrad;
-            optimiser: Adam, SquareSum, Clip;
+            optimiser: Adam, SquareSum, Clip, Accumulate;
             perceptual: Perceptual, PerceptualGrad, Standardize;
             phase_weights: PhaseWeights;
             quantize: Quantize, CodeUsage;

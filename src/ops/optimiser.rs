@@ -1,4 +1,5 @@
-//! The optimiser: Adam and AdamW with an average of the weights in one pass, the norm of all gradients, and what it limits.
+//! The optimiser: Adam and AdamW with an average of the weights in one pass, the norm of all gradients, what it limits, and sums
+//! of gradients over batches.
 //!
 //! Kingma and Ba 2015; Loshchilov and Hutter 2019. PyTorch: `torch.optim.AdamW`, `torch.nn.utils.clip_grad_norm_`; the average
 //! as `LitEma` of the CompVis code. Kernel: `kernels/optimiser.cu`. All is f32.
@@ -305,7 +306,8 @@ impl Operation for Clip {
 
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
         let (squares, scale, guard0, guard1) = (io.x(0), io.x(1), io.x(2), io.x(3));
-        let p = k::ClipFwd { factor: io.y(0), norm: io.y(1), squares, scale, guard0, guard1, most: self.most };
+        let p =
+            k::ClipFwd { factor: io.y(0), norm: io.y(1), squares, scale, guard0, guard1, most: self.most };
         io.launch(k::CLIP_FWD, DType::F32, "", [1, 1, 1], k::BLOCK, p)
     }
 
@@ -330,4 +332,67 @@ fn clip(most: f64, sum: f64, scale: f64, guards: &[f64]) -> Case {
     let one = |&v: &f64| f32s([1]).values(vec![v]);
     let args: Vec<_> = [sum, scale].iter().chain(guards).map(one).collect();
     Case::new(Clip { most: most as f32, guards: guards.len() }, args).only(&[DType::F32])
+}
+
+/// Adds the gradient g of a batch to the sum of those before it, of one shape, or begins the sum with it: sum, g and `more` (1)
+/// to the sum, all f32. The sum begins where `more` is 0, whatever it held.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Accumulate;
+
+impl Operation for Accumulate {
+    const NAME: &'static str = "accumulate";
+
+    fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>> {
+        let want = "sum, g of one shape, more (1), all f32";
+        let [sum, g, more] = args(Self::NAME, want, x)?;
+        let fits = sum == g && sum.dtype == DType::F32 && more == Spec::new(DType::F32, [1]);
+        ensure!(fits, Self::NAME, want, x);
+        Ok(vec![sum])
+    }
+
+    fn spec(&self, x: &[Array]) -> Vec<Array> {
+        let more = x[2].data[0] != 0.0;
+        vec![x[0].zip(&x[1], |sum, g| if more { sum + g } else { g })]
+    }
+
+    fn magnitude(&self, x: &[Array]) -> Vec<Array> {
+        vec![x[0].zip(&x[1], |sum, g| sum.abs() + g.abs())]
+    }
+
+    fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
+        let (g, more) = (io.f32(1), io.f32(2)[0] != 0.0);
+        io.update(0, 0, |at, sum| {
+            let pairs = sum.iter_mut().zip(&g[at..]);
+            pairs.for_each(|(sum, g)| *sum = if more { *sum + g } else { *g });
+        });
+        Ok(())
+    }
+
+    fn cuda(&self, io: &cuda::Call) -> Result<()> {
+        let n = io.y_spec(0).shape.numel();
+        let p = k::AccumulateFwd { sum: io.y(0), g: io.x(1), more: io.x(2), n: n as i64 };
+        io.launch(k::ACCUMULATE_FWD, DType::F32, "", [n.div_ceil(k::BLOCK), 1, 1], k::BLOCK, p)
+    }
+
+    fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
+        Cost::streaming(y[0].shape.numel(), x, y)
+    }
+
+    fn updates(&self) -> &'static [(usize, usize)] {
+        &[(0, 0)]
+    }
+
+    fn cases() -> Vec<Case> {
+        let shapes: [&[usize]; 8] = [&[1], &[7], &[3, 5], &[256], &[257], &[2, 3, 3, 4], &[4097], &[70_000]];
+        shapes.iter().enumerate().map(|(i, s)| accumulate(s, i % 2 == 0)).collect()
+    }
+
+    fn random(r: &mut Small) -> Case {
+        accumulate(&[r.below(90) + 1, r.below(90) + 1], r.below(2) == 0)
+    }
+}
+
+fn accumulate(shape: &[usize], more: bool) -> Case {
+    let more = f32s([1]).values(vec![f64::from(u8::from(more))]);
+    Case::new(Accumulate, [f32s(shape), f32s(shape), more]).only(&[DType::F32])
 }

@@ -1,56 +1,28 @@
-//! Runs of a KL autoencoder: Rombach et al. 2022, section 3.1.
+//! Runs of an autoencoder: Rombach et al. 2022, section 3.1.
 
 use super::export;
+use super::first_stage::{DISCRIMINATOR, initial_discriminator};
 use super::grid::{Tiles, bytes};
-use super::run::Task;
+use super::initial;
+use super::perceptual::fingerprint;
+use super::run::{Task, Watch, note, rows};
 use super::settings::{AutoencoderSettings, Settings};
 use super::source::{Stream, Subject, normal};
 use super::step::Trainer;
 use crate::data::loader::{Loader, Options};
 use crate::data::source::Source;
-use crate::error::Result;
-use crate::exec::{Device, Program};
-use crate::graph::{Graph, Var};
-use crate::models::AutoencoderKL;
-use crate::nn::add;
-use crate::ops::{Distance, Gaussian, Kl, Loss, cast};
+use crate::error::{Error, Result};
+use crate::exec::{Device, Program, Weights};
+use crate::graph::Graph;
+use crate::io::Checkpoint;
+use crate::models::PatchNorm;
+use crate::ops::Gaussian;
+use crate::pipeline::Vae;
 use crate::rng::Small;
 use crate::tensor::{DType, HostTensor};
+use std::collections::HashMap;
 use std::path::Path;
 use std::time::Duration;
-
-/// The loss (1) f32 of a step of a KL autoencoder: the mean distance over pixels and channels of a reconstruction from a draw,
-/// and `kl_weight` times the divergence, which is summed over the latent and divided by the number H·W·C of a picture's values.
-///
-/// CompVis adds up both terms over a picture where this takes means, so that `kl_weight` means the same (1e-6 there), the
-/// minimum is the same, and gradients are H·W·C times smaller, which Adam does not notice.
-///
-/// `image` (B,H,W,C) and `noise` (B,h,w,Z) are f32 from −1 to 1 and of unit deviation; `weights` (B) weigh pictures.
-///
-/// # Errors
-/// When the sizes do not fit the model.
-pub fn reconstruction_loss(
-    g: &mut Graph,
-    model: &AutoencoderKL,
-    [image, noise, weights]: [Var; 3],
-    (distance, kl_weight): (Distance, f64),
-    dtype: DType,
-) -> Result<Var> {
-    let x = cast(g, "image", image, dtype, 1.0)?;
-    let moments = model.encode(g, x)?;
-    let z = g.push("draw", Gaussian { scale: 1.0 }, &[moments, noise])?;
-    let z = cast(g, "draw", z, dtype, 1.0)?;
-    let y = model.decode(g, z)?;
-    let distance = g.push("distance", Loss(distance), &[y, image, weights])?;
-    if kl_weight == 0.0 {
-        return Ok(distance);
-    }
-    let shape = g.shape(image);
-    let values = (shape.numel() / shape[0].max(1)).max(1);
-    let kl = g.push("kl", Kl, &[moments])?;
-    let kl = cast(g, "kl.weighted", kl, DType::F32, kl_weight / values as f64)?;
-    add(g, "loss", distance, kl)
-}
 
 /// A run under way.
 pub(super) struct Autoencoder {
@@ -58,63 +30,122 @@ pub(super) struct Autoencoder {
     own: AutoencoderSettings,
     subject: Subject,
     loader: Loader,
+    /// The inputs of the first step, where they have been asked for already.
+    first: Option<Vec<(&'static str, HostTensor)>>,
+    /// What tells the weights of the perceptual term from others.
+    lpips: Option<String>,
 }
 
 impl Autoencoder {
-    pub(super) fn start(s: &Settings, own: &AutoencoderSettings, step: usize) -> Result<Autoencoder> {
+    pub(super) fn start(
+        s: &Settings,
+        own: &AutoencoderSettings,
+        (step, notes): (usize, &HashMap<String, String>),
+        watch: &mut dyn Watch,
+    ) -> Result<Autoencoder> {
+        let lpips = own.lpips.as_deref().map(fingerprint).transpose()?;
+        match (&own.lpips, &lpips) {
+            (None, _) => watch.say("no LPIPS: loss.lpips.file names no weights of it"),
+            (Some(path), Some(hash)) if step > 0 && note::<String>(notes, "lpips")? != *hash => {
+                return Err(Error::file(
+                    path,
+                    "want the weights that the run began with; they have changed since",
+                ));
+            }
+            _ => {}
+        }
+        if let Some(d) = own.loss.adversary.as_ref().filter(|d| d.start >= s.steps) {
+            watch.say(&format!(
+                "the discriminator has no say in these {} steps: it starts at {}",
+                s.steps, d.start
+            ));
+        }
         let subject = Subject::open(&s.data)?;
-        let options = Options { batch: s.batch, seed: s.seed, threads: s.data.threads, ..Options::default() };
+        let options =
+            Options { batch: s.pictures(), seed: s.seed, threads: s.data.threads, ..Options::default() };
         let loader = Loader::at(subject.clone(), options, step as u64)?;
-        Ok(Autoencoder { settings: s.clone(), own: own.clone(), subject, loader })
+        Ok(Autoencoder { settings: s.clone(), own: own.clone(), subject, loader, first: None, lpips })
+    }
+
+    /// The layer before the draw says the same deviation everywhere.
+    fn draw_with(&self, trainer: &mut Trainer, deviation: f64) -> Result<()> {
+        for (name, start) in [("quant_conv.weight", 0.0), ("quant_conv.bias", 2.0 * deviation.ln())] {
+            let old = trainer.read(name)?;
+            let mut values = old.to_f32();
+            // Rows are means, then the logarithms of variances.
+            let half = values.len() / 2;
+            values[half..].fill(start as f32);
+            trainer.set(name, &HostTensor::f32(old.shape(), values)?)?;
+        }
+        Ok(())
     }
 
     fn latents(&self, batch: usize) -> [usize; 4] {
-        let (codec, side) = (&self.own.model.codec, self.settings.data.size);
+        let (codec, side) = (self.own.model.codec(), self.settings.data.size);
         [batch, side / codec.factor(), side / codec.factor(), codec.latent_channels]
     }
 }
 
 impl Task for Autoencoder {
-    fn graph(&self) -> Result<(Graph, Var)> {
+    fn graph(&self) -> Result<Graph> {
         let (s, mut g) = (&self.settings, Graph::new());
         g.train(true);
         let image = g.input("image", DType::F32, [s.batch, s.data.size, s.data.size, 3]);
-        let noise = g.input("noise", DType::F32, self.latents(s.batch));
-        let weights = g.input("weights", DType::F32, [s.batch]);
-        let how = (self.own.distance, self.own.kl_weight);
-        let loss = reconstruction_loss(&mut g, &self.own.model, [image, noise, weights], how, s.dtype)?;
-        Ok((g, loss))
+        self.own.loss.step(&mut g, &self.own.model, image, (s.dtype, s.recompute), &s.optimiser)?;
+        Ok(g)
     }
 
-    fn starts_at_zero(&self, _: &str) -> bool {
-        false
+    fn frozen(&self, device: &Device) -> Result<Weights> {
+        let mut weights = Weights::new(device);
+        if let (Some(term), Some(path)) = (&self.own.loss.perceptual, &self.own.lpips) {
+            term.load(&Checkpoint::open(path)?, self.settings.dtype, &mut weights)?;
+        }
+        Ok(weights)
     }
 
-    /// The layer before the draw says the same deviation everywhere.
-    fn begin(&self, trainer: &mut Trainer) -> Result<()> {
-        let Some(deviation) = self.own.initial_deviation else { return Ok(()) };
-        let (layer, z) = ("quant_conv", self.own.model.codec.latent_channels);
-        for (name, start) in [("weight", 0.0), ("bias", 2.0 * deviation.ln())] {
-            let name = format!("{layer}.{name}");
-            let old = trainer.read(&name)?;
-            let mut values = old.to_f32();
-            // Rows are means, then the logarithms of variances.
-            let own = z * values.len() / (2 * z);
-            values[own..].fill(start as f32);
-            trainer.set(&name, &HostTensor::f32(old.shape(), values)?)?;
+    fn begin(&mut self, trainer: &mut Trainer) -> Result<()> {
+        let seed = self.settings.seed;
+        let judge = format!("{DISCRIMINATOR}.");
+        let (theirs, own): (Vec<_>, Vec<_>) =
+            trainer.parameters().into_iter().partition(|(name, _)| name.starts_with(&judge));
+        let values = [initial(&own, |_| false, seed)?, initial_discriminator(&theirs, seed.wrapping_add(1))?];
+        for ((name, _), value) in own.iter().chain(&theirs).zip(values.iter().flatten()) {
+            trainer.set(name, value)?;
+        }
+        if let Some(deviation) = self.own.initial_deviation {
+            self.draw_with(trainer, deviation)?;
+        }
+        self.own.loss.begin(trainer, self.settings.batch)?;
+        if self.own.loss.adversary.as_ref().is_some_and(|a| a.model.norm == PatchNorm::Act) {
+            let first = self.inputs(0)?;
+            let batch = first.iter().map(|(name, value)| Ok((*name, rows(value, 0, self.settings.batch)?)));
+            let batch = batch.collect::<Result<Vec<_>>>()?;
+            self.own.loss.begin_norms(trainer, &self.own.model, &batch, self.settings.dtype)?;
+            self.first = Some(first);
         }
         Ok(())
     }
 
     fn inputs(&mut self, step: usize) -> Result<Vec<(&'static str, HostTensor)>> {
-        let (s, shape) = (&self.settings, self.latents(self.settings.batch));
+        if let Some(first) = self.first.take() {
+            return Ok(first);
+        }
+        let (s, n) = (&self.settings, self.settings.pictures());
+        let shape = self.latents(n);
         let batch = self.loader.next().unwrap_or(Err(crate::Error::Cancelled))?;
-        let noise = normal(s.seed, step, Stream::Noise, shape.iter().product());
-        Ok(vec![
-            ("image", HostTensor::f32([s.batch, s.data.size, s.data.size, 3], batch.images)?),
-            ("noise", HostTensor::f32(shape, noise)?),
-            ("weights", HostTensor::f32([s.batch], vec![1.0; s.batch])?),
-        ])
+        let mut all = vec![
+            ("image", HostTensor::f32([n, s.data.size, s.data.size, 3], batch.images)?),
+            ("weights", HostTensor::f32([n], vec![1.0; n])?),
+        ];
+        if let Vae::Kl(_) = self.own.model {
+            let noise = normal(s.seed, step, Stream::Noise, shape.iter().product());
+            all.push(("noise", HostTensor::f32(shape, noise)?));
+        }
+        Ok(all)
+    }
+
+    fn ready(&self, trainer: &mut Trainer) -> Result<()> {
+        self.own.loss.at_step(trainer)
     }
 
     fn waited(&self) -> Duration {
@@ -126,7 +157,7 @@ impl Task for Autoencoder {
     }
 
     fn notes(&self) -> Vec<(String, String)> {
-        vec![]
+        self.lpips.iter().map(|hash| ("lpips".to_string(), hash.clone())).collect()
     }
 
     fn export(&self, trainer: &Trainer, folder: &Path) -> Result<()> {
@@ -134,16 +165,24 @@ impl Task for Autoencoder {
         export::component(&folder.join("vae"), "diffusion_pytorch_model", &self.own.config, trainer, "", s)
     }
 
-    /// Pictures above, their reconstructions (from the mean of the code) below.
+    /// Pictures above, their reconstructions (for KL from the mean of the code) below.
     fn grid(&self, trainer: &Trainer, _: &Path, device: &Device) -> Result<Tiles> {
         let (side, model) = (self.settings.data.size, &self.own.model);
         let n = (self.subject.len().unwrap_or(u64::MAX)).min(self.settings.sample.count as u64) as usize;
         let mut g = Graph::new();
         let image = g.input("image", DType::F32, [n, side, side, 3]);
-        let noise = g.input("noise", DType::F32, self.latents(n));
-        let moments = model.encode(&mut g, image)?;
-        let z = g.push("draw", Gaussian { scale: 1.0 }, &[moments, noise])?;
-        let y = model.decode(&mut g, z)?;
+        let y = match model {
+            Vae::Kl(model) => {
+                let noise = g.input("noise", DType::F32, self.latents(n));
+                let moments = model.encode(&mut g, image)?;
+                let z = g.push("draw", Gaussian { scale: 1.0 }, &[moments, noise])?;
+                model.decode(&mut g, z)?
+            }
+            Vae::Vq(model) => {
+                let z = model.encode(&mut g, image)?;
+                model.decode(&mut g, z)?
+            }
+        };
         g.output("reconstruction", y);
         let weights = trainer.weights("", self.settings.average.is_some(), DType::F32)?;
         let mut program = Program::new(g, &weights, device)?;
@@ -154,7 +193,9 @@ impl Task for Autoencoder {
         }
         let signed = pixels.iter().map(|v| f32::from(*v) / 127.5 - 1.0).collect();
         program.write("image", &HostTensor::f32([n, side, side, 3], signed)?)?;
-        program.write("noise", &HostTensor::zeros(program.spec("noise")?))?;
+        if let Vae::Kl(_) = model {
+            program.write("noise", &HostTensor::zeros(program.spec("noise")?))?;
+        }
         program.run(&mut ())?;
         let made = bytes(&program.read("reconstruction")?.to_f32());
         let tiles = pixels.chunks(side * side * 3).chain(made.chunks(side * side * 3));

@@ -3,13 +3,13 @@
 use super::export;
 use super::frozen::FirstStage;
 use super::grid::Tiles;
-use super::is_zero_module;
 use super::latents::{Latents, draw, dropped};
 use super::objective::Levels;
 use super::run::{Task, Watch, note};
 use super::settings::{DiffusionSettings, Settings};
 use super::source::{Stream, Subject, drawing, normal};
-use super::step::Trainer;
+use super::step::{Trainer, blocks, update};
+use super::{initial, is_zero_module};
 use crate::data::loader::Options;
 use crate::error::{Error, Result};
 use crate::exec::Device;
@@ -131,12 +131,20 @@ impl Diffusion {
         }
         let text =
             ClipText::from_config(&Config::from_value(words.join("config.json"), text_config.clone())?)?;
-        let options = Options { batch: s.batch, seed: s.seed, threads: s.data.threads, ..Options::default() };
+        let options =
+            Options { batch: s.pictures(), seed: s.seed, threads: s.data.threads, ..Options::default() };
         let mut latents = match own.cache && s.data.is_fixed() {
-            false => Latents::live(&subject, options, step, &own.first, device)?,
+            false => Latents::live(&subject, options, step, (&own.first, s.batch), device)?,
             true => {
                 let file = folder.join("latents.safetensors");
-                Latents::kept(&subject, options, (&own.first, &stage), (&file, &tokenizer), device, watch)?
+                Latents::kept(
+                    &subject,
+                    options,
+                    (&own.first, s.batch, &stage),
+                    (&file, &tokenizer),
+                    device,
+                    watch,
+                )?
             }
         };
         let scale = match own.first.scaling_factor {
@@ -146,7 +154,7 @@ impl Diffusion {
                 let said = latents.next(0, &tokenizer)?;
                 // The first step takes this batch again.
                 if matches!(latents, Latents::Live { .. }) {
-                    latents = Latents::live(&subject, options, 0, &own.first, device)?;
+                    latents = Latents::live(&subject, options, 0, (&own.first, s.batch), device)?;
                 }
                 1.0 / deviation(&draw(&own.first, &said.moments, s.seed, 0))
             }
@@ -174,9 +182,10 @@ impl Diffusion {
         &self.own.first
     }
 
-    fn shape(&self) -> [usize; 4] {
+    /// Of the latents of a batch, or of a step.
+    fn shape(&self, batch: usize) -> [usize; 4] {
         let side = self.settings.data.size / self.first().factor();
-        [self.settings.batch, side, side, self.first().channels()]
+        [batch, side, side, self.first().channels()]
     }
 }
 
@@ -189,27 +198,33 @@ fn deviation(x: &[f32]) -> f64 {
 }
 
 impl Task for Diffusion {
-    fn graph(&self) -> Result<(Graph, Var)> {
+    fn graph(&self) -> Result<Graph> {
         let (b, mut g) = (self.settings.batch, Graph::new());
         g.train(true);
         let input = Noised {
-            x: g.input("x", DType::F32, self.shape()),
+            x: g.input("x", DType::F32, self.shape(b)),
             t: g.input("t", DType::F32, [b]),
             ids: g.input("ids", DType::I32, [b, self.tokenizer.max_length()]),
-            target: g.input("target", DType::F32, self.shape()),
+            target: g.input("target", DType::F32, self.shape(b)),
             weights: g.input("weights", DType::F32, [b]),
         };
         let models = (&self.own.unet, &self.text);
         let loss = diffusion_loss(&mut g, models, input, self.own.objective.distance, self.settings.dtype)?;
-        Ok((g, loss))
+        let again = if self.settings.recompute { blocks(&g) } else { vec![] };
+        update(&mut g, loss, &self.settings.optimiser, &again)?;
+        Ok(g)
     }
 
-    fn starts_at_zero(&self, name: &str) -> bool {
-        name.strip_prefix(UNET).is_some_and(|name| is_zero_module(&name[1..]))
+    fn begin(&mut self, trainer: &mut Trainer) -> Result<()> {
+        let zero = |name: &str| name.strip_prefix(UNET).is_some_and(|name| is_zero_module(&name[1..]));
+        let parameters = trainer.parameters();
+        let values = initial(&parameters, zero, self.settings.seed)?;
+        parameters.iter().zip(&values).try_for_each(|((name, _), value)| trainer.set(name, value))
     }
 
     fn inputs(&mut self, step: usize) -> Result<Vec<(&'static str, HostTensor)>> {
-        let (seed, b, shape) = (self.settings.seed, self.settings.batch, self.shape());
+        let (seed, b) = (self.settings.seed, self.settings.pictures());
+        let shape = self.shape(b);
         let said = self.latents.next(step, &self.tokenizer)?;
         let z: Vec<f32> = draw(self.first(), &said.moments, seed, step);
         let z: Vec<f32> = z.into_iter().map(|v| (f64::from(v) * self.scale) as f32).collect();

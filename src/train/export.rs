@@ -1,5 +1,6 @@
 //! What a run has made as the parts of a diffusers folder.
 
+use super::first_stage::DISCRIMINATOR;
 use super::settings::Settings;
 use super::step::Trainer;
 use crate::error::{Error, Result};
@@ -36,7 +37,8 @@ fn is_convolution(name: &str, config: &Value) -> bool {
     }
 }
 
-/// Writes configuration and weights of a part of the graph ("" for all of it): the average where one is kept.
+/// Writes configuration and weights of a part of the graph ("" for all of it but a discriminator): the average where one is
+/// kept.
 pub(super) fn component(
     path: &Path,
     stem: &str,
@@ -48,7 +50,9 @@ pub(super) fn component(
     folder(path)?;
     let prefix = if part.is_empty() { String::new() } else { format!("{part}.") };
     let mut own = vec![];
-    for (name, value) in trainer.export(s.average.is_some())? {
+    let judge = format!("{DISCRIMINATOR}.");
+    let all = trainer.export(s.average.is_some())?;
+    for (name, value) in all.into_iter().filter(|(name, _)| !name.starts_with(&judge)) {
         let Some(name) = name.strip_prefix(&prefix) else { continue };
         let shape = value.shape();
         let value = match shape[..] {

@@ -12,12 +12,12 @@
 //! The log-variance of the CompVis code, which stays 0 as no optimiser gets it, is left out.
 
 use super::init::initial;
-use super::step::{Inputs, Optimiser, Trainer, descend, squares};
+use super::perceptual::{PERCEPTUAL, PerceptualTerm};
+use super::step::{Inputs, Optimiser, Trainer, accumulate, blocks, descend, squares};
 use crate::error::{Error, Result};
-use crate::exec::Weights;
+use crate::exec::Program;
 use crate::graph::{Graph, Layout, Parameter, Var, gradients};
-use crate::io::Checkpoint;
-use crate::models::{Lpips, Model, NLayerDiscriminator};
+use crate::models::{NLayerDiscriminator, PatchNorm};
 use crate::nn::{add, cast, join};
 use crate::ops::{
     AdaptiveWeight, CodeUsage, Criterion, Distance, Embedding, Gaussian, Kl, LogitLoss, Loss, Scale,
@@ -26,27 +26,25 @@ use crate::ops::{
 use crate::pipeline::Vae;
 use crate::rng::Generator;
 use crate::tensor::{DType, HostTensor, Shape};
+use std::ops::Range;
 
 /// What a first stage is trained for.
 #[derive(Clone, PartialEq, Debug)]
 pub struct FirstStageLoss {
-    /// Weight of the divergence of a KL code, a sum over each latent, beside absolute differences summed over each picture.
+    /// What the difference of one value of a picture costs: |d| in the CompVis code.
+    pub distance: Distance,
+    /// Weight of the divergence of a KL code, a sum over each latent, beside distances summed over each picture.
     pub kl_weight: f64,
-    /// A perceptual distance beside the mean of absolute differences, of which it is a part: weighed and summed with them.
+    /// The likelihood and the divergence of a KL code are divided by the number H·W·C of a picture's values, so that the first
+    /// is a mean, as it is for a codebook. The minimum stays the same, gradients are H·W·C times smaller, which Adam does not
+    /// notice, and the adaptive weight follows them.
+    pub means: bool,
+    /// A perceptual distance beside the mean distance, of which it is a part: weighed and summed with it.
     pub perceptual: Option<PerceptualTerm>,
-    /// The losses of a codebook, beside the mean of absolute differences.
+    /// The losses of a codebook, beside the mean distance.
     pub codebook: Codebook,
     /// The discriminator, if there is one.
     pub adversary: Option<Adversary>,
-}
-
-/// A perceptual distance: Zhang et al. 2018. Its weights are no parameters: see [`PerceptualTerm::load`].
-#[derive(Clone, PartialEq, Debug)]
-pub struct PerceptualTerm {
-    /// The network.
-    pub model: Lpips,
-    /// Factor on the distance (`perceptual_weight`).
-    pub weight: f64,
 }
 
 /// The losses of a codebook: van den Oord et al. 2017, equation 3.
@@ -86,11 +84,13 @@ pub enum Gan {
 }
 
 impl Default for FirstStageLoss {
-    /// KL weight 1e-6, no perceptual term, whose weights come from a file, codebook weight 1, a hinge discriminator with weight
-    /// 0.5 from step 50 001 on.
+    /// Absolute differences, summed for KL; KL weight 1e-6, no perceptual term, whose weights come from a file, codebook weight
+    /// 1, a hinge discriminator with weight 0.5 from step 50 001 on.
     fn default() -> FirstStageLoss {
         FirstStageLoss {
+            distance: Distance::L1,
             kl_weight: 1e-6,
+            means: false,
             perceptual: None,
             codebook: Codebook { weight: 1.0, beta: 0.25, legacy: true },
             adversary: Some(Adversary {
@@ -115,10 +115,8 @@ pub struct Side {
     pub gradients: Vec<Option<Var>>,
 }
 
-/// Before the names of the perceptual term's weights.
-const PERCEPTUAL: &str = "perceptual";
 /// Before the names of the discriminator's weights.
-const DISCRIMINATOR: &str = "discriminator";
+pub(super) const DISCRIMINATOR: &str = "discriminator";
 /// The input (1) f32 that is the factor on both losses of a discriminator in this step.
 const FACTOR: &str = "discriminator.factor";
 /// The input (B) f32 of weights of single pictures.
@@ -130,7 +128,7 @@ const LAST: &str = "decoder.conv_out.weight";
 struct Forward {
     image: Var,
     reconstruction: Var,
-    /// Absolute differences (1): summed over each picture for KL, their mean for VQ.
+    /// Distances (1): their mean, or for KL without `means` summed over each picture.
     likelihood: Var,
     /// The weighted rest (1).
     regulariser: Var,
@@ -144,23 +142,40 @@ impl FirstStageLoss {
 
     /// Appends to a graph whose weights are parameters ([`Graph::train`]) the step of an autoencoder, computed in `dtype`, on
     /// `image` (B,H,W,C) f32 in −1…1. For KL it makes the input `noise` (B,h,w,Z) f32. Further inputs are written by
-    /// [`FirstStageLoss::begin`] and [`FirstStageLoss::at_step`].
+    /// [`FirstStageLoss::begin`] and [`FirstStageLoss::at_step`]. With `again`, the autoencoder's [`blocks`] are made again in
+    /// the backward pass in place of being kept.
     ///
-    /// Outputs `loss` and `norm` of the autoencoder; `reconstruction`, the mean absolute difference; `perceptual`, `kl`, `codebook`,
+    /// Both sides are updated as `how` says, the discriminator without weight decay and average.
+    ///
+    /// Outputs `loss` and `norm` of the autoencoder; `reconstruction`, the mean distance; `perceptual`, `kl`, `codebook`,
     /// without their weights, where they are; of a codebook `perplexity` and `used`; with a discriminator `generator`,
     /// `adaptive_weight`, `discriminator.loss` and `discriminator.norm`.
     ///
     /// # Errors
     /// When the picture does not fit the models.
-    pub fn step(&self, g: &mut Graph, vae: &Vae, image: Var, dtype: DType, how: &Optimiser) -> Result<()> {
-        let inputs = Inputs::new(g);
-        let sides = self.gradients(g, vae, image, dtype, inputs.scale)?;
+    pub fn step(
+        &self,
+        g: &mut Graph,
+        vae: &Vae,
+        image: Var,
+        (dtype, again): (DType, bool),
+        how: &Optimiser,
+    ) -> Result<()> {
+        let inputs = Inputs::new(g, how);
+        let mut sides = self.gradients(g, vae, image, (dtype, again), inputs.scale)?;
+        for side in &mut sides {
+            accumulate(g, &side.parameters, &mut side.gradients, inputs)?;
+        }
         let loss = g.outputs().iter().find(|(name, _)| name == "loss").map(|(_, v)| *v);
         let sums = sides.iter().map(|s| squares(g, &s.parameters, &s.gradients));
         let sums = sums.collect::<Result<Vec<Var>>>()?;
         for (i, side) in sides.iter().enumerate() {
-            // The average is there to sample from: the discriminator needs none.
-            let how = Optimiser { average: how.average && side.at.is_empty(), ..how.clone() };
+            // The average is there to sample from: the discriminator needs none. Nor does it decay, which would go on before its
+            // start.
+            let how = match side.at {
+                "" => how.clone(),
+                _ => Optimiser { average: false, decay: 0.0, ..how.clone() },
+            };
             // Both sides are updated, or none.
             let others = sums.iter().enumerate().filter(|(j, _)| *j != i).map(|(_, sum)| *sum);
             let guards: Vec<Var> = loss.into_iter().chain(others).collect();
@@ -178,7 +193,7 @@ impl FirstStageLoss {
         g: &mut Graph,
         vae: &Vae,
         image: Var,
-        dtype: DType,
+        (dtype, again): (DType, bool),
         scale: Var,
     ) -> Result<Vec<Side>> {
         let before = g.parameters().len();
@@ -187,13 +202,14 @@ impl FirstStageLoss {
             Vae::Vq(_) => self.forward_vq(g, vae, image, dtype)?,
         };
         let own = g.parameters()[before..].to_vec();
+        let again = if again { blocks(g) } else { vec![] };
         let loss = add(g, "loss.autoencoder", forward.likelihood, forward.regulariser)?;
         let Some(adversary) = &self.adversary else {
             g.output("loss", loss);
-            let found = gradients(g, &[(loss, scale)], &used(&own), &[])?;
+            let found = gradients(g, &[(loss, scale)], &used(&own), &again)?;
             return Ok(vec![Side { at: "", parameters: own, gradients: found }]);
         };
-        adversary.sides(g, &forward, own, loss, scale)
+        adversary.sides(g, &forward, (own, &again), loss, scale)
     }
 
     fn forward_kl(&self, g: &mut Graph, vae: &Vae, image: Var, dtype: DType) -> Result<Forward> {
@@ -207,11 +223,12 @@ impl FirstStageLoss {
         let reconstruction = model.decode(g, z)?;
         let weights = g.input(WEIGHTS, DType::F32, [shape[0]]);
         let mean = self.distance(g, reconstruction, (image, x), weights)?;
-        let pixels = g.shape(image).numel() / shape[0];
-        let likelihood = cast(g, "likelihood", mean, DType::F32, pixels as f64)?;
+        let values = (g.shape(image).numel() / shape[0]) as f64;
+        let (pixels, latents) = if self.means { (1.0, values) } else { (values, 1.0) };
+        let likelihood = cast(g, "likelihood", mean, DType::F32, pixels)?;
         let kl = g.push("kl", Kl, &[moments])?;
         g.output("kl", kl);
-        let regulariser = cast(g, "kl.weighted", kl, DType::F32, self.kl_weight)?;
+        let regulariser = cast(g, "kl.weighted", kl, DType::F32, self.kl_weight / latents)?;
         Ok(Forward { image: x, reconstruction, likelihood, regulariser })
     }
 
@@ -244,7 +261,7 @@ impl FirstStageLoss {
         Ok(Forward { image: x, reconstruction, likelihood, regulariser })
     }
 
-    /// The mean absolute difference and the weighted perceptual distance (1) to the picture, in f32 and in the model's type.
+    /// The mean distance and the weighted perceptual distance (1) to the picture, in f32 and in the model's type.
     fn distance(
         &self,
         g: &mut Graph,
@@ -252,7 +269,7 @@ impl FirstStageLoss {
         (image, typed): (Var, Var),
         weights: Var,
     ) -> Result<Var> {
-        let mean = g.push("reconstruction", Loss(Distance::L1), &[reconstruction, image, weights])?;
+        let mean = g.push("reconstruction", Loss(self.distance), &[reconstruction, image, weights])?;
         g.output("reconstruction", mean);
         let Some(PerceptualTerm { model, weight }) = &self.perceptual else { return Ok(mean) };
         g.train(false);
@@ -280,6 +297,56 @@ impl FirstStageLoss {
         Ok(())
     }
 
+    /// Sets the shifts and scales of a discriminator's [`PatchNorm::Act`] from the first batch, which `inputs` are of (`image`,
+    /// and `noise` for KL), in a trainer whose other parameters are set: −mean and 1 / (deviation + 1e-6) of what each norm sees
+    /// of the reconstruction, which CompVis code shows the discriminator first. Does nothing with other norms.
+    ///
+    /// # Errors
+    /// When the trainer is of another graph.
+    pub fn begin_norms(
+        &self,
+        trainer: &mut Trainer,
+        vae: &Vae,
+        inputs: &[(&str, HostTensor)],
+        dtype: DType,
+    ) -> Result<()> {
+        let Some(judge) = self.adversary.as_ref().map(|a| &a.model).filter(|m| m.norm == PatchNorm::Act)
+        else {
+            return Ok(());
+        };
+        let mut g = Graph::new();
+        let [image, noise] = ["image", "noise"].map(|wanted| {
+            let found = inputs.iter().find(|(name, _)| *name == wanted);
+            found.map(|(name, value)| g.input(name, DType::F32, value.shape()))
+        });
+        let image = image.ok_or_else(|| Error::invalid("norms of a discriminator: want an input `image`"))?;
+        let picture = reconstruct(&mut g, vae, (image, noise), dtype)?;
+        let seen = judge.observe(&mut g, DISCRIMINATOR, picture)?;
+        for norm in &seen {
+            g.output(&join(&norm.name, "mean"), norm.mean);
+            g.output(&join(&norm.name, "var"), norm.var);
+        }
+        let device = trainer.program().device().clone();
+        // Each norm sees what those before it let through.
+        for norm in &seen {
+            let mut program = Program::new(g.clone(), &trainer.weights("", false, dtype)?, &device)?;
+            for (name, value) in inputs {
+                if program.has(name) {
+                    program.write(name, value)?;
+                }
+            }
+            program.run(&mut ())?;
+            let [mean, var] = ["mean", "var"].map(|kind| program.read(&join(&norm.name, kind)));
+            let n = norm.rows as f64;
+            let loc = mean?.to_f64().into_iter().map(|mean| -mean as f32).collect();
+            let scale = var?.to_f64().into_iter().map(|v| (1.0 / ((v * n / (n - 1.0)).sqrt() + 1e-6)) as f32);
+            let c = [scale.len()];
+            trainer.set(&join(&norm.name, "loc"), &HostTensor::f32(c, loc)?)?;
+            trainer.set(&join(&norm.name, "scale"), &HostTensor::f32(c, scale.collect())?)?;
+        }
+        Ok(())
+    }
+
     /// Before each step: whether the discriminator has a say in it.
     ///
     /// # Errors
@@ -291,40 +358,21 @@ impl FirstStageLoss {
     }
 }
 
-impl PerceptualTerm {
-    /// Puts its weights, for graphs that compute in `dtype`, into those of a program. The file holds the names of [`Lpips`], or
-    /// those of the `lpips` package for the convolutions (`net.slice1.0.weight`), perhaps behind another name, such as
-    /// `loss.perceptual_loss.` in CompVis checkpoints.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] with the name that is missing; when a tensor has another shape.
-    pub fn load(&self, file: &Checkpoint, dtype: DType, into: &mut Weights) -> Result<()> {
-        for (_, value, layout) in self.model.inventory(dtype)?[0].weights() {
-            let name = &value.name;
-            let own = |held: &str| match name.strip_prefix("features.") {
-                // net.slice1.0.weight
-                Some(layer) => held.strip_suffix(layer).is_some_and(|stem| {
-                    stem.ends_with("features.")
-                        || stem
-                            .trim_end_matches('.')
-                            .rsplit('.')
-                            .next()
-                            .is_some_and(|s| s.starts_with("slice"))
-                }),
-                None => held.ends_with(&**name),
-            };
-            let found = file.names().find(|held| own(held)).map(String::from);
-            let found = found.ok_or_else(|| {
-                Error::invalid(format!(
-                    "LPIPS: want a tensor `{name}`; the file has none: give one with torchvision's VGG16 and the heads"
-                ))
-            })?;
-            let x = file.read(&found, value.spec.dtype)?;
-            let x = if layout == Layout::Conv { x.permute(&[0, 2, 3, 1])? } else { x };
-            // Not packed for products: the backward pass transposes them.
-            into.insert(&join(PERCEPTUAL, name), &x.reshape(value.spec.shape)?)?;
+/// What an autoencoder makes of an image (B,H,W,C), for KL with noise (B,h,w,Z).
+fn reconstruct(g: &mut Graph, vae: &Vae, (image, noise): (Var, Option<Var>), dtype: DType) -> Result<Var> {
+    let x = cast(g, "image", image, dtype, 1.0)?;
+    match vae {
+        Vae::Kl(model) => {
+            let moments = model.encode(g, x)?;
+            let noise = noise.ok_or_else(|| Error::invalid("a draw: want an input `noise`"))?;
+            let z = g.push("draw", Gaussian { scale: 1.0 }, &[moments, noise])?;
+            let z = cast(g, "z", z, dtype, 1.0)?;
+            model.decode(g, z)
         }
-        Ok(())
+        Vae::Vq(model) => {
+            let z = model.encode(g, x)?;
+            model.decode(g, z)
+        }
     }
 }
 
@@ -342,7 +390,7 @@ impl Adversary {
         &self,
         g: &mut Graph,
         forward: &Forward,
-        own: Vec<Parameter>,
+        (own, again): (Vec<Parameter>, &[Range<usize>]),
         loss: Var,
         scale: Var,
     ) -> Result<Vec<Side>> {
@@ -371,7 +419,7 @@ impl Adversary {
         let weighted = g.push("generator.weighted", Scale, &[judged, weight[1]])?;
         let total = add(g, "loss", loss, weighted)?;
         let seeds = [(picture, pulls[0]), (picture, pull), (forward.regulariser, scale)];
-        let found = gradients(g, &seeds, &used(&own), &[])?;
+        let found = gradients(g, &seeds, &used(&own), again)?;
 
         let (on_real, on_fake) = match self.kind {
             Gan::Hinge => (Criterion::HingeReal, Criterion::HingeFake),

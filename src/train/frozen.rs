@@ -129,11 +129,15 @@ pub(super) struct Encoder {
 }
 
 impl Encoder {
-    /// What the encoder says of B pictures.
+    /// What the encoder says of pictures, a batch of them at a time.
     pub(super) fn encode(&mut self, images: &[f32]) -> Result<Vec<f32>> {
         let shape = [self.batch, self.side, self.side, 3];
-        self.program.write("image", &HostTensor::f32(shape, images.to_vec())?)?;
-        self.program.run(&mut ())?;
-        Ok(self.program.read(self.output)?.to_f32())
+        let mut all = vec![];
+        for batch in images.chunks(shape.iter().product()) {
+            self.program.write("image", &HostTensor::f32(shape, batch.to_vec())?)?;
+            self.program.run(&mut ())?;
+            all.extend(self.program.read(self.output)?.to_f32());
+        }
+        Ok(all)
     }
 }

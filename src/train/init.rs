@@ -41,7 +41,7 @@ pub fn initial(
             uniform(1.0 / (fan_in(weight) as f64).sqrt())
         } else {
             // A norm.
-            vec![if name.ends_with("weight") { 1.0 } else { 0.0 }; n]
+            vec![if [".weight", ".scale"].iter().any(|kind| name.ends_with(kind)) { 1.0 } else { 0.0 }; n]
         };
         all.push(HostTensor::from_bytes(Spec::new(DType::F32, *shape), bytemuck::cast_slice(&data))?);
     }

@@ -36,14 +36,15 @@ const MOMENTS: &str = "moments";
 const PLACES: &str = "places";
 
 impl Latents {
+    /// The encoder sees `batch` pictures at a time, a divisor of those of a step.
     pub(super) fn live(
         subject: &Subject,
         options: Options,
         step: usize,
-        first: &FirstStage,
+        (first, batch): (&FirstStage, usize),
         device: &Device,
     ) -> Result<Latents> {
-        let encoder = Box::new(first.encoder(options.batch, subject.side(), device)?);
+        let encoder = Box::new(first.encoder(batch, subject.side(), device)?);
         Ok(Latents::Live { loader: Loader::at(subject.clone(), options, step as u64)?, encoder })
     }
 
@@ -51,7 +52,7 @@ impl Latents {
     pub(super) fn kept(
         subject: &Subject,
         options: Options,
-        (first, stage): (&FirstStage, &str),
+        (first, batch, stage): (&FirstStage, usize, &str),
         (path, tokenizer): (&Path, &Tokenizer),
         device: &Device,
         watch: &mut dyn Watch,
@@ -65,7 +66,7 @@ impl Latents {
             Some(file) => file,
             None => {
                 watch.say(&format!("encodes {n} pictures, once"));
-                let mut encoder = first.encoder(options.batch, side, device)?;
+                let mut encoder = first.encoder(batch, side, device)?;
                 let row = (side / first.factor()).pow(2) * first.moments();
                 let mut all = Vec::with_capacity(n * row);
                 let mut places = Vec::with_capacity(n);

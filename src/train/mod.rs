@@ -10,6 +10,7 @@ mod grid;
 mod init;
 mod latents;
 mod objective;
+mod perceptual;
 mod rates;
 mod run;
 mod settings;
@@ -17,14 +18,12 @@ mod source;
 mod step;
 mod store;
 
-pub use autoencoder::reconstruction_loss;
 pub use diffusion::{Noised, diffusion_loss};
-pub use first_stage::{
-    Adversary, Codebook, FirstStageLoss, Gan, PerceptualTerm, Side, initial_discriminator,
-};
+pub use first_stage::{Adversary, Codebook, FirstStageLoss, Gan, Side, initial_discriminator};
 pub use frozen::FirstStage;
 pub use init::{initial, is_zero_module};
 pub use objective::{Levels, Objective};
+pub use perceptual::{PerceptualDistance, PerceptualTerm};
 pub use rates::{Schedule, average_decay};
 pub use run::{Standing, Summary, Watch, run};
 pub use settings::{

@@ -1,16 +1,17 @@
 //! A run: steps from where the last checkpoint stands to the end, with metrics, checkpoints, pictures and an export.
 
 use super::autoencoder::Autoencoder;
+use super::average_decay;
 use super::diffusion::Diffusion;
+use super::first_stage::DISCRIMINATOR;
 use super::grid::Tiles;
 use super::settings::{Parts, Settings};
-use super::step::{Trainer, blocks, update};
+use super::step::Trainer;
 use super::store::Store;
-use super::{average_decay, initial};
 use crate::error::{Error, Result};
 use crate::exec::{Device, Program, Target, Weights, human_bytes};
-use crate::graph::{Graph, Var};
-use crate::tensor::{DType, HostTensor};
+use crate::graph::{Graph, Origin};
+use crate::tensor::{DType, HostTensor, Shape, Spec};
 use serde_json::json;
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -18,16 +19,20 @@ use std::time::{Duration, Instant};
 
 /// What is particular to a kind of run.
 pub(super) trait Task {
-    /// The graph of a step up to its loss.
-    fn graph(&self) -> Result<(Graph, Var)>;
-    /// Whether a parameter starts at zero.
-    fn starts_at_zero(&self, name: &str) -> bool;
-    /// Changes what parameters start with.
-    fn begin(&self, _: &mut Trainer) -> Result<()> {
+    /// The graph of a step, updates included.
+    fn graph(&self) -> Result<Graph>;
+    /// The weights of that graph that are not trained.
+    fn frozen(&self, device: &Device) -> Result<Weights> {
+        Ok(Weights::new(device))
+    }
+    /// Sets what a run starts with: parameters, and other states that do not start at zero.
+    fn begin(&mut self, trainer: &mut Trainer) -> Result<()>;
+    /// The inputs of step n = 0, 1, … with a row for each picture of all its batches; asked for in order.
+    fn inputs(&mut self, step: usize) -> Result<Vec<(&'static str, HostTensor)>>;
+    /// Writes what else a step depends on, before each.
+    fn ready(&self, _trainer: &mut Trainer) -> Result<()> {
         Ok(())
     }
-    /// The inputs of step n = 0, 1, …; asked for in order.
-    fn inputs(&mut self, step: usize) -> Result<Vec<(&'static str, HostTensor)>>;
     /// How long steps have waited for data.
     fn waited(&self) -> Duration;
     /// Pictures that could not be read.
@@ -41,7 +46,7 @@ pub(super) trait Task {
 }
 
 /// What a run tells while it goes.
-#[derive(Clone, Copy, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct Standing {
     /// Steps that are done.
     pub step: usize,
@@ -49,6 +54,8 @@ pub struct Standing {
     pub of: usize,
     /// Mean loss since the last line of metrics.
     pub loss: f64,
+    /// What the loss is made of, and other numbers of the step, by name: their means since the last line of metrics.
+    pub parts: Vec<(String, f64)>,
     /// Norm of the gradients.
     pub norm: f64,
     /// Learning rate.
@@ -113,24 +120,15 @@ pub fn run(
     }
     let notes = last.as_ref().map_or_else(HashMap::new, |(_, c)| c.metadata().clone());
     let mut task: Box<dyn Task> = match &s.parts {
-        Parts::Autoencoder(own) => Box::new(Autoencoder::start(s, own, step)?),
+        Parts::Autoencoder(own) => Box::new(Autoencoder::start(s, own, (step, &notes), watch)?),
         Parts::Diffusion(own) => Box::new(Diffusion::start(s, own, folder, (step, &notes), device, watch)?),
     };
-    let (mut graph, loss) = task.graph()?;
-    let again = if s.recompute { blocks(&graph) } else { vec![] };
-    update(&mut graph, loss, &s.optimiser, &again)?;
+    let graph = task.graph()?;
     watch.say(&plan(&graph, device)?);
-    let mut trainer = Trainer::new(graph, &s.optimiser, &Weights::new(device), device)?;
+    let mut trainer = Trainer::new(graph, &s.optimiser, &task.frozen(device)?, device)?;
     match &last {
         Some((step, c)) => trainer.resume(*step, |name| c.read(name, DType::F32))?,
-        None => {
-            let parameters = trainer.parameters();
-            let values = initial(&parameters, |name| task.starts_at_zero(name), s.seed)?;
-            for ((name, _), value) in parameters.iter().zip(&values) {
-                trainer.set(name, value)?;
-            }
-            task.begin(&mut trainer)?;
-        }
+        None => task.begin(&mut trainer)?,
     }
     drop(last);
     let loss = steps(s, task.as_mut(), &mut trainer, (&mut store, folder), device, watch)?;
@@ -142,14 +140,32 @@ pub fn run(
 /// What the run takes on the device, in a line.
 fn plan(graph: &Graph, device: &Device) -> Result<String> {
     let m = Program::measure(graph, Target::from(device))?;
-    let n: usize = graph.parameters().iter().map(|p| graph.shape(p.state).numel()).sum();
+    let count = |judge: bool| {
+        let own = graph.parameters().iter().filter(|p| !judge || p.name.starts_with(DISCRIMINATOR));
+        own.map(|p| graph.shape(p.state).numel()).sum::<usize>()
+    };
+    let judge = match count(true) {
+        0 => String::new(),
+        n => format!(", {n} of them the discriminator's"),
+    };
+    let n = count(false);
+    let sums = graph.values().iter().any(|v| v.origin == Origin::State && v.name.starts_with("sum."));
+    let sums = if sums { ", sums of gradients among them" } else { "" };
     Ok(format!(
-        "{n} parameters; {} planned: {} of weights, moments and averages, {} of values and gradients, {} beside them",
+        "{n} parameters{judge}; {} planned: {} of weights, moments and averages{sums}, {} of values and gradients, {} beside them",
         human_bytes(m.weights + m.states + m.arena + m.scratch),
         human_bytes(m.weights + m.states),
         human_bytes(m.arena),
         human_bytes(m.scratch)
     ))
+}
+
+/// Rows n · batch, …, (n + 1) · batch − 1 of a tensor.
+pub(super) fn rows(value: &HostTensor, batch: usize, n: usize) -> Result<HostTensor> {
+    let shape = value.shape();
+    let bytes = value.bytes().len() / shape[0] * n;
+    let spec = Spec::new(value.spec().dtype, Shape::new(&[&[n], &shape[1..]].concat()));
+    HostTensor::from_bytes(spec, &value.bytes()[batch * bytes..][..bytes])
 }
 
 /// A mean that starts anew.
@@ -177,17 +193,20 @@ fn steps(
 ) -> Result<Option<f64>> {
     let (mut lines, mut since_saved, mut told) = (Mean::default(), Mean::default(), BTreeSet::new());
     let (mut clock, mut waited, mut latest) = (Instant::now(), task.waited(), None);
-    let mut again = false;
+    let mut parts: Vec<Mean> = trainer.parts().iter().map(|_| Mean::default()).collect();
+    let (mut again, mut inputs) = (false, vec![]);
     while trainer.steps() < s.steps {
         let n = trainer.steps();
-        // A step that was left out is taken again on what was written: data come in order, each once.
+        // A step that was left out is taken again on the same data: they come in order, each once.
         if !std::mem::take(&mut again) {
-            for (name, value) in task.inputs(n)? {
-                trainer.write(name, &value)?;
-            }
+            inputs = task.inputs(n)?;
         }
+        task.ready(trainer)?;
         let rate = s.rate * s.schedule.factor(n);
-        let report = trainer.step(rate, average_decay(s.average.unwrap_or(0.0), n + 1))?;
+        let keep = average_decay(s.average.unwrap_or(0.0), n + 1);
+        let report = trainer.step_over(rate, keep, |trainer, batch| {
+            inputs.iter().try_for_each(|(name, value)| trainer.write(name, &rows(value, batch, s.batch)?))
+        })?;
         if report.skipped {
             watch.say(&format!("step {n}: gradients beyond f16; once more under half the loss scale"));
             again = true;
@@ -196,6 +215,9 @@ fn steps(
         let step = n + 1;
         lines.add(f64::from(report.loss));
         since_saved.add(f64::from(report.loss));
+        for (mean, (_, value)) in parts.iter_mut().zip(trainer.parts()) {
+            mean.add(*value);
+        }
         let (end, saves) = (step == s.steps, step % s.checkpoint_every == 0);
         let (count, spent) = (lines.1.max(1) as f64, clock.elapsed().as_secs_f64());
         let waits = (task.waited() - waited).as_secs_f64();
@@ -203,6 +225,12 @@ fn steps(
             step,
             of: s.steps,
             loss: lines.0 / count,
+            parts: trainer
+                .parts()
+                .iter()
+                .zip(&parts)
+                .map(|((name, _), m)| (name.clone(), m.0 / count))
+                .collect(),
             norm: f64::from(report.norm),
             rate,
             seconds: spent / count,
@@ -211,10 +239,13 @@ fn steps(
         watch.step(&standing)?;
         if step % s.log_every == 0 || saves || end {
             let loss = lines.take();
-            store.note(&json!({
+            let mut line = json!({
                 "step": step, "loss": loss, "norm": standing.norm, "rate": rate,
                 "seconds_per_step": standing.seconds, "waited": standing.waited,
-            }))?;
+            });
+            standing.parts.iter().for_each(|(name, value)| line[name] = json!(value));
+            store.note(&line)?;
+            parts.iter_mut().for_each(|part| *part = Mean::default());
             (clock, waited, latest) = (Instant::now(), task.waited(), Some(loss));
         }
         if saves || end {

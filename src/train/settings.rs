@@ -6,12 +6,13 @@ mod autoencoder;
 mod diffusion;
 
 use super::frozen::FirstStage;
-use super::{Objective, Optimiser, Schedule};
+use super::{FirstStageLoss, Objective, Optimiser, Schedule};
 use crate::data::transform::{Crop, Filter, Transform};
 use crate::error::{Error, Result};
 use crate::io::Config;
-use crate::models::{AutoencoderKL, UNet2DCondition};
+use crate::models::UNet2DCondition;
 use crate::ops::Distance;
+use crate::pipeline::Vae;
 use crate::samplers::ScheduleConfig;
 use crate::tensor::DType;
 use serde_json::{Map, Value, json};
@@ -20,7 +21,7 @@ use std::path::{Path, PathBuf};
 /// What is trained.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Kind {
-    /// A KL autoencoder.
+    /// An autoencoder, KL- or VQ-regularised.
     Autoencoder,
     /// A conditioned UNet with its text encoder.
     Diffusion,
@@ -82,15 +83,15 @@ pub struct DiffusionSettings {
 #[derive(Clone, Debug)]
 pub struct AutoencoderSettings {
     /// The model.
-    pub model: AutoencoderKL,
+    pub model: Vae,
     /// Its `config.json`.
     pub config: Value,
-    /// Distance of a reconstruction.
-    pub distance: Distance,
-    /// Weight of the divergence, see [`super::reconstruction_loss`].
-    pub kl_weight: f64,
     /// Deviation of the draws at the start; `None` for what the layer before them starts with, about 1.
     pub initial_deviation: Option<f64>,
+    /// What it is trained for.
+    pub loss: FirstStageLoss,
+    /// The file with the weights of its perceptual term.
+    pub lpips: Option<PathBuf>,
 }
 
 /// What is particular to the kind.
@@ -124,7 +125,7 @@ pub struct Settings {
     pub seed: u64,
     /// Length of the run.
     pub steps: usize,
-    /// Pictures of a step.
+    /// Pictures of a batch; a step has `optimiser.accumulate` of them.
     pub batch: usize,
     /// What models compute in; weights and moments are f32 always.
     pub dtype: DType,
@@ -160,6 +161,7 @@ const KEYS: &[&str] = &[
     "seed",
     "steps",
     "batch_size",
+    "accumulate",
     "dtype",
     "recompute",
     "log_every",
@@ -266,6 +268,7 @@ fn optimiser(c: &Config, kind: Kind, steps: usize) -> Result<(Optimiser, f64, Sc
         clip: within(&o, "clip", 1.0, 0.0, 1e9)? as f32,
         average: false,
         loss_scale: false,
+        accumulate: at_least_one(c, "accumulate", 1)?,
     };
     let rate = within(&o, "rate", if kind == Kind::Autoencoder { 2e-4 } else { 1e-4 }, 0.0, 1.0)?;
     let warmup = o.usize_or("warmup", (steps / 20).min(100))?;
@@ -336,6 +339,11 @@ fn in_section<T>(result: Result<T>, section: &str) -> Result<T> {
 }
 
 impl Settings {
+    /// Pictures of a step.
+    pub fn pictures(&self) -> usize {
+        self.batch * self.optimiser.accumulate
+    }
+
     /// Reads what a run is told; `file` is what errors name.
     ///
     /// # Errors

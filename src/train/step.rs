@@ -3,8 +3,8 @@
 use crate::error::{Error, Result};
 use crate::exec::{Device, Program, Weights};
 use crate::graph::{Graph, Layout, Parameter, Var, gradients};
-use crate::ops::{Adam, Clip, RATES, SquareSum};
-use crate::tensor::{DType, HostTensor, Shape};
+use crate::ops::{Accumulate, Adam, Clip, RATES, SquareSum};
+use crate::tensor::{DType, HostTensor, Shape, Spec};
 use std::collections::BTreeSet;
 use std::ops::Range;
 
@@ -26,6 +26,8 @@ pub struct Optimiser {
     /// The loss is multiplied by a factor that follows the gradients, for models in f16: it is halved, and the step left out,
     /// where they are not finite, and doubled after 2000 steps in which they were (PyTorch `GradScaler`).
     pub loss_scale: bool,
+    /// Batches of a step, at least 1: their gradients are added up, and the last one updates by the mean.
+    pub accumulate: usize,
 }
 
 impl Default for Optimiser {
@@ -39,14 +41,17 @@ impl Default for Optimiser {
             clip: 1.0,
             average: false,
             loss_scale: false,
+            accumulate: 1,
         }
     }
 }
 
-/// Inputs of a step beside those of its loss: see [`RATES`], the factor of the loss, and its reciprocal.
+/// Inputs of a step beside those of its loss: see [`RATES`], the factor of the loss, that of its gradients, and whether there
+/// is a sum of gradients to go on with.
 const RATES_INPUT: &str = "train.rates";
 const SCALE: &str = "train.scale";
 const UNSCALE: &str = "train.unscale";
+const MORE: &str = "train.more";
 
 /// Inputs that every update of a graph shares.
 #[derive(Clone, Copy)]
@@ -55,14 +60,17 @@ pub(super) struct Inputs {
     pub scale: Var,
     unscale: Var,
     rates: Var,
+    /// Where gradients of several batches are added up.
+    more: Option<Var>,
 }
 
 impl Inputs {
-    pub fn new(g: &mut Graph) -> Inputs {
+    pub fn new(g: &mut Graph, how: &Optimiser) -> Inputs {
         Inputs {
             scale: g.input(SCALE, DType::F32, [1]),
             unscale: g.input(UNSCALE, DType::F32, [1]),
             rates: g.input(RATES_INPUT, DType::F32, [RATES]),
+            more: (how.accumulate > 1).then(|| g.input(MORE, DType::F32, [1])),
         }
     }
 }
@@ -73,13 +81,34 @@ impl Inputs {
 /// # Errors
 /// When a node has no gradient, or no parameter is trained.
 pub fn update(g: &mut Graph, loss: Var, how: &Optimiser, again: &[Range<usize>]) -> Result<()> {
-    let inputs = Inputs::new(g);
+    let inputs = Inputs::new(g, how);
     let parameters = g.parameters().to_vec();
     let used: Vec<Var> = parameters.iter().map(|p| p.used).collect();
-    let found = gradients(g, &[(loss, inputs.scale)], &used, again)?;
+    let mut found = gradients(g, &[(loss, inputs.scale)], &used, again)?;
+    accumulate(g, &parameters, &mut found, inputs)?;
     g.output("loss", loss);
     let sum = squares(g, &parameters, &found)?;
     descend(g, "", &parameters, &found, how, inputs, (sum, &[loss]))
+}
+
+/// Where a step has several batches, takes for each gradient the state `sum.…` to which it is added.
+///
+/// # Errors
+/// None that gradients of the right shapes can have.
+pub(super) fn accumulate(
+    g: &mut Graph,
+    parameters: &[Parameter],
+    found: &mut [Option<Var>],
+    inputs: Inputs,
+) -> Result<()> {
+    let Some(more) = inputs.more else { return Ok(()) };
+    for (p, d) in parameters.iter().zip(found) {
+        let Some(d) = d else { continue };
+        let state = g.state(&format!("sum.{}", p.name), DType::F32, g.shape(p.state));
+        *d = g.push(&format!("sum.{}", p.name), Accumulate, &[state, *d, more])?;
+        g.update(state, *d);
+    }
+    Ok(())
 }
 
 /// The sum of the squares of all gradients of some parameters (1).
@@ -186,8 +215,8 @@ pub struct Trainer {
     trained: Vec<Trained>,
     /// Updated states that belong to no parameter, such as running statistics.
     others: Vec<String>,
-    /// Outputs that must be finite: norms of gradients.
-    norms: Vec<String>,
+    /// Outputs of one number beside the loss and its norm, and what the last step gave.
+    parts: Vec<(String, f64)>,
     how: Optimiser,
     step: usize,
     /// The loss scale, and the steps since it changed.
@@ -197,6 +226,9 @@ pub struct Trainer {
 /// The loss scale at the start, and steps after which it is doubled.
 const FIRST_SCALE: f64 = 65536.0;
 const PATIENCE: usize = 2000;
+
+/// How the names of norms of gradients end: outputs that must be finite, and that only the last batch of a step has.
+const NORM: &str = ".norm";
 
 /// The name under which [`Trainer::states`] gives the loss scale and the steps since it changed.
 const SCALE_STATE: &str = "loss_scale";
@@ -219,13 +251,17 @@ impl Trainer {
                 average: all.contains(&format!("ema.{}", p.name)),
             })
             .collect();
-        let owned: BTreeSet<String> = trained.iter().flat_map(Trained::states).collect();
+        // Sums of gradients are made anew in each step: no checkpoint holds them.
+        let sums = trained.iter().map(|p| format!("sum.{}", p.name));
+        let owned: BTreeSet<String> = trained.iter().flat_map(Trained::states).chain(sums).collect();
         let others = all.difference(&owned).cloned().collect();
-        let norms = graph.outputs().iter().map(|(name, _)| name.clone());
-        let norms = norms.filter(|name| name.ends_with(".norm")).collect();
+        let parts = graph.outputs().iter().filter(|(name, v)| {
+            !["loss", "norm"].contains(&&**name) && graph.spec(*v) == Spec::new(DType::F32, [1])
+        });
+        let parts = parts.map(|(name, _)| (name.clone(), 0.0)).collect();
         let program = Program::new(graph, frozen, device)?;
         let scale = (if how.loss_scale { FIRST_SCALE } else { 1.0 }, 0);
-        Ok(Trainer { program, trained, others, norms, how: how.clone(), step: 0, scale })
+        Ok(Trainer { program, trained, others, parts, how: how.clone(), step: 0, scale })
     }
 
     /// Names and shapes of the parameters, as the engine holds them.
@@ -236,6 +272,11 @@ impl Trainer {
     /// Names of the updated states that belong to no parameter, such as running statistics.
     pub fn others(&self) -> &[String] {
         &self.others
+    }
+
+    /// The outputs of one number beside `loss` and `norm`, such as `kl`, and what the last step gave.
+    pub fn parts(&self) -> &[(String, f64)] {
+        &self.parts
     }
 
     /// How many steps have been taken.
@@ -285,20 +326,52 @@ impl Trainer {
     /// [`Error::NonFinite`] where the loss is not finite, or without a loss scale the gradients are not: then no weight was
     /// updated. Else from the device.
     pub fn step(&mut self, rate: f64, keep: f64) -> Result<Report> {
+        self.step_over(rate, keep, |_, _| Ok(()))
+    }
+
+    /// The same where `feed` writes the inputs of each of the step's batches 0, 1, … ([`Optimiser::accumulate`]). The report, and
+    /// [`Trainer::parts`], have the means over batches, and the norm of the mean gradient.
+    ///
+    /// # Errors
+    /// As there, and those of `feed`.
+    pub fn step_over(
+        &mut self,
+        rate: f64,
+        keep: f64,
+        mut feed: impl FnMut(&mut Trainer, usize) -> Result<()>,
+    ) -> Result<Report> {
         let t = self.step as i32 + 1;
         let [b1, b2] = self.how.betas.map(|b| 1.0 - f64::from(b).powi(t));
         let one = |v: f64| HostTensor::f32([1], vec![v as f32]);
         self.program
             .write(RATES_INPUT, &HostTensor::f32([RATES], [rate, b1, b2, keep].map(|v| v as f32).into())?)?;
         self.program.write(SCALE, &one(self.scale.0)?)?;
-        self.program.write(UNSCALE, &one(1.0 / self.scale.0)?)?;
-        self.program.run(&mut ())?;
-        let [loss, norm] = ["loss", "norm"].map(|name| self.program.read(name));
-        let mut report = Report { loss: loss?.to_f32()[0], norm: norm?.to_f32()[0], skipped: false };
-        let mut finite = report.norm.is_finite();
-        for name in &self.norms {
-            finite &= self.program.read(name)?.to_f32()[0].is_finite();
+        let n = self.how.accumulate.max(1);
+        let (mut loss, mut parts) = (0.0, vec![0.0; self.parts.len()]);
+        for batch in 0..n {
+            feed(self, batch)?;
+            // An infinite factor of the gradients leaves all weights as they are.
+            let last = batch + 1 == n;
+            self.program
+                .write(UNSCALE, &one(if last { 1.0 / (self.scale.0 * n as f64) } else { f64::INFINITY })?)?;
+            if n > 1 {
+                self.program.write(MORE, &one(if batch > 0 { 1.0 } else { 0.0 })?)?;
+            }
+            self.program.run(&mut ())?;
+            let number = |name: &str| Ok::<f64, Error>(self.program.read(name)?.to_f32()[0].into());
+            loss += number("loss")? / n as f64;
+            for (sum, (name, _)) in parts.iter_mut().zip(&self.parts) {
+                let share = if name.ends_with(NORM) { f64::from(u8::from(last)) } else { 1.0 / n as f64 };
+                *sum += if share > 0.0 { share * number(name)? } else { 0.0 };
+            }
+            if !loss.is_finite() {
+                break;
+            }
         }
+        let norm = self.program.read("norm")?.to_f32()[0];
+        let mut report = Report { loss: loss as f32, norm, skipped: false };
+        let norms = self.parts.iter().zip(&parts).filter(|((name, _), _)| name.ends_with(NORM));
+        let finite = norm.is_finite() && norms.map(|(_, v)| v).all(|v| v.is_finite());
         if self.how.loss_scale && report.loss.is_finite() && !finite && self.scale.0 > 1.0 {
             self.scale = (self.scale.0 / 2.0, 0);
             report.skipped = true;
@@ -314,6 +387,7 @@ impl Trainer {
                 ),
             });
         }
+        self.parts.iter_mut().zip(parts).for_each(|((_, part), mean)| *part = mean);
         self.step += 1;
         self.scale.1 += 1;
         if self.how.loss_scale && self.scale.1 == PATIENCE {
