@@ -26,7 +26,8 @@
 // copy that writes zeros touches no memory at its address, which may lie outside.
 // Wants: FEWEST < S <= KEYS, d <= D, a multiple of 8; pointers aligned to 16 bytes, pitches multiples of 8, scale > 0.
 // Occupancy: registers allow the BLOCKS that are asked for. Shared memory (27 to 90 KB) allows as many on sm_90; on sm_80 one
-// where D is 160 and two where KEYS is 128 and D 80; on sm_86 and sm_89 three, two, and in those two variants one.
+// where D is 160 and two where KEYS is 128 and D 80; on sm_86 and sm_89 one in these two variants, three of KEYS=80,D=40, and
+// two of the others.
 //
 // types: f16 bf16
 // variants: KEYS=80,D=40 KEYS=80,D=64 KEYS=80,D=80 KEYS=80,D=160 KEYS=128,D=40 KEYS=128,D=64 KEYS=128,D=80
@@ -54,7 +55,7 @@ struct AttentionShortFwd {
     int ldq, ldk, ldv;  // elements from a token to the next
     int ldy;
     int walk;     // tiles of a block
-    float scale;  // of the scores, times log2 e
+    float scale;  // c: of the scores, times log2 e
 };
 
 struct alignas(128) ShortSmem {
