@@ -232,7 +232,7 @@ impl Sums {
     pub(super) fn all(self, tiles: &'static [Tile]) -> impl Iterator<Item = (Tile, usize)> {
         let Sums { m, n, blocks, part, rows } = self;
         let whole = move |t: &Tile| (part == n || part % t.columns == 0) && (rows == m || rows % t.rows == 0);
-        let counted = move |t: Tile, splits| splits == 1 || t.count(m, n) <= cuda::COUNTERS;
+        let counted = move |t: Tile, splits| splits == 1 || t.count(m, n) * splits <= cuda::COUNTERS;
         let splits = 1..=MOST_SPLITS.min(blocks / 4).max(1);
         let each = move |t: Tile| splits.clone().filter(move |&s| counted(t, s)).map(move |s| (t, s));
         tiles.iter().copied().filter(whole).flat_map(each)
