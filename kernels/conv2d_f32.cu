@@ -29,9 +29,10 @@
 // then run over images, phases, pixels of the small image; a tile lies in one phase, whose weights it takes; the end scatters
 // its rows to the pixels of y.
 //
-// End. With splits, each block leaves its sums in `partial` and counts itself in `counters`; the one that comes last adds all
-// of them in order of split, so the sum does not depend on who that is, and the counter is back at zero. Then each thread
-// parks its sums in the ring, half of its rows at a time, and takes them back four by four in a loop that is not unrolled:
+// End. With splits, the blocks of a tile add up in pairs, pairs of pairs, and so on: each leaves its sums in `partial` and
+// counts itself where the two meet, in `counters`; the one that comes second adds the other's. The order of the additions is
+// the tree's, and a + b is b + a, so the sum does not depend on who comes when, and the counters are back at zero. Then each
+// thread parks its sums in the ring, half of its rows at a time, and takes them back four by four in a loop that is not unrolled:
 // bias, time, activation and residual are one piece of code. Nobody else reads them, so there is no barrier. The LN lanes
 // beside each other along n write 16·LN bytes of a row of y.
 //
@@ -70,7 +71,7 @@ struct Conv2dF32 {
     const int* counter;  // null, or the row of time that serves every image
     const T* residual;   // (M,O) or null
     float* partial;      // (splits,tiles,BM·BN) with splits > 1
-    unsigned* counters;  // (tiles), zero before and after
+    unsigned* counters;  // (splits − 1,tiles), zero before and after
     int m, o;
     int h, w_, c;        // size of x in memory
     int kh, kw, out_h, out_w;
@@ -199,36 +200,38 @@ DEV void multiply(float (&acc)[TM][TN], const T* slot, int row, int w_row) {
     }
 }
 
-// Leaves this block's sums for the one that comes last; that one gets everybody's. False for the others.
+// Adds up the sums of the splits, pairs of them, then pairs of pairs, and so on. Of two, the one that comes first leaves its
+// sums and ends: false. The other adds them to its own; it has all in the end.
 DEV bool combine(float (&acc)[TM][TN], const Conv2dF32& p, unsigned* shared) {
     const int tiles = grid_x() * grid_y(), tile = block_y() * grid_x() + block_x(), splits = grid_z();
     const long long step = (long long)tiles * BM * BN;
     float* part = p.partial + (long long)tile * BM * BN + thread_x() * 4;
-    UNROLL
-    for (int i = 0; i < TM * QUADS; i++) {
-        Vec<float, 4> v;
-        UNROLL
-        for (int e = 0; e < 4; e++) v[e] = acc[i / QUADS][i % QUADS * 4 + e];
-        store(part + block_z() * step + i * BLOCK * 4, v);
-    }
-    fence_gpu();
-    sync_block();
-    if (thread_x() == 0) *shared = atomic_inc_u32(p.counters + tile, splits - 1);
-    sync_block();
-    if (*shared != unsigned(splits - 1)) return false;
-    fence_gpu();
-    for (int z = 0; z < splits; z++) {
+    for (int half = 1; half < splits; half *= 2) {
+        // Splits z to z + half - 1 are in this block's sums; those of the other half begin at `other`, if there are any.
+        const int z = block_z() / half * half, other = z ^ half;
+        if (other >= splits) continue;
         UNROLL
         for (int i = 0; i < TM * QUADS; i++) {
-            const Vec<float, 4> v = load<4>(part + z * step + i * BLOCK * 4);
+            Vec<float, 4> v;
             UNROLL
-            for (int e = 0; e < 4; e++) {
-                float& sum = acc[i / QUADS][i % QUADS * 4 + e];
-                sum = z == 0 ? v[e] : sum + v[e];
-            }
+            for (int e = 0; e < 4; e++) v[e] = acc[i / QUADS][i % QUADS * 4 + e];
+            store(part + z * step + i * BLOCK * 4, v);
         }
+        fence_gpu();
+        sync_block();
+        // The counter of the place where the two halves meet.
+        if (thread_x() == 0) *shared = atomic_inc_u32(p.counters + ((z | half) - 1) * tiles + tile, 1);
+        sync_block();
+        if (*shared == 0) return false;
+        fence_gpu();
+        UNROLL
+        for (int i = 0; i < TM * QUADS; i++) {
+            const Vec<float, 4> v = load<4>(part + other * step + i * BLOCK * 4);
+            UNROLL
+            for (int e = 0; e < 4; e++) acc[i / QUADS][i % QUADS * 4 + e] += v[e];
+        }
+        sync_block();  // *shared is read; it and the ring may be written
     }
-    sync_block();  // *shared is read; the ring may be written
     return true;
 }
 

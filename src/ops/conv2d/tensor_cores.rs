@@ -21,15 +21,13 @@ pub(super) const TILES: [Tile; 7] = [
 
 /// Microseconds that a product takes by a model of an H200: tensor cores at 470 TFLOP/s through `mma.sync`, 128 bytes of
 /// shared memory per clock and multiprocessor, 6153 bytes of operands per clock from the second-level cache, 4.3 TB/s of
-/// memory, and a wave of blocks as long as its slowest. With splits every block writes its sums once; those that go on, one
-/// for each tile, then read as many and write them again for each further pair, at 40 bytes per clock. Not measured: it
-/// orders the choices.
+/// memory, and a wave of blocks as long as its slowest. Not measured: it orders the choices.
 pub(super) fn microseconds(tile: Tile, &Sums { m, n, blocks, .. }: &Sums, splits: usize) -> f64 {
     const SMS: f64 = launch::MULTIPROCESSORS as f64;
     const FMA: f64 = launch::MMA / 2.0 / SMS / launch::CLOCK; // per clock and multiprocessor
     let [warps_m, warps_n, groups] =
         [k::WARPS_M.of(tile.name), k::WARPS_N.of(tile.name), k::WARPS_K.of(tile.name)].map(|n| n as f64);
-    let pairs = splits.next_power_of_two().ilog2(); // of sums that the last block of a tile has added
+    let (left, added) = tile.additions(splits);
     let tiles = tile.count(m, n) as f64;
     let [bm, bn, bk, splits] = [tile.rows, tile.columns, k::BK, splits].map(|n| n as f64);
     let read = warps_m * warps_n * (bm / warps_m + bn / warps_n) * bk * 2.0;
@@ -40,8 +38,6 @@ pub(super) fn microseconds(tile: Tile, &Sums { m, n, blocks, .. }: &Sums, splits
     let steps = ((blocks as f64 / splits).ceil() / groups).ceil() * groups;
     let step = f64::max(bm * bn * bk / FMA, (read + write) / 128.0) * alone;
     let exchange = if groups > 1.0 { bm * bn * 8.0 / 128.0 } else { 0.0 };
-    let part = bm * bn * 4.0 / 40.0;
-    let (left, added) = if splits > 1.0 { (part, f64::from(2 * pairs - 1) * part) } else { (0.0, 0.0) };
     let end = bm * bn * 8.0 / 128.0 * 1.5 + added;
     let clocks = each * (steps * step + exchange + left) + (tiles / SMS).ceil() * end + 1500.0;
     let clocks = f64::max(clocks, grid * steps * write / 6153.0);
