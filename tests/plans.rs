@@ -183,7 +183,7 @@ fn a_step_of_stable_diffusion_is_predicted() {
 }
 
 #[test]
-fn a_step_in_f32_takes_no_plain_product() {
+fn a_step_in_f32_takes_no_plain_product_or_attention() {
     let (graph, mut products) = (step(DType::F32), 0);
     for node in graph.nodes() {
         let x: Vec<Spec> = node.x.iter().map(|&v| graph.spec(v)).collect();
@@ -191,6 +191,9 @@ fn a_step_in_f32_takes_no_plain_product() {
             let stems: Vec<_> = node.op.launches(&x).iter().map(|l| l.stem).collect();
             assert_eq!(stems, ["conv2d_f32"], "{:?} {x:?}", node.op);
             products += 1;
+        }
+        if node.op.name() == "attention" {
+            assert_eq!(node.op.launches(&x)[0].stem, "attention_f32", "{:?} {x:?}", node.op);
         }
     }
     let all = alike(&graph);
@@ -202,16 +205,21 @@ fn a_step_in_f32_takes_no_plain_product() {
         "f32: {products} products, {ms:.2} ms predicted, {share:.2} ms of it for them; floor {floors:.2} ms"
     );
     assert!(products > 200 && share <= F32_PRODUCTS, "{share:.2} ms; want at most {F32_PRODUCTS}");
+    assert!(ms <= F32_STEP, "{ms:.2} ms; want at most {F32_STEP}");
 }
 
-/// Predicted time of the products of a step in f32, milliseconds. To be lowered, not raised.
+/// Predicted time of the products of a step in f32, and of all of it, milliseconds. To be lowered, not raised.
 const F32_PRODUCTS: f64 = 27.9;
+const F32_STEP: f64 = 40.0;
 
 /// Most that each of the 30 heaviest shapes takes of the yardstick.
 const OWN: f64 = 1.5;
 
 /// Most kernels that a step launches, its predicted time, and the ratio of the worst of its heaviest shapes to what
-/// `mma.sync` and memory allow. To be lowered, not raised.
+/// `mma.sync` and memory allow, of which a launch is no part. To be lowered, not raised. The worst are products of 1.7 GFLOP,
+/// 3.6 µs of tensor cores: with the 1.5 µs of a launch, and 128 tiles for 132 multiprocessors, no kernel is below 1.45, and
+/// 0.9 µs until the first operands are there, 0.3 µs of an end and 0.2 of the latencies of a block by itself are more than
+/// what is left of 1.5. Attention by heads of 40 has 72 µs of exponentials, 16 in a clock, beside 91 µs of products.
 const KERNELS: usize = 323;
 const MILLISECONDS: f64 = 5.02;
 const RATIO: f64 = 2.44;
