@@ -186,7 +186,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) attention_f32_fwd(co
             UNROLL
             for (int i = 0; i < RM; i++) {
                 UNROLL
-                for (int j = 0; j < 4; j++) p_own[i * 4 * P_PITCH + 8 * j + lane_n] = sc[i][half / 8 + j];
+                for (int j = 0; j < 4; j++) {
+                    const Vec<float, 1> weight = {sc[i][half / 8 + j]};
+                    store_shared(p_own + i * 4 * P_PITCH + 8 * j + lane_n, weight);
+                }
             }
             sync_warp();
             ROLLED

@@ -222,7 +222,7 @@ DEV bool combine(float (&acc)[TM][TN], const Conv2dF32& p, unsigned* shared) {
         // The counter of the place where the two halves meet.
         if (thread_x() == 0) *shared = atomic_inc_u32(p.counters + ((z | half) - 1) * tiles + tile, 1);
         sync_block();
-        if (*shared == 0) return false;
+        if (*shared != 1) return false;
         fence_gpu();
         UNROLL
         for (int i = 0; i < TM * QUADS; i++) {
