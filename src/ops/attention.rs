@@ -345,7 +345,7 @@ impl Operation for Attention {
             // In f32: every variant, in tails and whole blocks of queries (128, 64) and of keys (64, 32), with columns that
             // are zeros; and heads for the plain kernel in every type.
             heads(2, 40, 1, 130, 150, false).only(&[DType::F32]),
-            heads(1, 12, 2, 128, 65, true).only(&[DType::F32]),
+            heads(1, 12, 2, 128, 129, true).only(&[DType::F32]),
             heads(1, 64, 1, 129, 192, true).only(&[DType::F32]),
             heads(1, 76, 2, 64, 130, false).only(&[DType::F32]),
             heads(1, 132, 1, 66, 64, false).only(&[DType::F32]),
