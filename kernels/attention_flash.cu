@@ -1,7 +1,8 @@
 // y = softmax(scale · q kᵀ) v per head on tensor cores, in one pass over blocks of BN keys (FlashAttention-2, Dao 2023).
 //
 // Grid: (ceil(T / BM), N, B). A block owns BM queries of one head, each of its four warps BM / 4 of them, in tiles of 16.
-// Operands of a warp: q is read once into registers (`qf`, left operand); the scores of 16 queries × BN keys (`sc`) and the
+// Operands of a warp: q is read once into registers (`qf`, left operand, and `qh`, its last 8 columns where D is an odd
+// multiple of 8: a product of half the depth); the scores of 16 queries × BN keys (`sc`) and the
 // result (`o`) are f32 accumulators in registers; the weights p become 16 bits in registers, where the accumulator's
 // layout is that of a left operand. k and v lie in a ring of two stages in shared memory, one block of keys in each.
 //
@@ -41,13 +42,14 @@ constexpr int WARPS = 4;
 constexpr int BLOCK = 128;
 constexpr int BN = D <= 96 ? 64 : 32;       // keys in a turn
 constexpr int TILES = BM / (16 * WARPS);    // tiles of 16 queries in a warp
-constexpr int STEPS = (D + 15) / 16;        // steps of 16 columns of q kᵀ
-constexpr int PITCH = 2 * STEPS;            // chunks in a row
+constexpr int STEPS = D / 16;               // steps of 16 columns of q kᵀ
+constexpr int HALF = D % 16 / 8;            // and of 8
+constexpr int PITCH = 2 * (STEPS + HALF);   // chunks in a row
 constexpr int A = PITCH % 8 == 0 ? 3 : PITCH % 4 == 0 ? 2 : 1;
 constexpr int BLOCKS = BM == 128 || D > 128 ? 2 : D < 64 ? 4 : 3;  // on a multiprocessor
 // Instructions of a turn, which a test counts in the machine code.
-constexpr int LOOP_HMMA = TILES * (STEPS * BN / 8 + BN / 16 * D / 8), LOOP_LDGSTS = 2 * BN * PITCH / BLOCK;
-constexpr int LOOP_LDSM = BN / 16 * (STEPS + (D + 15) / 16);
+constexpr int LOOP_HMMA = TILES * ((STEPS + HALF) * BN / 8 + BN / 16 * D / 8), LOOP_LDGSTS = 2 * BN * PITCH / BLOCK;
+constexpr int LOOP_LDSM = BN / 16 * (STEPS + STEPS + HALF) + HALF * BN / 32;
 
 struct AttentionFlashFwd {
     T* y;        // (B,T,N·d)
@@ -101,11 +103,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) attention_flash_fwd(
     cp_async_commit();
     cp_async_wait<1>();
     sync_block();
-    unsigned qf[TILES][STEPS][4];
+    unsigned qf[TILES][STEPS][4], qh[TILES][2];
     UNROLL
     for (int i = 0; i < TILES; i++) {
         UNROLL
         for (int j = 0; j < STEPS; j++) ldmatrix(qf[i][j], staged + chunk(own + 16 * i + l % 16, 2 * j + l / 16));
+        if (HALF) ldmatrix(qh[i], staged + chunk(own + 16 * i + l % 16, 2 * STEPS));
     }
 
     float o[TILES][D / 8][4], m[TILES][2], sum[TILES][2];
@@ -152,6 +155,20 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) attention_flash_fwd(
                 for (int i = 0; i < TILES; i++) {
                     mma<T>(sc[i][2 * n], qf[i][j], low);
                     mma<T>(sc[i][2 * n + 1], qf[i][j], high);
+                }
+            }
+        }
+
+        if (HALF) {
+            UNROLL
+            for (int n = 0; n < BN / 32; n++) {
+                // 32 keys × 8 columns: word w is keys 8w to 8w + 7.
+                unsigned kf[4];
+                ldmatrix(kf, kt + chunk(32 * n + l, 2 * STEPS));
+                UNROLL
+                for (int w = 0; w < 4; w++) {
+                    UNROLL
+                    for (int i = 0; i < TILES; i++) mma<T>(sc[i][4 * n + w], qh[i], kf[w]);
                 }
             }
         }

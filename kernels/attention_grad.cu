@@ -5,8 +5,22 @@
 // attention_grad_q, grid: (ceil(T / TILE) · parts, N, B): a block owns TILE queries. A first pass over the keys gives the logarithm of
 // the sum of exponentials, left in `stats` with delta; a second one dq, of which thread (row, l) owns elements l, l + LANES, … of the part.
 // attention_grad_kv, grid: (ceil(S / TILE) · parts, N, B): a block owns TILE keys, a thread its elements of dk and dv, in order of the
-// queries. Nothing is added up by two blocks. Registers limit the blocks in flight: 2 · D / LANES sums a thread.
+// queries. Nothing is added up by two blocks. It runs after attention_grad_q, whose blocks of part 0 write `stats`.
 // Heads wider than D are served in parts of D elements, each by blocks of its own that make the scores again.
+//
+// Operands: q, k, v and dy are read into shared memory for the scores, as f32; for dq, dk and dv their rows are read again from
+// global memory, that is the caches. p and ds of a tile pass through shared memory, as a thread's sums want those of all.
+//
+// Barriers: for each chunk one makes it visible, and one says that it is read. Behind the products one makes p and ds of the
+// tile visible, and one at the end of a turn says that they are read. Between the passes one makes `lse` and `delta` visible;
+// the shares of delta, in `ds`, are visible by the barriers of the first pass, which has at least one turn.
+//
+// Edges: rows from T and S on and columns from d on are zeros in shared memory; keys that a query does not see have the score
+// -inf in the first pass, and p = ds = 0 in the others; rows from T and S on, and columns from d on, are not stored.
+// Wants: S > 0, with `causal` S >= T, so that each query sees a key.
+// Occupancy: two blocks on a multiprocessor or more, by registers, of which D / LANES sums for dq and twice as many for dk and
+// dv are a part; one of attention_grad_kv with D = 512. Shared memory is 10.5 KB.
+//
 // variants: D=64 D=160 D=512
 #include "dev.cuh"
 

@@ -3,7 +3,8 @@
 //
 // Grid: (ceil(T / (BM · walk)), N, B). A block loads the keys and values of its head once and walks over up to `walk` tiles
 // of BM queries. Each of its four warps has 16 queries of every tile, and goes its own way after the one barrier.
-// Operands of a warp: q is read into registers (`qf`, left operand); the scores of 16 queries × KEYS keys (`sc`) and then the
+// Operands of a warp: q is read into registers (`qf`, left operand, and `qh`, its last 8 columns where D is an odd multiple of
+// 8: a product of half the depth); the scores of 16 queries × KEYS keys (`sc`) and then the
 // result (`o`) are f32 accumulators in registers; the weights p become 16 bits in registers (`pf`), where the accumulator's
 // layout is that of a left operand. k and v lie in shared memory. A warp has two slots of 16 rows there: one holds the q of this
 // turn and then, in its place, y on its way out; into the other the q of the next turn is copied meanwhile.
@@ -26,7 +27,8 @@
 // copy that writes zeros touches no memory at its address, which may lie outside.
 // Wants: FEWEST < S <= KEYS, d <= D, a multiple of 8; pointers aligned to 16 bytes, pitches multiples of 8, scale > 0.
 // Occupancy: registers allow the BLOCKS that are asked for. Shared memory (27 to 90 KB) allows as many on sm_90; on sm_80 one
-// where D is 160 and two where KEYS is 128 and D 80; on sm_86 and sm_89 three, two, and in those two variants one.
+// where D is 160 and two where KEYS is 128 and D 80; on sm_86 and sm_89 one in these two variants, three of KEYS=80,D=40, and
+// two of the others.
 //
 // types: f16 bf16
 // variants: KEYS=80,D=40 KEYS=80,D=64 KEYS=80,D=80 KEYS=80,D=160 KEYS=128,D=40 KEYS=128,D=64 KEYS=128,D=80
@@ -35,15 +37,18 @@
 constexpr int BLOCK = 128;
 constexpr int BM = 64;                        // queries of a tile
 constexpr int FEWEST = KEYS == 80 ? 64 : 80;  // keys that are always there
-constexpr int STEPS = (D + 15) / 16;          // steps of 16 columns of q kᵀ
-constexpr int PITCH = 2 * STEPS;              // chunks in a row
+constexpr int STEPS = D / 16;                 // steps of 16 columns of q kᵀ
+constexpr int HALF = D % 16 / 8;              // and of 8
+constexpr int ALL = STEPS + HALF;
+constexpr int PITCH = 2 * ALL;                // chunks in a row
 constexpr int TILE = 16 * PITCH * 8;          // elements of 16 rows
 constexpr int A = PITCH % 8 == 0 ? 3 : PITCH % 4 == 0 ? 2 : 1;
 constexpr int BLOCKS = D > 80 ? 2 : D > 64 || KEYS > 80 ? 3 : 4;  // on a multiprocessor
 constexpr int SMEM_BYTES = (2 * KEYS + 2 * BM) * PITCH * 16;
 // Instructions of a turn, which a test counts in the machine code.
-constexpr int LOOP_HMMA = STEPS * KEYS / 8 + KEYS / 16 * D / 8, LOOP_LDSM = STEPS + KEYS / 16 * 2 * STEPS;
-constexpr int LOOP_LDGSTS = STEPS, LOOP_MUFU = KEYS / 2 + 2;
+constexpr int LOOP_HMMA = ALL * KEYS / 8 + KEYS / 16 * D / 8;
+constexpr int LOOP_LDSM = ALL + KEYS / 16 * (STEPS + ALL) + HALF * (KEYS / 32 + KEYS % 32 / 16);
+constexpr int LOOP_LDGSTS = ALL, LOOP_MUFU = KEYS / 2 + 2;
 
 struct AttentionShortFwd {
     T* y;        // (B,T,N·d)
@@ -54,7 +59,7 @@ struct AttentionShortFwd {
     int ldq, ldk, ldv;  // elements from a token to the next
     int ldy;
     int walk;     // tiles of a block
-    float scale;  // of the scores, times log2 e
+    float scale;  // c: of the scores, times log2 e
 };
 
 struct alignas(128) ShortSmem {
@@ -103,9 +108,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) attention_short_fwd(
             copy_rows<16, WARP>(s.slot[warp()][turn ^ 1], q, p.t - at - BM - own, p.ldq, p.d, l);
             cp_async_commit();
         }
-        unsigned qf[STEPS][4];
+        unsigned qf[STEPS][4], qh[2];
         UNROLL
         for (int j = 0; j < STEPS; j++) ldmatrix(qf[j], slot + chunk(l % 16, 2 * j + l / 16));
+        if (HALF) ldmatrix(qh, slot + chunk(l % 16, 2 * STEPS));
 
         float sc[KEYS / 8][4] = {};
         UNROLL
@@ -118,6 +124,22 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) attention_short_fwd(
                 const unsigned low[2] = {kf[0], kf[1]}, high[2] = {kf[2], kf[3]};
                 mma<T>(sc[2 * n], qf[j], low);
                 mma<T>(sc[2 * n + 1], qf[j], high);
+            }
+        }
+        if (HALF) {
+            UNROLL
+            for (int n = 0; n < KEYS / 32; n++) {
+                // 32 keys × 8 columns: word w is keys 8w to 8w + 7.
+                unsigned kf[4];
+                ldmatrix(kf, s.k + chunk(l, 2 * STEPS) + 2 * n * TILE);
+                UNROLL
+                for (int w = 0; w < 4; w++) mma<T>(sc[4 * n + w], qh, kf[w]);
+            }
+            if (KEYS % 32 != 0) {
+                unsigned kf[2];
+                ldmatrix(kf, s.k + chunk(l % 16, 2 * STEPS) + KEYS / 32 * 2 * TILE);
+                UNROLL
+                for (int w = 0; w < 2; w++) mma<T>(sc[KEYS / 32 * 4 + w], qh, kf[w]);
             }
         }
         UNROLL
@@ -185,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) attention_short_fwd(
         cp_async_wait<0>();
         sync_warp();
         UNROLL
-        for (int i = 0; i < STEPS; i++) {
+        for (int i = 0; i < ALL; i++) {
             const int r = (i * WARP + l) / PITCH, c = (i * WARP + l) % PITCH;
             const Vec<T, 8> part = load_shared<8>(slot + chunk(r, c));
             if (at + own + r < p.t && c * 8 < p.d) store(y + r * p.ldy + c * 8, part);

@@ -17,7 +17,9 @@
 //
 // Edges: pixels outside the image, rows from M on, channels from O on and k from 9·C on are zeros; what lies beyond M and O
 // is not stored.
-// Wants: O a multiple of 8, window and y of stride 1; with `stats` M a multiple of BM; fewer than 2³¹ elements in x and w.
+// `stats`: of each BM rows and each channel the mean of y as it was rounded, and the sum of squared deviations from it.
+// Wants: y aligned to 16 bytes, x and w to WIDTH elements; O a multiple of 8, window and y of stride 1; with `stats` M a
+// multiple of BM; fewer than 2³¹ elements in x and w.
 // Occupancy: the BLOCKS that are asked for are what registers allow; shared memory (18 to 34 KB) allows as many on sm_80 and
 // sm_90, and on sm_86 and sm_89 five, four, three, two, in the order of the variants.
 //

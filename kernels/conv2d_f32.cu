@@ -3,35 +3,38 @@
 //
 // Who owns what. Grid: (ceil(M / BM), ceil(N / BN), splits); a block owns a BM×BN tile of y, or with several splits a
 // contiguous run of its k-blocks. A thread holds TM×TN sums in registers: rows LM apart, columns in runs of four. 64 sums, 32
-// values of w and four of x are what a thread needs at once, and 128 registers for 512 threads are what limits a
-// multiprocessor: to two, four, eight blocks of 256, 128, 64 threads. Shared memory, 49, 37, 25 KB a block, allows as many on
-// sm_90, six of the eight on sm_80, and two, two, three on sm_86 and sm_89; of the narrow tile, 28 KB, seven on sm_90.
+// values of w and four of x are what a thread needs at once (32, 16 and four in the narrow tile, BN = 16), and 128 registers
+// for 512 threads are what limits a multiprocessor: to two, four, eight blocks of 256, 128, 64 threads. Shared memory, 49, 37,
+// 25 KB a block, allows as many on sm_90, six of the eight on sm_80, and two, two, three on sm_86 and sm_89. The narrow tile
+// has 28 KB a block and is limited by them: to seven, five, three on sm_90, sm_80, and sm_86 and sm_89.
 //
 // Operands. A k-block of x (BM rows of BK channels) and of w (BN rows) lies in one slot of a ring of STAGES slots in shared
-// memory, in rows of 64 bytes; chunk c of 16 bytes of a row of w stands at c ^ (row / 2 % 4), those of x in their order. A
+// memory, in rows of 64 bytes; chunk c of 16 bytes of a row of w stands at c ^ (row / 2 % (LN / 2)), those of x in their order. A
 // thread reads four channels of a row at once. The lanes of a warp stand LM×LN over its part of the tile, the lowest bit and
 // the highest ones of their number along m, those between along n: eight lanes read two neighbouring rows of x, or four of w,
 // which fall into different banks. And as each address is also that of lane ^ 1 or of lane ^ 2, the hardware may serve
-// sixteen lanes in a pass. For that, row j·LN + l of w in a slot is the column that lane l has as its j-th (`column`).
+// sixteen lanes in a pass. For that, row j·LN + l of w in a slot is the column that lanes at place l along n, of LN, have as
+// their j-th (`column`).
 // cp.async writes zeros for pixels outside the image, channels beyond C, rows beyond M and N. Where the window of each row
 // begins is in shared memory too, as it is wanted at a new tap only.
 //
 // The loop over the four chunks of a k-block is not unrolled: the compiler would fetch the next chunk's w beside this one's
 // and move registers for a sixth of its instructions. The other warps hide what a chunk waits for.
 //
-// Order. Each thread commits one group of copies per k-block. At k-block i it waits until its group i has landed; the barrier
-// after that makes everybody's visible, and also says that all are done with k-block i − 1, whose slot is then filled with
-// k-block i + STAGES − 1. After the loop no copy is in flight.
+// Order. A barrier before the first copy makes the windows visible. Each thread commits one group of copies per k-block. At
+// k-block i it waits until its group i has landed; the barrier after that makes everybody's visible, and also says that all
+// are done with k-block i − 1, whose slot is then filled with k-block i + STAGES − 1. After the loop no copy is in flight.
 //
 // Phases. A 3×3 convolution behind a nearest upsampling comes as four of 2×2 on the small image, as in `conv2d_mma`: rows m
 // then run over images, phases, pixels of the small image; a tile lies in one phase, whose weights it takes; the end scatters
 // its rows to the pixels of y.
 //
-// End. With splits, each block leaves its sums in `partial` and counts itself in `counters`; the one that comes last adds all
-// of them in order of split, so the sum does not depend on who that is, and the counter is back at zero. Then each thread
-// parks its sums in the ring, half of its rows at a time, and takes them back four by four in a loop that is not unrolled:
-// bias, time, activation and residual are one piece of code. Nobody else reads them, so there is no barrier. Eight lanes
-// write 128 bytes of a row of y.
+// End. With splits, the blocks of a tile add up in pairs, pairs of pairs, and so on: each leaves its sums in `partial` and
+// counts itself where the two meet, in `counters`; the one that comes second adds the other's. The order of the additions is
+// the tree's, and a + b is b + a, so the sum does not depend on who comes when, and the counters are back at zero. Then each
+// thread parks its sums in the ring, half of its rows at a time, and takes them back four by four in a loop that is not unrolled:
+// bias, time, activation and residual are one piece of code. Nobody else reads them, so there is no barrier. The LN lanes
+// beside each other along n write 16·LN bytes of a row of y.
 //
 // `counter` picks the row of `time`. Wants, and the room sees to it: pointers aligned to 16 bytes; C a multiple of 4; at most
 // 2³¹ − 1 elements in each of x and w; out_h and out_w times the stride, and the padding, below 2^14 (a window's corner is
@@ -68,7 +71,7 @@ struct Conv2dF32 {
     const int* counter;  // null, or the row of time that serves every image
     const T* residual;   // (M,O) or null
     float* partial;      // (splits,tiles,BM·BN) with splits > 1
-    unsigned* counters;  // (tiles), zero before and after
+    unsigned* counters;  // (splits − 1,tiles), zero before and after
     int m, o;
     int h, w_, c;        // size of x in memory
     int kh, kw, out_h, out_w;
@@ -197,36 +200,38 @@ DEV void multiply(float (&acc)[TM][TN], const T* slot, int row, int w_row) {
     }
 }
 
-// Leaves this block's sums for the one that comes last; that one gets everybody's. False for the others.
+// Adds up the sums of the splits, pairs of them, then pairs of pairs, and so on. Of two, the one that comes first leaves its
+// sums and ends: false. The other adds them to its own; it has all in the end.
 DEV bool combine(float (&acc)[TM][TN], const Conv2dF32& p, unsigned* shared) {
     const int tiles = grid_x() * grid_y(), tile = block_y() * grid_x() + block_x(), splits = grid_z();
     const long long step = (long long)tiles * BM * BN;
     float* part = p.partial + (long long)tile * BM * BN + thread_x() * 4;
-    UNROLL
-    for (int i = 0; i < TM * QUADS; i++) {
-        Vec<float, 4> v;
-        UNROLL
-        for (int e = 0; e < 4; e++) v[e] = acc[i / QUADS][i % QUADS * 4 + e];
-        store(part + block_z() * step + i * BLOCK * 4, v);
-    }
-    fence_gpu();
-    sync_block();
-    if (thread_x() == 0) *shared = atomic_inc_u32(p.counters + tile, splits - 1);
-    sync_block();
-    if (*shared != unsigned(splits - 1)) return false;
-    fence_gpu();
-    for (int z = 0; z < splits; z++) {
+    for (int half = 1; half < splits; half *= 2) {
+        // Splits z to z + half - 1 are in this block's sums; those of the other half begin at `other`, if there are any.
+        const int z = block_z() / half * half, other = z ^ half;
+        if (other >= splits) continue;
         UNROLL
         for (int i = 0; i < TM * QUADS; i++) {
-            const Vec<float, 4> v = load<4>(part + z * step + i * BLOCK * 4);
+            Vec<float, 4> v;
             UNROLL
-            for (int e = 0; e < 4; e++) {
-                float& sum = acc[i / QUADS][i % QUADS * 4 + e];
-                sum = z == 0 ? v[e] : sum + v[e];
-            }
+            for (int e = 0; e < 4; e++) v[e] = acc[i / QUADS][i % QUADS * 4 + e];
+            store(part + z * step + i * BLOCK * 4, v);
         }
+        fence_gpu();
+        sync_block();
+        // The counter of the place where the two halves meet.
+        if (thread_x() == 0) *shared = atomic_inc_u32(p.counters + ((z | half) - 1) * tiles + tile, 1);
+        sync_block();
+        if (*shared != 1) return false;
+        fence_gpu();
+        UNROLL
+        for (int i = 0; i < TM * QUADS; i++) {
+            const Vec<float, 4> v = load<4>(part + other * step + i * BLOCK * 4);
+            UNROLL
+            for (int e = 0; e < 4; e++) acc[i / QUADS][i % QUADS * 4 + e] += v[e];
+        }
+        sync_block();  // *shared is read; it and the ring may be written
     }
-    sync_block();  // *shared is read; the ring may be written
     return true;
 }
 

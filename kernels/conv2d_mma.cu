@@ -1,63 +1,74 @@
-// y = act(conv(x, w) + bias + time) + residual on tensor cores: an implicit matrix product whose rows m are output pixels, whose
-// columns n are output channels, and whose sum runs over blocks of BK channels of one tap of one segment of K.
+// y = act(conv(x, w) + bias + time) + residual on tensor cores: an implicit matrix product whose rows m are output pixels,
+// whose columns n are output channels, and whose sum runs over blocks of BK channels of one tap of one segment of K.
 //
-// Who owns what. Grid: (ceil(M / BM), ceil(N / BN), splits); a block of 4 warps owns a BM×BN tile of y, or with several splits
-// a contiguous run of its k-blocks. Warps stand WARPS_M×WARPS_N over the tile; a warp's part is MT×NT products of m16n8k16, held
-// in float in registers (160 of them for the 128×160 tile, which with the fragments is what limits a multiprocessor to two
-// blocks; the lower tiles fit three to five by registers). Shared memory, 72 KB for that tile, 64, 56, 32, 20 for the others,
-// allows as many on sm_80 and sm_90, and on sm_86 and sm_89 one block of the first three.
+// Who owns what. Grid: (ceil(M / BM), ceil(N / BN), splits); a block of 4 warps owns a BM×BN tile of y, or with several
+// splits a contiguous run of its k-blocks. Warps stand WARPS_M×WARPS_N over the tile; a warp's part is MT×NT products of
+// m16n8k16, held in float in registers (160 of them for the 128×160 tile). In the 64×80 tile they would be so low that their
+// operands, read from shared memory, cost more than the products: two groups of two warps each take the whole tile, and every
+// second k-block. Occupancy: registers limit a multiprocessor to two blocks, of the 64×80 tile to three, of the last two to
+// four and seven. Shared memory, 72, 64, 52, 56, 72, 32, 20 KB in the order of the variants, allows as many on sm_80 and
+// sm_90, but of the 64×80 tile two on sm_80; on sm_86 and sm_89 one block of the first five, three, four.
 //
 // Segments of K. Segment 0 is x with its window of taps; up to two more add products of other inputs into the same sum: the
 // second half of a concatenation, or a 1×1 shortcut. A segment without a window (`flat`) reads pixel m for row m. With `part`
 // there is one segment, and the rows of three weights count as one below the other; a tile lies in one of them.
 //
 // Operands. A k-block of x (BM rows of BK channels) and of w (BN rows) lies in one slot of a ring of STAGES slots in shared
-// memory, rows of 64 bytes, whose 16-byte chunk c stands at c ^ (row / 2 % 4): the eight rows that ldmatrix reads at once, and
-// the two rows that eight copying threads write, fall into all 32 banks. cp.async writes zeros for pixels outside the image,
-// channels beyond the segment, rows beyond M and N.
+// memory (of WARPS_K k-blocks, one for each group), rows of 64 bytes, whose 16-byte chunk c stands at c ^ (row / 2 % 4): the
+// eight rows that ldmatrix reads at once, and the two rows that eight copying threads write, fall into all 32 banks. cp.async
+// writes zeros for pixels outside the image, channels beyond the segment, rows beyond M and N.
 //
-// Order. Each thread commits one group of copies per k-block. At k-block i it waits until its group i has landed; the barrier
-// after that makes everybody's visible, and also says that all warps are done with k-block i − 1, whose slot is then filled with
-// k-block i + STAGES − 1. After the loop no copy is in flight and the ring becomes the staging tile.
+// Order. A turn takes the k-blocks of one slot. Each thread commits one group of copies per turn. At turn i it waits until
+// its group i has landed; the barrier after that makes everybody's visible, and also says that all warps are done with turn i
+// − 1, whose slot is then filled for turn i + STAGES − 1. After the loop no copy is in flight and the ring becomes the
+// staging tile.
 //
 // Phases. A 3×3 convolution behind a nearest upsampling comes as four of 2×2 on the small image, one for each parity of the
-// rows and columns of y (see `phase_weights.cu`). Rows m then run over images, phases, pixels of the small image; a tile
-// lies in one phase, and only the last step scatters its rows to the pixels of y.
+// rows and columns of y (see `phase_weights.cu`). Rows m then run over images, phases, pixels of the small image; a tile lies
+// in one phase, and only the last step scatters its rows to the pixels of y.
 //
-// End. With splits, each block leaves its float tile in `partial` and counts itself in `counters`; the one that comes last adds
-// all of them in order of split, so the sum does not depend on who that is, and the counter is back at zero. Then, 64 rows at a
-// time, the sums pass through shared memory in float (rows of BN + 8 words: writes meet in no bank; reads do in pairs with
-// `glu` and in the narrow tile), so that bias, time, activation and residual are applied once per element by threads that
-// read and write rows of global memory; y is rounded once. With `glu` the columns of the tile alternate, eight values, eight
-// gates, and y = value · GELU(gate) has half as many. With `stats` mean and sum of squared deviations of the 64 stored rows
-// are written per channel.
+// End. Groups of warps exchange halves of their sums through shared memory, behind the staging tile, so that each has the
+// whole sums of half of its rows. With splits, the blocks of a tile add up in pairs, pairs of pairs, and so on: each leaves
+// its float tile in `partial` and counts itself where the two meet, in `counters`; the one that comes second adds the
+// other's. The order of the additions is the tree's, and a + b is b + a, so the sum does not depend on who comes when, and
+// the counters are back at zero. The last block reads log2(splits) tiles rather than all. Then, 64 rows at a time, the sums
+// pass through shared memory in float (rows of BN + 8 words: writes meet in no bank; reads do in pairs with `glu` and in the
+// narrow tile), so that bias, time, activation and residual are applied once per element by threads that read and write rows
+// of global memory; y is rounded once. With `glu` the columns of the tile alternate, eight values, eight gates, and y = value
+// · GELU(gate) has half as many. With `stats` mean and sum of squared deviations of the 64 stored rows are written per
+// channel.
 //
 // M is rows of y; N is O, with `glu` 2·O, with `part` that of the three weights. `counter` picks the row of `time`.
 //
-// Wants, and the room sees to it: pointers aligned to 16 bytes; C of every segment and row pitches multiples of 8 elements; at
-// most 2³¹ − 1 elements in each of x and w; out_h and out_w times the stride, and the padding, below 2^14 (a window's corner is
-// packed into two halves of a word). `glu`: O a multiple of 8, no time, activation, residual, statistics. `stats`: M a
-// multiple of SLAB. `phases`: no further segment.
+// Wants, and the room sees to it: pointers aligned to 16 bytes; C of every segment and row pitches multiples of 8 elements;
+// at most 2³¹ − 1 elements in each of x and w; out_h and out_w times the stride, and the padding, below 2^14 (a window's
+// corner is packed into two halves of a word). `glu`: O a multiple of 8, no time, activation, residual, statistics. `stats`:
+// M a multiple of SLAB. `phases`: no further segment.
 // types: f16 bf16
-// variants: BM=128,BN=160 BM=128,BN=128 BM=64,BN=160 BM=64,BN=64 BM=64,BN=16
+// variants: BM=128,BN=160 BM=128,BN=128 BM=128,BN=80 BM=64,BN=160 BM=64,BN=80 BM=64,BN=64 BM=64,BN=16
 #include "dev.cuh"
 
 constexpr int BLOCK = 128;
 constexpr int BK = 32;
 constexpr int STAGES = 4;
 constexpr int SLAB = 64;  // rows of the staging tile, and of one entry of `stats`
-constexpr int SMEM_BYTES = STAGES * (BM + BN) * BK * 2;
 
-constexpr int WARPS_N = BN >= 64 ? 2 : 1, WARPS_M = 4 / WARPS_N;
+constexpr int WARPS_K = BM * BN == 64 * 80 ? 2 : 1;  // groups of warps, each with its own k-blocks
+constexpr int WARPS_N = BN >= 64 ? 2 : 1, WARPS_M = 4 / WARPS_N / WARPS_K;
 constexpr int WARP_ROWS = BM / WARPS_M, WARP_COLUMNS = BN / WARPS_N;
 constexpr int MT = WARP_ROWS / 16, NT = WARP_COLUMNS / 8;
+constexpr int OWN = MT / WARPS_K;  // of its MT, those whose sums a warp has at the end
 constexpr int PITCH = BN + 8;
+constexpr int SMEM_BYTES = STAGES * WARPS_K * (BM + BN) * BK * 2;
 constexpr int LOAD_ROWS = BLOCK / 4;  // rows that one round of copies covers: four threads, four chunks to a row
 constexpr int A_LOADS = BM / LOAD_ROWS, B_LOADS = (BN + LOAD_ROWS - 1) / LOAD_ROWS;
 // Instructions of the main loop's body, which a test counts in the machine code.
-constexpr int LOOP_HMMA = MT * NT * (BK / 16), LOOP_LDSM = (MT + NT / 2) * (BK / 16), LOOP_LDGSTS = A_LOADS + B_LOADS;
-static_assert(WARP_ROWS % 16 == 0 && WARP_COLUMNS % 16 == 0 && BM % SLAB == 0, "whole fragments and slabs");
-static_assert(SLAB * PITCH * 4 <= SMEM_BYTES, "the staging tile fits into the ring");
+constexpr int LOOP_HMMA = MT * NT * (BK / 16), LOOP_LDSM = (MT + (NT + 1) / 2) * (BK / 16);
+constexpr int LOOP_LDGSTS = WARPS_K * (A_LOADS + B_LOADS);
+static_assert(OWN * WARPS_K * 16 == WARP_ROWS && WARP_COLUMNS % 8 == 0 && BM % SLAB == 0, "whole fragments and slabs");
+// Where the groups leave sums for each other, behind the staging tile.
+constexpr int EXCHANGE = SLAB * PITCH;
+static_assert((EXCHANGE + (WARPS_K - 1) * BM * BN) * 4 <= SMEM_BYTES, "the staging tile and the exchange fit into the ring");
 
 struct Conv2dMma {
     T* y;                // (M,O)
@@ -74,7 +85,7 @@ struct Conv2dMma {
     const T* residual;   // (M,O) or null
     float* stats;        // (M / SLAB,O,2) or null: mean, sum of squared deviations
     float* partial;      // (splits,tiles,BM·BN) with splits > 1
-    unsigned* counters;  // (tiles), zero before and after
+    unsigned* counters;  // (splits − 1,tiles), zero before and after
     int m, o;            // o: columns of y
     int h, w_, c;        // size of x in memory
     int kh, kw, out_h, out_w;
@@ -94,7 +105,7 @@ struct Conv2dMma {
 };
 
 struct alignas(128) ConvRing {
-    T slot[STAGES][(BM + BN) * BK];
+    T slot[STAGES][WARPS_K][(BM + BN) * BK];
 };
 static_assert(sizeof(ConvRing) == SMEM_BYTES, "what the launch passes");
 
@@ -174,51 +185,87 @@ DEV void multiply(float (&acc)[MT][NT][4], const T* slot, int warp_m, int warp_n
     const int l = lane();
     UNROLL
     for (int k = 0; k < BK / 16; k++) {
-        unsigned a[MT][4], b[NT / 2][4];
+        unsigned a[MT][4], b[NT][2];
         UNROLL
         for (int i = 0; i < MT; i++) ldmatrix(a[i], slot + place(warp_m * WARP_ROWS + i * 16 + l % 16, 2 * k + l / 16));
         UNROLL
         for (int j = 0; j < NT / 2; j++) {
             const int row = warp_n * WARP_COLUMNS + j * 16 + l / 16 * 8 + l % 8;
-            ldmatrix(b[j], slot + BM * BK + place(row, 2 * k + l / 8 % 2));
+            unsigned two[4];
+            ldmatrix(two, slot + BM * BK + place(row, 2 * k + l / 8 % 2));
+            UNROLL
+            for (int e = 0; e < 4; e++) b[2 * j + e / 2][e % 2] = two[e];
+        }
+        if (NT % 2 != 0) {
+            const int row = warp_n * WARP_COLUMNS + (NT - 1) * 8 + l % 8;
+            ldmatrix(b[NT - 1], slot + BM * BK + place(row, 2 * k + l / 8 % 2));
         }
         UNROLL
         for (int j = 0; j < NT; j++) {
-            const unsigned pair[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
             UNROLL
-            for (int i = 0; i < MT; i++) mma<T>(acc[i][j], a[i], pair);
+            for (int i = 0; i < MT; i++) mma<T>(acc[i][j], a[i], b[j]);
         }
     }
 }
 
-// Leaves this block's sums for the one that comes last; that one gets everybody's. False for the others.
-DEV bool combine(float (&acc)[MT][NT][4], const Conv2dMma& p, unsigned* shared) {
-    const int tiles = grid_x() * grid_y(), tile = block_y() * grid_x() + block_x(), splits = grid_z();
-    constexpr int PART = MT * NT * 4;
-    const long long step = (long long)tiles * BM * BN;
-    float* part = p.partial + (long long)tile * BM * BN + thread_x() * 4;
+// The sums of both groups, of the rows that this warp keeps: the other half goes to its partner in the other group.
+DEV void exchange(float (&sum)[OWN][NT][4], const float (&acc)[MT][NT][4], float* at) {
+    const bool second = warp() >= WARPS_M * WARPS_N;
+    float* own = at + (warp() * OWN * NT * WARP + lane()) * 4;
+    const float* other = at + ((warp() ^ (WARPS_M * WARPS_N)) * OWN * NT * WARP + lane()) * 4;
     UNROLL
-    for (int i = 0; i < PART / 4; i++) {
+    for (int i = 0; i < OWN * NT; i++) {
         Vec<float, 4> v;
         UNROLL
-        for (int e = 0; e < 4; e++) v[e] = acc[i / NT][i % NT][e];
-        store(part + block_z() * step + i * BLOCK * 4, v);
-    }
-    fence_gpu();
-    sync_block();
-    if (thread_x() == 0) *shared = atomic_inc_u32(p.counters + tile, splits - 1);
-    sync_block();
-    if (*shared != unsigned(splits - 1)) return false;
-    fence_gpu();
-    for (int z = 0; z < splits; z++) {
-        UNROLL
-        for (int i = 0; i < PART / 4; i++) {
-            const Vec<float, 4> v = load<4>(part + z * step + i * BLOCK * 4);
-            UNROLL
-            for (int e = 0; e < 4; e++) acc[i / NT][i % NT][e] = z == 0 ? v[e] : acc[i / NT][i % NT][e] + v[e];
+        for (int e = 0; e < 4; e++) {
+            const float low = acc[i / NT][i % NT][e], high = acc[MT - OWN + i / NT][i % NT][e];
+            v[e] = second ? low : high;
+            sum[i / NT][i % NT][e] = second ? high : low;
         }
+        store_shared(own + i * WARP * 4, v);
     }
-    sync_block();  // *shared is read; the staging tile may be written
+    sync_block();
+    UNROLL
+    for (int i = 0; i < OWN * NT; i++) {
+        const Vec<float, 4> v = load_shared<4>(other + i * WARP * 4);
+        UNROLL
+        for (int e = 0; e < 4; e++) sum[i / NT][i % NT][e] += v[e];
+    }
+}
+
+// Adds up the sums of the splits, pairs of them, then pairs of pairs, and so on. Of two, the one that comes first leaves its
+// sums and ends: false. The other adds them to its own; it has all in the end.
+DEV bool combine(float (&sum)[OWN][NT][4], const Conv2dMma& p, unsigned* shared) {
+    const int tiles = grid_x() * grid_y(), tile = block_y() * grid_x() + block_x(), splits = grid_z();
+    constexpr int PART = OWN * NT;
+    const long long step = (long long)tiles * BM * BN;
+    float* part = p.partial + (long long)tile * BM * BN + thread_x() * 4;
+    for (int half = 1; half < splits; half *= 2) {
+        // Splits z to z + half - 1 are in this block's sums; those of the other half begin at `other`, if there are any.
+        const int z = block_z() / half * half, other = z ^ half;
+        if (other >= splits) continue;
+        UNROLL
+        for (int i = 0; i < PART; i++) {
+            Vec<float, 4> v;
+            UNROLL
+            for (int e = 0; e < 4; e++) v[e] = sum[i / NT][i % NT][e];
+            store(part + z * step + i * BLOCK * 4, v);
+        }
+        fence_gpu();
+        sync_block();
+        // The counter of the place where the two halves meet.
+        if (thread_x() == 0) *shared = atomic_inc_u32(p.counters + ((z | half) - 1) * tiles + tile, 1);
+        sync_block();
+        if (*shared != 1) return false;
+        fence_gpu();
+        UNROLL
+        for (int i = 0; i < PART; i++) {
+            const Vec<float, 4> v = load<4>(part + other * step + i * BLOCK * 4);
+            UNROLL
+            for (int e = 0; e < 4; e++) sum[i / NT][i % NT][e] += v[e];
+        }
+        sync_block();  // *shared is read; it and the staging tile may be written
+    }
     return true;
 }
 
@@ -297,7 +344,8 @@ DEV void write_stats(const Conv2dMma& p, const float* tile, int m0, int n0) {
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 2) conv2d_mma(const __grid_constant__ Conv2dMma p) {
     ConvRing& s = smem_dynamic<ConvRing>();
-    const int m0 = block_x() * BM, n0 = block_y() * BN, warp_m = warp() / WARPS_N, warp_n = warp() % WARPS_N;
+    const int m0 = block_x() * BM, n0 = block_y() * BN;
+    const int group = warp() / (WARPS_M * WARPS_N), warp_m = warp() / WARPS_N % WARPS_M, warp_n = warp() % WARPS_N;
     const int m = m0 + thread_x() / 4, n = n0 + thread_x() / 4;  // first rows that this thread copies
     const int part = p.part ? block_y() * BN / p.part : 0;
     const int row = weight_row(p, n - part * p.part), step = p.glu ? LOAD_ROWS / 2 : LOAD_ROWS;
@@ -345,39 +393,52 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) conv2d_mma(const __grid_c
     float acc[MT][NT][4] = {};
     UNROLL
     for (int i = 0; i < STAGES - 1; i++) {
-        if (i < count) {
-            fetch(k, s.slot[i], step, rows_left);
-            next(k, p, m, row);
+        UNROLL
+        for (int j = 0; j < WARPS_K; j++) {
+            if (i * WARPS_K + j < count) {
+                fetch(k, s.slot[i][j], step, rows_left);
+                next(k, p, m, row);
+            }
         }
         cp_async_commit();
     }
     int read = 0, write = STAGES - 1;
-    for (int i = 0; i < count; i++) {
+    for (int i = 0; i < count; i += WARPS_K) {
         cp_async_wait<STAGES - 2>();
         sync_block();
-        if (i + STAGES - 1 < count) {
-            fetch(k, s.slot[write], step, rows_left);
-            next(k, p, m, row);
+        UNROLL
+        for (int j = 0; j < WARPS_K; j++) {
+            if (i + (STAGES - 1) * WARPS_K + j < count) {
+                fetch(k, s.slot[write][j], step, rows_left);
+                next(k, p, m, row);
+            }
         }
         cp_async_commit();
-        multiply(acc, s.slot[read], warp_m, warp_n);
+        if (WARPS_K == 1 || i + group < count) multiply(acc, s.slot[read][group], warp_m, warp_n);
         read = read + 1 == STAGES ? 0 : read + 1;
         write = write + 1 == STAGES ? 0 : write + 1;
     }
     sync_block();  // everybody is done with the ring, and every copy has landed: the last groups are empty
 
-    if (grid_z() > 1 && !combine(acc, p, reinterpret_cast<unsigned*>(&s))) return;
     float* tile = reinterpret_cast<float*>(&s);
+    float sum[OWN][NT][4];
+    if (WARPS_K > 1) {
+        exchange(sum, acc, tile + EXCHANGE);
+    } else {
+        UNROLL
+        for (int i = 0; i < OWN * NT * 4; i++) sum[i / 4 / NT][i / 4 % NT][i % 4] = acc[i / 4 / NT][i / 4 % NT][i % 4];
+    }
+    if (grid_z() > 1 && !combine(sum, p, reinterpret_cast<unsigned*>(&s))) return;
     UNROLL
     for (int slab = 0; slab < BM / SLAB; slab++) {
-        const int rows = warp_m * WARP_ROWS - slab * SLAB;  // where this warp's rows stand in the slab
+        const int rows = warp_m * WARP_ROWS + group * OWN * 16 - slab * SLAB;  // where this warp's rows stand in the slab
         if (rows >= 0 && rows < SLAB) {
             UNROLL
-            for (int i = 0; i < MT * NT * 2; i++) {
+            for (int i = 0; i < OWN * NT * 2; i++) {
                 const int mt = i / 2 / NT, nt = i / 2 % NT;
                 Vec<float, 2> v;
-                v[0] = acc[mt][nt][i % 2 * 2];
-                v[1] = acc[mt][nt][i % 2 * 2 + 1];
+                v[0] = sum[mt][nt][i % 2 * 2];
+                v[1] = sum[mt][nt][i % 2 * 2 + 1];
                 const int r = rows + mt * 16 + i % 2 * 8 + lane() / 4;
                 store_shared(tile + r * PITCH + warp_n * WARP_COLUMNS + nt * 8 + lane() % 4 * 2, v);
             }

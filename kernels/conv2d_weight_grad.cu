@@ -2,6 +2,10 @@
 // (ceil(K / BN), ceil(O / BM), splits); a block owns a BM×BN tile of dw for one part of the pixels, a thread a 4×4 part of it.
 // Tiles of dy and x pass through shared memory as f32, BK pixels at a time; pixels outside the image are zero. With more
 // than one part, block z writes the z-th of `splits` partial results, and sum_parts (reduce.cu) adds them up in order.
+//
+// Barriers: in a turn the first makes both tiles visible, the second says that they are read.
+// Edges: pixels from the part's end on, rows from O on and columns from K on are zeros in the tiles and are not stored.
+// Occupancy: by registers, 40 on sm_80 and 46 on sm_90, six and five blocks on a multiprocessor; shared memory is 17 KB.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

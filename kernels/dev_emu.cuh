@@ -272,6 +272,12 @@ DEV void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2] LDM_L
     ldm_emu_mma(d, a, b, ldm_is_bf16(E{}), line);
 }
 template <class E>
+DEV void mma(float (&d)[4], const unsigned (&a)[2], unsigned b LDM_LINE) {
+    static_assert(sizeof(E) == 2, "f16 or bf16");
+    const unsigned rows[4] = {a[0], a[1], 0, 0}, columns[2] = {b, 0};
+    ldm_emu_mma(d, rows, columns, ldm_is_bf16(E{}), line);
+}
+template <class E>
 DEV unsigned pack2(float low, float high) {
     return unsigned(FromFloat<E>::of(low).bits) | unsigned(FromFloat<E>::of(high).bits) << 16;
 }

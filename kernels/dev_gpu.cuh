@@ -268,6 +268,12 @@ struct Mma;
                          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                             \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                         \
         }                                                                                                             \
+        DEV void run(float (&d)[4], const unsigned (&a)[2], unsigned b) {                                             \
+            asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." NAME "." NAME                                        \
+                         ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"                                   \
+                         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                             \
+                         : "r"(a[0]), "r"(a[1]), "r"(b));                                                             \
+        }                                                                                                             \
         DEV unsigned pack(float low, float high) {                                                                    \
             unsigned r;                                                                                               \
             asm("cvt.rn." NAME "x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));                                 \
@@ -282,6 +288,11 @@ LDM_MMA(bf16, "bf16");
 // of b, word r: column l/4, rows 2(l%4) + 8r and + 1; of d, element i: row l/4 + 8(i/2), column 2(l%4) + i%2.
 template <class E>
 DEV void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    Mma<E>::run(d, a, b);
+}
+// The same with a (16,8) and b (8,8): the first two words of a and the first of b.
+template <class E>
+DEV void mma(float (&d)[4], const unsigned (&a)[2], unsigned b) {
     Mma<E>::run(d, a, b);
 }
 // Two floats as two E in a word, each rounded to nearest even.

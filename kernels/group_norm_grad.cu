@@ -1,9 +1,11 @@
 // Gradients of group_norm.cu. With n = (x - mean) * rstd, z = n * w + bias, dz = dy * act'(z) and g = dz * w, where w and bias
-// are those that an image's scale and shift leave, w * (1 + scale) and bias * (1 + scale) + shift:
-// dx = rstd * (g - mean(g) - n * mean(g * n)), the means over a group; dw = sum dz * n, dbias = sum dz over images and pixels.
+// are those that an image's scale and shift leave, w0 * (1 + scale) and b0 * (1 + scale) + shift of the fields w0 = w, b0 = bias:
+// dx = rstd * (g - mean(g) - n * mean(g * n)), the means over a group; over images and pixels dw = sum (1 + scale) * dz * n and
+// dbias = sum (1 + scale) * dz; over the pixels of each image dscale = sum dz * (w0 * n + b0) and dshift = sum dz.
 //
 // group_norm_grad, grid: (G, B): a block owns one group of one image, in passes that the caches serve: mean, variance, sums by
-// channel, dx. For the sums thread t takes channel t % cpg (of at most BLOCK at a time) of every (BLOCK / cpg)-th pixel, and
+// channel, dx. The mean is that of x minus a pivot, the group's first element. For the sums the group's cpg channels are taken
+// in runs of `width`, BLOCK or what is left of them: thread t takes channel t % width of every (BLOCK / width)-th pixel, and
 // the sums of a channel are added in order. They are left in `sums`, from which group_norm_grad_params, grid:
 // ceil(C / BLOCK), a thread a channel, adds up the images, and makes the gradients of scale and shift of each.
 #include "dev.cuh"
@@ -111,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_grad(const __grid
 struct GroupNormGradParams {
     float* dw;          // (C)
     float* dbias;       // (C)
-    T* dfilm;           // (B,2C) or null
+    T* dfilm;           // (B,2C): dscale, dshift; null where film is
     const float* sums;  // (B,C,2)
     const T* w;         // (C)
     const T* bias;      // (C)

@@ -1,5 +1,5 @@
 //! What attention does with values that are not numbers, in every kernel: whatever they reach says so, and nothing else
-//! changes. And what its kernels on tensor cores promise of shared memory: that no access has a bank conflict.
+//! changes. And what its kernels but the plain one promise of shared memory: that no access has a bank conflict.
 
 mod common;
 
@@ -7,9 +7,10 @@ use ldm::exec::run_op;
 use ldm::ops::{Array, Attention, Case, Op, t};
 use ldm::tensor::{DType, HostTensor};
 
-/// Types, head sizes (two heads) and keys that take, in turn, the kernels on tensor cores and the plain one. With `causal`
+/// Types, head sizes (two heads) and keys that take, in turn, the kernels on tensor cores, the plain one, that in f32 twice, and the
+/// plain one again. With `causal`
 /// the second and third take what any number of keys takes.
-const KERNELS: [(DType, usize, usize); 8] = [
+const KERNELS: [(DType, usize, usize); 10] = [
     (DType::F16, 40, 150),
     (DType::BF16, 64, 77),
     (DType::F16, 80, 83),
@@ -18,6 +19,8 @@ const KERNELS: [(DType, usize, usize); 8] = [
     (DType::F16, 168, 83),
     (DType::BF16, 36, 83),
     (DType::F32, 40, 83),
+    (DType::F32, 80, 130),
+    (DType::F32, 42, 83),
 ];
 const QUERIES: usize = 70;
 
@@ -135,24 +138,26 @@ fn shared_memory_has_no_bank_conflicts() {
     let few = [40, 64, 80, 160].map(|d| (1, d, 77));
     let more = [40, 64, 80].map(|d| (1, d, 120));
     let sizes: Vec<(usize, usize, usize)> = [&any[..], &large, &few, &more].concat();
+    let floats = [40, 64, 80, 160].map(|d| (DType::F32, (1, d, 130)));
+    let sizes: Vec<_> = sizes.into_iter().map(|size| (DType::BF16, size)).chain(floats).collect();
     common::on_cuda_with(&["order=forward;async=late;banks=count"], |device| {
         // On a card there is nothing to count.
         let Ok(Some(emulator)) = common::emulator::start() else { return };
-        for &(heads, d, keys) in &sizes {
+        for &(dtype, (heads, d, keys)) in &sizes {
             emulator.reset();
             let kv = [1, keys, heads * d];
             let case = Case::new(
                 Attention { heads, causal: false, joined: false },
                 [t([1, 66, heads * d]), t(kv), t(kv)],
             );
-            let (x, specs) = (case.inputs(DType::BF16, 1), case.specs(DType::BF16));
+            let (x, specs) = (case.inputs(dtype, 1), case.specs(dtype));
             let x: Vec<HostTensor> = x.iter().zip(specs).map(|(a, s)| a.to_tensor(s).unwrap()).collect();
             run_op(device, &case.op, &x).unwrap();
             let rows = emulator.banks();
             let copies = rows.iter().filter(|row| row.access == "cp_async").count();
             assert!(copies > 0 && rows.len() > copies, "d = {d}: {rows:?}");
             for row in rows {
-                assert_eq!(row.actual, row.ideal, "{heads} heads of {d}, {keys} keys: {row:?}");
+                assert_eq!(row.actual, row.ideal, "{dtype:?}, {heads} heads of {d}, {keys} keys: {row:?}");
             }
         }
         emulator.configure("banks=off");

@@ -33,8 +33,9 @@ const CONFLICTS: &[(&str, &str, f64, &str)] = &[
     (
         "conv2d_mma",
         "store_shared",
-        1.1,
-        "at the edge of the result lanes leave rows out, and the emulator pairs what other lanes do later",
+        1.2,
+        "at the end, with statistics: rows of 80 columns end among eight lanes, of which some then meet those of the next row, one \
+         time in five; at the edge of the result lanes leave rows out, and the emulator pairs what other lanes do later",
     ),
 ];
 

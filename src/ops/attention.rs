@@ -2,7 +2,8 @@
 //!
 //! Flash attention (Dao et al. 2022): blocks of keys pass by while maximum, sum and result are kept per query.
 //! PyTorch: `F.scaled_dot_product_attention`. Kernels: `kernels/attention_flash.cu`, `kernels/attention_wide.cu` and, for the
-//! few keys of a text, `kernels/attention_short.cu` on tensor cores, `kernels/attention.cu` for all that those do not take.
+//! few keys of a text, `kernels/attention_short.cu` on tensor cores, `kernels/attention_f32.cu` by float units,
+//! `kernels/attention.cu` for all that those do not take.
 mod choice;
 mod grad;
 
@@ -10,6 +11,7 @@ pub use grad::AttentionGrad;
 
 use super::prelude::*;
 use crate::kernels::attention as plain;
+use crate::kernels::attention_f32 as floats;
 use crate::kernels::attention_flash as flash;
 use crate::kernels::attention_short as short;
 use crate::kernels::attention_wide as wide;
@@ -204,6 +206,11 @@ impl Operation for Attention {
                 let p = plain::AttentionFwd { y, q, k, v, t, s, heads, d, scale, causal };
                 io.launch(plain::ATTENTION_FWD, dtype, variant, grid, plain::BLOCK, p)
             }
+            Kernel::Floats => {
+                let scale = (self.scale(d as usize) * LOG2_E) as f32;
+                let p = floats::AttentionF32Fwd { y, q, k, v, t, s, d, ldq, ldk, ldv, ldy, scale, causal };
+                io.launch(floats::ATTENTION_F32_FWD, dtype, variant, grid, floats::BLOCK.of(variant), p)
+            }
             Kernel::Flash => {
                 let scale = (self.scale(d as usize) * LOG2_E) as f32;
                 let p = flash::AttentionFlashFwd { y, q, k, v, t, s, d, ldq, ldk, ldv, ldy, scale, causal };
@@ -243,6 +250,10 @@ impl Operation for Attention {
         let dtype = x[0].dtype;
         vec![match kernel {
             Kernel::Plain => LaunchPlan::new(plain::ATTENTION_FWD, dtype, variant, grid, plain::BLOCK, time),
+            Kernel::Floats => {
+                let block = floats::BLOCK.of(variant);
+                LaunchPlan::new(floats::ATTENTION_F32_FWD, dtype, variant, grid, block, time)
+            }
             Kernel::Flash => {
                 LaunchPlan::new(flash::ATTENTION_FLASH_FWD, dtype, variant, grid, flash::BLOCK, time)
             }
@@ -331,6 +342,15 @@ impl Operation for Attention {
             heads(1, 512, 1, 70, 72, false),
             heads(44, 40, 3, 130, 70, false).only(&SIXTEEN),
             heads(66, 64, 2, 160, 160, true).only(&SIXTEEN),
+            // In f32: every variant, in tails and whole blocks of queries (128, 64) and of keys (64, 32), with columns that
+            // are zeros; and heads for the plain kernel in every type.
+            heads(2, 40, 1, 130, 150, false).only(&[DType::F32]),
+            heads(1, 12, 2, 128, 129, true).only(&[DType::F32]),
+            heads(1, 64, 1, 129, 192, true).only(&[DType::F32]),
+            heads(1, 76, 2, 64, 130, false).only(&[DType::F32]),
+            heads(1, 132, 1, 66, 64, false).only(&[DType::F32]),
+            heads(2, 42, 1, 35, 40, true),
+            heads(1, 150, 1, 20, 33, false),
             // Few keys: every variant, the fewest and the most of them, tails of queries; blocks that walk over four tiles.
             heads(2, 8, 1, 64, 65, false),
             heads(2, 40, 2, 70, 80, false),

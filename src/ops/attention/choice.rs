@@ -2,6 +2,7 @@
 
 use super::super::prelude::*;
 use super::SIXTEEN;
+use crate::kernels::attention_f32 as floats;
 use crate::kernels::attention_flash as flash;
 use crate::kernels::attention_short as short;
 use crate::kernels::attention_wide as wide;
@@ -11,6 +12,8 @@ use crate::kernels::attention_wide as wide;
 pub(super) enum Kernel {
     /// All types and head sizes, without tensor cores.
     Plain,
+    /// f32, heads of up to 160.
+    Floats,
     /// 16 bits, heads of up to 160.
     Flash,
     /// 16 bits, heads of up to 160, 65 to 128 keys.
@@ -32,9 +35,12 @@ pub(super) struct Choice {
 impl Choice {
     /// Keys and columns that it multiplies, both as it rounds them up; the columns of q kᵀ and of p v together.
     fn padded(&self, s: usize, d: usize) -> [usize; 2] {
-        let tensor_cores = |columns: usize| columns.next_multiple_of(16) + columns;
+        let tensor_cores = |columns: usize| 2 * columns;
         match self.kernel {
             Kernel::Plain => [s, 2 * d],
+            Kernel::Floats => {
+                [s.next_multiple_of(floats::BN.of(self.variant)), 2 * floats::D.of(self.variant)]
+            }
             Kernel::Flash => {
                 [s.next_multiple_of(flash::BN.of(self.variant)), tensor_cores(flash::D.of(self.variant))]
             }
@@ -44,7 +50,8 @@ impl Choice {
     }
 
     /// The model: products by `mma.sync`, and seven tenths of the exponentials, 16 in a clock, which the products do not
-    /// hide; as long as the multiprocessor with most blocks takes, and no shorter than `bytes` do.
+    /// hide; as long as the multiprocessor with most blocks takes, and no shorter than `bytes` do. Of the instructions of the
+    /// f32 kernel, eight tenths are products; with four queries to a lane, operands from shared memory leave two thirds.
     pub(super) fn microseconds(
         &self,
         blocks: usize,
@@ -55,7 +62,11 @@ impl Choice {
     ) -> f64 {
         let [keys, columns] = self.padded(s, d).map(|n| n as f64);
         let keys = if causal { (s - t) as f64 + t as f64 / 2.0 } else { keys };
-        let rate = if self.kernel == Kernel::Plain { launch::PLAIN } else { launch::MMA };
+        let rate = match self.kernel {
+            Kernel::Plain => launch::PLAIN,
+            Kernel::Floats => launch::FFMA * if floats::RM.of(self.variant) == 8 { 0.8 } else { 0.66 },
+            _ => launch::MMA,
+        };
         let scores = self.queries as f64 * keys;
         let products = 2.0 * scores * columns / (rate / launch::MULTIPROCESSORS as f64);
         let each = blocks.div_ceil(launch::MULTIPROCESSORS) as f64;
@@ -68,10 +79,24 @@ impl Choice {
 /// want 16 bits and rows of whole 16-byte chunks.
 pub(super) fn choose(dtype: DType, d: usize, [t, s]: [usize; 2], n: usize, causal: bool) -> Choice {
     let tensor_cores = SIXTEEN.contains(&dtype) && d.is_multiple_of(8);
+    if dtype == DType::F32 && d.is_multiple_of(4) && d <= 160 {
+        return by_floats(d);
+    }
     match few_keys(d, [t, s], n) {
         Some(choice) if tensor_cores && !causal => choice,
         _ => any_keys(d, t, n, tensor_cores),
     }
+}
+
+/// The kernel in f32. It wants rows of whole 16-byte chunks.
+fn by_floats(d: usize) -> Choice {
+    let variant = match d {
+        ..=40 => "D=40",
+        41..=64 => "D=64",
+        65..=80 => "D=80",
+        _ => "D=160",
+    };
+    Choice { kernel: Kernel::Floats, variant, queries: floats::BM.of(variant) }
 }
 
 /// The kernel that holds all keys and values at once, where it multiplies fewer numbers than the other, or as many: 80 or
@@ -138,6 +163,7 @@ mod tests {
             let Choice { kernel, variant, queries } = choose(dtype, d, [t, s], 16, false);
             let listed: &[&str] = match kernel {
                 Kernel::Plain => plain::VARIANTS,
+                Kernel::Floats => floats::VARIANTS,
                 Kernel::Flash => flash::VARIANTS,
                 Kernel::Short => short::VARIANTS,
                 Kernel::Wide => wide::VARIANTS,
@@ -157,16 +183,18 @@ mod tests {
                 let (fewest, most) = (short::FEWEST.of(variant), short::KEYS.of(variant));
                 assert!(fewest < s && s <= most && queries % short::BM == 0, "{s} keys: {variant}");
             }
-            assert!(
-                kernel == Kernel::Plain || (dtype != DType::F32 && d % 8 == 0 && d <= 512),
-                "{dtype:?} {d}"
-            );
+            let fits = match kernel {
+                Kernel::Plain => true,
+                Kernel::Floats => dtype == DType::F32 && d % 4 == 0,
+                _ => dtype != DType::F32 && d % 8 == 0 && d <= 512,
+            };
+            assert!(fits, "{dtype:?} {d}");
         }
     }
 
     #[test]
     fn what_the_models_run() {
-        use Kernel::{Flash, Plain, Wide};
+        use Kernel::{Flash, Floats, Plain, Wide};
         // Heads × images, head size, queries; to themselves.
         let table = [
             ("SD 1.5, 64×64", 16, 40, 4096, Flash, "BM=128,D=40"),
@@ -186,11 +214,16 @@ mod tests {
                 let got = choose(dtype, d, [t, t], n, false);
                 assert_eq!((got.kernel, got.variant), (kernel, variant), "{name}, {dtype:?}");
             }
-            assert_eq!(choose(DType::F32, d, [t, t], n, false).kernel, Plain, "{name}");
+            let by_floats = if d <= 160 { Floats } else { Plain };
+            assert_eq!(choose(DType::F32, d, [t, t], n, false).kernel, by_floats, "{name}");
         }
         let of = |dtype, d| choose(dtype, d, [4096, 77], 16, false);
-        assert_eq!(of(DType::F32, 40).variant, "D=64");
-        assert_eq!(of(DType::BF16, 44), of(DType::F32, 44), "no whole chunks");
+        assert_eq!([40, 64, 72, 96].map(|d| of(DType::F32, d).variant), ["D=40", "D=64", "D=80", "D=160"]);
+        assert_eq!(
+            (of(DType::BF16, 44).kernel, of(DType::F32, 42).kernel),
+            (Plain, Plain),
+            "no whole chunks"
+        );
         assert_eq!(choose(DType::F16, 64, [77, 77], 24, true), any_keys(64, 77, 24, true), "CLIP");
     }
 

@@ -1,5 +1,6 @@
 //! The shapes that products are tested and measured on.
 
+use super::super::Op;
 use super::super::activation::Act;
 use super::super::prelude::*;
 use super::{Choice, Conv2d, Epi, Linear};
@@ -107,6 +108,18 @@ pub(super) fn conv() -> Vec<Case> {
         asked("BM=128,BN=64", 2, &full(Act::None), [3, 8, 8, 16], 100),
         asked("BM=64,BN=64", 1, &down([1; 4]), [2, 16, 18, 36], 65),
     ]);
+    // And of the one for tensor cores: odd and even numbers of k-blocks for two groups of warps; three and four splits.
+    let asked = |variant, splits, op, x, o| {
+        conv(Conv2d { choice: Some(Choice { variant, splits }), ..op }, x, o, 3).only(SIXTEEN)
+    };
+    small.extend([
+        asked("BM=64,BN=80", 1, full(Act::Silu), [2, 5, 7, 40], 88),
+        asked("BM=64,BN=80", 1, stats(&same(3)), [2, 8, 8, 16], 80),
+        asked("BM=64,BN=80", 3, same(3), [3, 8, 8, 48], 84),
+        asked("BM=64,BN=80", 4, full(Act::None), [2, 5, 7, 48], 88),
+        asked("BM=128,BN=80", 1, full(Act::None), [3, 7, 9, 40], 88),
+        asked("BM=128,BN=80", 2, stats(&same(3)), [3, 8, 8, 40], 160),
+    ]);
     let real = |op, [b, side, c, o]: [usize; 4], k| conv(op, [b, side, side, c], o, k).weights(1..3).bench();
     for &(b, side, c, outs) in REAL {
         // A block that changes the channels has a 1×1 beside it; one that does not may change the size.
@@ -169,13 +182,27 @@ pub(super) fn linear() -> Vec<Case> {
         // For tensor cores: gates, sums in several parts, every tile with rows and columns to spare.
         linear(&[2, 50, 40], 2 * 24, gates.clone()).only(SIXTEEN),
         linear(&[70, 512], 2 * 136, gates.clone()).only(SIXTEEN),
-        linear(&[8190, 8], 2 * 328, gates).only(SIXTEEN),
+        linear(&[8190, 8], 2 * 328, gates.clone()).only(SIXTEEN),
         linear(&[20, 2048], 72, bias.clone()),
         linear(&[8190, 16], 312, bias.clone()).only(SIXTEEN),
         linear(&[2, 64, 40], 136, stats).only(SIXTEEN),
         three(&[2, 35, 48], 48),
         three(&[3, 70, 64], 320),
     ];
+    // Tiles that small sizes do not take by themselves; one k-block for two groups of warps, and many in five splits.
+    let asked = |variant, splits, mut case: Case| {
+        if let Op::Linear(op) = &mut case.op {
+            op.choice = Some(Choice { variant, splits });
+        }
+        case.only(SIXTEEN)
+    };
+    small.extend([
+        asked("BM=64,BN=80", 1, linear(&[70, 24], 90, bias.clone())),
+        asked("BM=64,BN=80", 5, linear(&[66, 696], 80, bias.clone())),
+        asked("BM=64,BN=80", 2, linear(&[70, 264], 2 * 136, gates.clone())),
+        asked("BM=128,BN=80", 3, linear(&[140, 392], 2 * 48, gates.clone())),
+        asked("BM=64,BN=80", 2, three(&[70, 256], 80)),
+    ]);
     for (rows, c) in REAL_TOKENS {
         // Output and queries; queries, keys and values at once; the two of the feed-forward.
         let products = [(c, c), (c, 3 * c), (c, 8 * c), (4 * c, c)];

@@ -17,24 +17,26 @@ pub(super) const TILES: [Tile; 4] = [
 
 /// Microseconds that a product takes by a model of an H200: float units at [`launch::FFMA`], in a loop of which a share is
 /// other instructions; blocks that fit onto a multiprocessor share it, and fewer than two warps for each of its four
-/// schedulers leave some idle; 800 clocks until a copy has landed; memory at 4.3 TB/s. Not measured: it orders the choices.
+/// schedulers leave some idle; 800 clocks until a copy has landed; memory at 4.3 TB/s. Splits are added up as those of the
+/// kernel for tensor cores ([`Tile::additions`]). Not measured: it orders the choices.
 pub(super) fn microseconds(tile: Tile, &Sums { m, n, blocks, .. }: &Sums, splits: usize) -> f64 {
     const SMS: f64 = launch::MULTIPROCESSORS as f64;
     const FMA: f64 = launch::FFMA / 2.0 / SMS / launch::CLOCK; // per clock and multiprocessor
     let warps = k::BLOCK.of(tile.name) as f64 / 32.0;
     // Of the instructions between two k-blocks, as they are in the machine code: 1024 of 1220; of 700, in the narrow tile, 512.
     let share = if tile.columns >= 64 { 0.84 } else { 0.73 };
+    let (left, added) = tile.additions(splits);
+    let tiles = tile.count(m, n) as f64;
     let [bm, bn, bk, splits] = [tile.rows, tile.columns, k::BK, splits].map(|n| n as f64);
-    let grid = tile.count(m, n) as f64 * splits;
+    let grid = tiles * splits;
     let each = (grid / SMS).ceil(); // blocks that one multiprocessor runs
     let beside = warps * each.min(16.0 / warps); // warps of them at a time
     let alone = if beside < 4.0 { 1.2 * 4.0 / beside } else { 1.0 + 0.2 * f64::from(u8::from(beside < 8.0)) };
     let steps = (blocks as f64 / splits).ceil();
-    let parts = if splits > 1.0 { bm * bn * 4.0 * 2.0 / 40.0 } else { 0.0 };
-    let end = bm * bn * 8.0 / 40.0 + parts;
+    let ends = (tiles / SMS).ceil() * (bm * bn * 8.0 / 40.0 + added);
     let waves = (each * warps / 16.0).ceil();
     let landed = waves * steps * 800.0 / (k::STAGES - 1) as f64;
-    let clocks = f64::max(each * (steps * bm * bn * bk / FMA / share * alone + end), landed) + 1500.0;
+    let clocks = f64::max(each * (steps * bm * bn * bk / FMA / share * alone + left) + ends, landed) + 1500.0;
     // Each block reads its operands through the second-level cache, 6153 bytes a clock.
     let clocks = f64::max(clocks, grid * steps * (bm + bn) * bk * 4.0 / 6153.0);
     let bytes = (m * n) as f64 * 4.0 + (n * blocks) as f64 * bk * 4.0;

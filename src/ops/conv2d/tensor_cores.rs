@@ -6,12 +6,15 @@ use super::{Conv2d, Epi, Linear, SLAB};
 use crate::backend::cpu::gemm::ConvShape;
 pub(super) use crate::kernels::conv2d_mma as k;
 
-/// 160 divides the channels of the Stable Diffusion family, 128 those of the autoencoders; lower tiles are for the small
-/// levels, and the narrow one for the last layers.
-pub(super) const TILES: [Tile; 5] = [
+/// 160 divides the channels of the Stable Diffusion family, 128 those of the autoencoders; half of 160 gives twice as many
+/// tiles, one for each multiprocessor in products of few rows; lower tiles are for the small levels, and the narrow one for
+/// the last layers.
+pub(super) const TILES: [Tile; 7] = [
     tile("BM=128,BN=160", 128, 160),
     tile("BM=128,BN=128", 128, 128),
+    tile("BM=128,BN=80", 128, 80),
     tile("BM=64,BN=160", 64, 160),
+    tile("BM=64,BN=80", 64, 80),
     tile("BM=64,BN=64", 64, 64),
     tile("BM=64,BN=16", 64, 16),
 ];
@@ -22,18 +25,22 @@ pub(super) const TILES: [Tile; 5] = [
 pub(super) fn microseconds(tile: Tile, &Sums { m, n, blocks, .. }: &Sums, splits: usize) -> f64 {
     const SMS: f64 = launch::MULTIPROCESSORS as f64;
     const FMA: f64 = launch::MMA / 2.0 / SMS / launch::CLOCK; // per clock and multiprocessor
+    let [warps_m, warps_n, groups] =
+        [k::WARPS_M.of(tile.name), k::WARPS_N.of(tile.name), k::WARPS_K.of(tile.name)].map(|n| n as f64);
+    let (left, added) = tile.additions(splits);
+    let tiles = tile.count(m, n) as f64;
     let [bm, bn, bk, splits] = [tile.rows, tile.columns, k::BK, splits].map(|n| n as f64);
-    let (warps_n, warps) = (if tile.columns >= 64 { 2.0 } else { 1.0 }, 4.0);
-    let read = warps * (bm / (warps / warps_n) + bn / warps_n) * bk * 2.0;
+    let read = warps_m * warps_n * (bm / warps_m + bn / warps_n) * bk * 2.0;
     let write = (bm + bn) * bk * 2.0;
-    let grid = tile.count(m, n) as f64 * splits;
+    let grid = tiles * splits;
     let each = (grid / SMS).ceil(); // blocks that one multiprocessor runs
     let alone = if each < 2.0 { 1.2 } else { 1.0 }; // nothing hides the latencies of a single one
-    let steps = (blocks as f64 / splits).ceil();
+    let steps = ((blocks as f64 / splits).ceil() / groups).ceil() * groups;
     let step = f64::max(bm * bn * bk / FMA, (read + write) / 128.0) * alone;
-    let parts = if splits > 1.0 { bm * bn * 4.0 * 2.0 / 40.0 } else { 0.0 };
-    let end = bm * bn * 8.0 / 128.0 * 1.5 + parts;
-    let clocks = f64::max(each * (steps * step + end) + 1500.0, grid * steps * write / 6153.0);
+    let exchange = if groups > 1.0 { bm * bn * 8.0 / 128.0 } else { 0.0 };
+    let end = bm * bn * 8.0 / 128.0 * 1.5 + added;
+    let clocks = each * (steps * step + exchange + left) + (tiles / SMS).ceil() * end + 1500.0;
+    let clocks = f64::max(clocks, grid * steps * write / 6153.0);
     let bytes = (n * blocks) as f64 * bk * 2.0;
     f64::max(clocks / launch::CLOCK, bytes / launch::MEMORY) + launch::GAP
 }

@@ -199,6 +199,14 @@ impl Tile {
         m.div_ceil(self.rows) * n.div_ceil(self.columns)
     }
 
+    /// Clocks in which sums in several parts are added up, at 40 bytes in each: every block writes its own once; the one of a
+    /// tile that goes on to the end reads as many, and for each further pair writes and reads again.
+    pub(super) fn additions(self, splits: usize) -> (f64, f64) {
+        let (pairs, part) =
+            (splits.next_power_of_two().ilog2(), (self.rows * self.columns * 4) as f64 / 40.0);
+        if splits == 1 { (0.0, 0.0) } else { (part, f64::from(2 * pairs - 1) * part) }
+    }
+
     /// Bytes of the partial sums of m×n results in f32, where there are any.
     pub(super) fn partial_bytes(self, m: usize, n: usize, splits: usize) -> usize {
         if splits == 1 { 0 } else { splits * self.count(m, n) * self.rows * self.columns * 4 }
@@ -232,7 +240,7 @@ impl Sums {
     pub(super) fn all(self, tiles: &'static [Tile]) -> impl Iterator<Item = (Tile, usize)> {
         let Sums { m, n, blocks, part, rows } = self;
         let whole = move |t: &Tile| (part == n || part % t.columns == 0) && (rows == m || rows % t.rows == 0);
-        let counted = move |t: Tile, splits| splits == 1 || t.count(m, n) <= cuda::COUNTERS;
+        let counted = move |t: Tile, splits| splits == 1 || t.count(m, n) * splits <= cuda::COUNTERS;
         let splits = 1..=MOST_SPLITS.min(blocks / 4).max(1);
         let each = move |t: Tile| splits.clone().filter(move |&s| counted(t, s)).map(move |s| (t, s));
         tiles.iter().copied().filter(whole).flat_map(each)
