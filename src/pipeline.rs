@@ -1,6 +1,7 @@
 //! From a prompt to a picture: text encoder, sampling, decoder, with the checkpoint of a diffusers folder.
 
 mod blueprint;
+mod classes;
 mod memory;
 mod parts;
 mod random;
@@ -10,6 +11,7 @@ mod tiles;
 pub mod verify;
 
 pub use blueprint::{Blueprint, Vae};
+pub use classes::Classes;
 pub use memory::{Estimate, Stage};
 pub use parts::{Parts, random_weights};
 pub use request::{Init, Observer, Picture, Request};
@@ -19,23 +21,25 @@ use crate::diffusion::{Sampling, Settings};
 use crate::error::{Error, Result};
 use crate::exec::{Device, Graph, Program, check_finite, human_bytes};
 use crate::io::{Encoded, ModelFolder, Tokenizer};
-use crate::models::Inventory;
 use crate::models::load::stored_type;
+use crate::models::{Conditioner, Inventory, Source};
 use crate::rng::Generator;
 use crate::samplers::{Ladder, Table, skipped};
 use crate::tensor::{DType, HostTensor};
 use blueprint::vae_name;
 use residency::Part;
+use std::path::Path;
 use tiles::Port;
 
-/// A Stable Diffusion pipeline: everything that a diffusers folder holds, ready on a device.
+/// A pipeline: everything that a diffusers folder holds, ready on a device.
 pub struct Pipeline {
     blueprint: Blueprint,
     device: Device,
     dtype: DType,
-    tokenizer: Tokenizer,
+    /// Of a model that takes texts.
+    tokenizer: Option<Tokenizer>,
     residency: Residency,
-    text: Part,
+    condition: Part,
     unet: Part,
     vae: Part,
     bytes: usize,
@@ -62,25 +66,17 @@ impl Pipeline {
     ) -> Result<Pipeline> {
         let blueprint = Blueprint::read(folder)?;
         let dtype = Self::compute_type(folder, device, dtype)?;
-        let tokenizer = folder.tokenizer("tokenizer")?;
-        if tokenizer.vocab_size() > blueprint.text.vocabulary {
-            return Err(Error::Config {
-                file: folder.component("tokenizer")?.path.clone(),
-                key: "vocabulary".into(),
-                want: format!("at most the text encoder's {} tokens", blueprint.text.vocabulary),
-                got: tokenizer.vocab_size().to_string(),
-            });
-        }
-        if tokenizer.max_length() > blueprint.text.positions {
-            return Err(Error::Config {
-                file: folder.component("tokenizer")?.path.join("tokenizer_config.json"),
-                key: "model_max_length".into(),
-                want: format!("at most the text encoder's {} positions", blueprint.text.positions),
-                got: tokenizer.max_length().to_string(),
-            });
-        }
+        let tokenizer = match &blueprint.classes {
+            Some(_) => None,
+            None => {
+                let path = &folder.component("tokenizer")?.path;
+                Some(tokenizer_for(folder.tokenizer("tokenizer")?, path, &blueprint.condition)?)
+            }
+        };
         // All headers, before any work.
-        let text = Part::source(folder, "text_encoder", &blueprint.text, dtype)?;
+        let condition = &blueprint.condition;
+        let inventory = Inventory::of(&condition.inventory(dtype)?);
+        let condition = Source::new(folder.checkpoint(condition.part())?, &inventory)?;
         let unet = Part::source(folder, "unet", &blueprint.unet, dtype)?;
         let vae = match &blueprint.vae {
             Vae::Kl(model) => Part::source(folder, vae_name(folder), model, dtype)?,
@@ -96,7 +92,7 @@ impl Pipeline {
             dtype,
             tokenizer,
             residency,
-            text: Part::new(text, device, residency)?,
+            condition: Part::new(condition, device, residency)?,
             unet: Part::new(unet, device, residency)?,
             vae: Part::new(vae, device, residency)?,
             blueprint,
@@ -135,6 +131,7 @@ impl Pipeline {
     /// # Errors
     /// For a request that cannot be met, a device that fails, or values that are not finite.
     pub fn generate(&self, r: &Request, observer: &mut dyn Observer) -> Result<Vec<Picture>> {
+        self.blueprint.check_words(r)?;
         self.blueprint.check_memory(r, self.dtype, &self.device, self.residency, true)?;
         let size = self.blueprint.latent_size(r)?;
         let unet = &self.blueprint.unet;
@@ -152,9 +149,9 @@ impl Pipeline {
         }
         let ladder = method.ladder(&schedule, r.steps, skip)?;
 
-        let tokens = self.tokenizer.max_length();
+        let context = self.context(r, observer)?;
+        let tokens = context.shape()[1];
         let settings = Settings { batch: r.batch, size, tokens, guidance: r.cfg_scale, dtype: self.dtype };
-        let context = self.context(r, settings.copies(), observer)?;
         let (first, rest) = self.start(r, &method.table(&ladder)?, &ladder, observer)?;
 
         let latents = {
@@ -199,10 +196,15 @@ impl Pipeline {
         Program::new(graph, &weights, &self.device)
     }
 
-    fn encode_prompt(&self, what: &str, prompt: &str, observer: &mut dyn Observer) -> Result<Encoded> {
-        let encoded = self.tokenizer.encode(prompt)?;
+    fn encode_prompt(
+        tokenizer: &Tokenizer,
+        what: &str,
+        prompt: &str,
+        observer: &mut dyn Observer,
+    ) -> Result<Encoded> {
+        let encoded = tokenizer.encode(prompt)?;
         if let Some(cut) = &encoded.cut {
-            let (max, n) = (self.tokenizer.max_length() - 2, encoded.tokens);
+            let (max, n) = (tokenizer.max_length() - 2, encoded.tokens);
             observer.warning(&format!(
                 "the {what} has {n} tokens, the model takes {max}; this was cut off: {cut}"
             ));
@@ -210,13 +212,21 @@ impl Pipeline {
         Ok(encoded)
     }
 
-    /// The context of a request, (copies·B,S,E) f32.
-    fn context(&self, r: &Request, copies: usize, observer: &mut dyn Observer) -> Result<HostTensor> {
-        let mut ids = Vec::new();
-        if copies == 2 {
-            ids.extend(self.encode_prompt("negative prompt", &r.negative, observer)?.ids);
-        }
-        ids.extend(self.encode_prompt("prompt", &r.prompt, observer)?.ids);
+    /// The context of a request, (copies·B,S,E) f32: with guidance of the negative prompt, or of the null class, first.
+    fn context(&self, r: &Request, observer: &mut dyn Observer) -> Result<HostTensor> {
+        let copies = 1 + (r.cfg_scale > 1.0) as usize;
+        let ids = match (&self.tokenizer, &self.blueprint.classes) {
+            (Some(tokenizer), _) => {
+                let texts = [("negative prompt", &r.negative), ("prompt", &r.prompt)];
+                let mut ids = vec![];
+                for (what, text) in &texts[2 - copies..] {
+                    ids.extend(Self::encode_prompt(tokenizer, what, text, observer)?.ids);
+                }
+                ids
+            }
+            (None, Some(classes)) => classes.ids(r)?,
+            (None, None) => vec![],
+        };
         repeat(&self.encode_text(&ids, copies, r.clip_skip, observer)?, r.batch)
     }
 
@@ -229,10 +239,10 @@ impl Pipeline {
         observer: &mut dyn Observer,
     ) -> Result<HostTensor> {
         let tokens = ids.len() / rows;
-        let graph = self.blueprint.text.context_graph(rows, tokens, self.dtype, skip)?;
-        let mut program = self.program(&self.text, graph, "text", observer)?;
+        let graph = self.blueprint.condition.context_graph(rows, tokens, self.dtype, skip)?;
+        let mut program = self.program(&self.condition, graph, "text", observer)?;
         program.write("ids", &HostTensor::i32([rows, tokens], ids.to_vec())?)?;
-        finite(&mut program, "context", "text encoder")
+        finite(&mut program, "context", self.blueprint.condition.part())
     }
 
     /// First state and the noises of the steps, each image's from its own generator, in the order in which diffusers
@@ -325,6 +335,34 @@ impl Pipeline {
         let (device, dtype, bytes) = (self.device.describe(), self.dtype, human_bytes(self.weight_bytes()));
         format!("{device}, {dtype}, {bytes} of weights")
     }
+}
+
+/// Tokens of every prompt in `LDMTextToImagePipeline`.
+const LDM_TOKENS: usize = 77;
+
+/// A tokenizer as a text encoder takes it: `folder` is where it is from.
+///
+/// # Errors
+/// [`Error::Config`] when it has tokens or lengths that the text encoder does not.
+pub fn tokenizer_for(tokenizer: Tokenizer, folder: &Path, text: &Conditioner) -> Result<Tokenizer> {
+    let tokenizer = match text {
+        // As diffusers' pipeline, which does not ask the tokenizer: BERT's are for longer texts.
+        Conditioner::Bert(_) => tokenizer.at_most(text.tokens().min(LDM_TOKENS)),
+        _ => tokenizer,
+    };
+    let wrong = |file, key: &str, want: String, got: usize| {
+        Err(Error::Config { file, key: key.into(), want, got: got.to_string() })
+    };
+    if tokenizer.vocab_size() > text.vocabulary() {
+        let want = format!("at most the text encoder's {} tokens", text.vocabulary());
+        return wrong(folder.into(), "vocabulary", want, tokenizer.vocab_size());
+    }
+    if tokenizer.max_length() > text.tokens() {
+        let want = format!("at most the text encoder's {} positions", text.tokens());
+        let file = folder.join("tokenizer_config.json");
+        return wrong(file, "model_max_length", want, tokenizer.max_length());
+    }
+    Ok(tokenizer)
 }
 
 /// Runs a program and reads an output; where that is not finite, repeats the run to find the node that made it so.

@@ -1,4 +1,4 @@
-//! `ldm sample`: pictures from a prompt.
+//! `ldm sample`: pictures from a prompt, or of a class.
 
 use super::progress::Progress;
 use super::{DeviceFlags, SizeFlags, check_output, print};
@@ -20,10 +20,13 @@ pub(super) struct Arguments {
     #[arg(short, long, value_name = "FOLDER")]
     model: PathBuf,
     /// What the picture shows
-    #[arg(short, long, value_name = "TEXT", required_unless_present = "from_file")]
+    #[arg(short, long, value_name = "TEXT", required_unless_present_any = ["from_file", "class"])]
     prompt: Option<String>,
-    /// A file with a prompt a line: a picture of each, 0000.png, 0001.png, …, in the folder --output; picture i has seed + i
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "batch_size", "init_img"])]
+    /// What the picture shows, for models that draw classes: a name, or a number
+    #[arg(long, value_name = "NAME|N", conflicts_with_all = ["prompt", "negative_prompt"])]
+    class: Option<String>,
+    /// A file with a prompt (or a class) a line: a picture of each, 0000.png, 0001.png, …, in the folder --output; picture i has seed + i
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "class", "batch_size", "init_img"])]
     from_file: Option<PathBuf>,
     /// What the picture does not show
     #[arg(short, long, default_value = "", hide_default_value = true, value_name = "TEXT")]
@@ -76,7 +79,8 @@ pub(super) struct Arguments {
 }
 
 impl Arguments {
-    fn request(&self, prompt: &str, seed: u64) -> Result<Request> {
+    /// What to draw is a prompt, or a class of a model that draws such.
+    fn request(&self, what: &str, class: bool, seed: u64) -> Result<Request> {
         let finite = |name: &str, v: f64, low: f64, high: f64| {
             if v.is_finite() && (low..=high).contains(&v) {
                 return Ok(());
@@ -103,7 +107,8 @@ impl Arguments {
         };
         Ok(Request {
             init,
-            prompt: prompt.into(),
+            prompt: if class { String::new() } else { what.into() },
+            class: class.then(|| what.into()),
             negative: self.negative_prompt.clone(),
             width: self.size.width,
             height: self.size.height,
@@ -125,13 +130,14 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     if let Some(list) = &a.from_file {
         return from_file(&a, list, seed);
     }
-    let prompt = a.prompt.as_deref().unwrap_or_default();
-    let request = a.request(prompt, seed)?;
+    let what = a.class.as_ref().or(a.prompt.as_ref()).map_or("", String::as_str);
+    let request = a.request(what, a.class.is_some(), seed)?;
     let dtype = a.device.dtype()?;
     let device = a.device.open()?;
     // Before any work: can the model do this, is there memory for it, and can the result be written?
     let folder = ModelFolder::open(&a.model)?;
     let blueprint = Blueprint::read(&folder)?;
+    blueprint.check_words(&request)?;
     let staged = Residency::Staged;
     let compute = Pipeline::compute_type(&folder, &device, dtype)?;
     blueprint.check_memory(&request, compute, &device, staged, false)?;
@@ -151,7 +157,7 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
         eprintln!("memory: {peak} bytes at the peak, {planned} planned");
     }
     for (picture, file) in pictures.iter().zip(&files) {
-        let text = (!a.disable_image_metadata).then(|| parameters(&a, prompt, picture, method.label()));
+        let text = (!a.disable_image_metadata).then(|| parameters(&a, what, picture, method.label()));
         png::write_rgb8(file, picture.width, picture.height, &picture.rgb, text.as_deref())?;
         print(&format!("{}\n", file.display()))?;
     }
@@ -170,11 +176,16 @@ fn from_file(a: &Arguments, list: &Path, seed: u64) -> Result<ExitCode> {
     if a.output.extension().is_some_and(|e| e == "png") {
         return Err(invalid(&a.output, "want a folder for the pictures of --from-file: -o FOLDER".into()));
     }
-    let request = a.request(first, seed)?;
     let dtype = a.device.dtype()?;
     let device = a.device.open()?;
     let folder = ModelFolder::open(&a.model)?;
     let blueprint = Blueprint::read(&folder)?;
+    let classes = blueprint.classes.is_some();
+    let request = a.request(first, classes, seed)?;
+    for (i, line) in prompts.iter().enumerate() {
+        let wrong = |e: Error| invalid(list, format!("line {}: {e}", i + 1));
+        blueprint.check_words(&a.request(line, classes, seed)?).map_err(wrong)?;
+    }
     let compute = Pipeline::compute_type(&folder, &device, dtype)?;
     blueprint.check_memory(&request, compute, &device, Residency::Always, false)?;
     let method = blueprint.choose(&request)?.0;
@@ -187,8 +198,8 @@ fn from_file(a: &Arguments, list: &Path, seed: u64) -> Result<ExitCode> {
     let digits = (prompts.len() - 1).to_string().len().max(4);
     for (i, prompt) in prompts.iter().enumerate() {
         // Warnings alone: a bar of each would be too much.
-        let pictures =
-            pipeline.generate(&a.request(prompt, seed.wrapping_add(i as u64))?, &mut Progress::new(true))?;
+        let pictures = pipeline
+            .generate(&a.request(prompt, classes, seed.wrapping_add(i as u64))?, &mut Progress::new(true))?;
         let file = a.output.join(format!("{i:0digits$}.png"));
         for picture in &pictures {
             let text = (!a.disable_image_metadata).then(|| parameters(a, prompt, picture, method.label()));
@@ -211,8 +222,8 @@ fn names(output: &Path, count: usize) -> Vec<PathBuf> {
 }
 
 /// The text that other programs read settings from.
-fn parameters(a: &Arguments, prompt: &str, picture: &Picture, sampler: &str) -> String {
-    let mut text = prompt.to_string();
+fn parameters(a: &Arguments, what: &str, picture: &Picture, sampler: &str) -> String {
+    let mut text = what.to_string();
     if !a.negative_prompt.is_empty() {
         text += &format!("\nNegative prompt: {}", a.negative_prompt);
     }

@@ -87,7 +87,7 @@ impl Blueprint {
             Vae::Kl(v) => v.inventory(dtype)?,
             Vae::Vq(v) => v.inventory(dtype)?,
         };
-        Ok(bytes(self.text.inventory(dtype)?) + bytes(self.unet.inventory(dtype)?) + bytes(vae))
+        Ok(bytes(self.condition.inventory(dtype)?) + bytes(self.unet.inventory(dtype)?) + bytes(vae))
     }
 
     /// Memory and work for a request on a target, without running it.
@@ -113,7 +113,7 @@ impl Blueprint {
         let tile = rows.tile * columns.tile * self.vae.codec().factor().pow(2) * 3;
         let image = if tiles == 1 { pixels } else { pixels + tile } * float;
 
-        let text = self.text.context_graph(s.copies(), s.tokens, dtype, r.clip_skip)?;
+        let text = self.condition.context_graph(s.copies(), s.tokens, dtype, r.clip_skip)?;
         let decoder = self.vae.decode_graph([1, rows.tile, columns.tile], dtype)?;
         let mut stages = vec![stage("text", &text, target, context)?];
         if r.init.is_some() {
@@ -139,7 +139,7 @@ impl Blueprint {
             rows: s.copies() * s.batch,
             evaluations,
             // A tokenizer holds each of its words a few times (measured).
-            process: PROCESS + self.text.vocabulary * 400,
+            process: PROCESS + self.condition.vocabulary() * 400,
             stages,
         })
     }

@@ -8,6 +8,8 @@ use crate::samplers::Choice;
 pub struct Request {
     /// What the pictures show.
     pub prompt: String,
+    /// A class by name or number, for models that draw such in place of texts.
+    pub class: Option<String>,
     /// What they do not show.
     pub negative: String,
     /// Pixels; by default what the model was made for.
@@ -54,6 +56,7 @@ impl Default for Request {
     fn default() -> Request {
         Request {
             prompt: String::new(),
+            class: None,
             negative: String::new(),
             width: None,
             height: None,

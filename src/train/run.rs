@@ -22,6 +22,10 @@ pub(super) trait Task {
     fn graph(&self) -> Result<(Graph, Var)>;
     /// Whether a parameter starts at zero.
     fn starts_at_zero(&self, name: &str) -> bool;
+    /// Weights that begin as they are given, by name.
+    fn begin(&self) -> Result<Vec<(String, HostTensor)>> {
+        Ok(vec![])
+    }
     /// The inputs of step n = 0, 1, …; asked for in order.
     fn inputs(&mut self, step: usize) -> Result<Vec<(&'static str, HostTensor)>>;
     /// How long steps have waited for data.
@@ -124,6 +128,9 @@ pub fn run(
             let values = initial(&parameters, |name| task.starts_at_zero(name), s.seed)?;
             for ((name, _), value) in parameters.iter().zip(&values) {
                 trainer.set(name, value)?;
+            }
+            for (name, value) in task.begin()? {
+                trainer.set(&name, &value)?;
             }
         }
     }
