@@ -117,7 +117,7 @@ fn classes_come_from_folders_too() {
     // Other classes are another run.
     fs::rename(pictures.join("cat"), pictures.join("elk")).unwrap();
     let o = diffusion(&first, &run, &[&own[..], &["steps=3", "--resume"]].concat());
-    assert!(o.code == 2 && o.err.contains("the classes that the run began with"), "{}", o.err);
+    assert!(o.code == 2 && o.err.contains("classes: want those that the run began with"), "{}", o.err);
     let plain = f.path("plain");
     fs::rename(pictures.join("dog"), &plain).unwrap();
     let o = diffusion(&first, &f.path("none"), &[&format!("data.source={}", text(&plain)), own[1]]);
