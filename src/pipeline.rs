@@ -39,7 +39,8 @@ pub struct Pipeline {
     /// Of a model that takes texts.
     tokenizer: Option<Tokenizer>,
     residency: Residency,
-    condition: Part,
+    /// Where there is a context.
+    condition: Option<Part>,
     unet: Part,
     vae: Part,
     bytes: usize,
@@ -66,17 +67,21 @@ impl Pipeline {
     ) -> Result<Pipeline> {
         let blueprint = Blueprint::read(folder)?;
         let dtype = Self::compute_type(folder, device, dtype)?;
-        let tokenizer = match &blueprint.classes {
-            Some(_) => None,
-            None => {
+        let tokenizer = match &blueprint.condition {
+            Conditioner::Class(_) | Conditioner::Nothing => None,
+            Conditioner::Clip(_) | Conditioner::Bert(_) => {
                 let path = &folder.component("tokenizer")?.path;
                 Some(tokenizer_for(folder.tokenizer("tokenizer")?, path, &blueprint.condition)?)
             }
         };
         // All headers, before any work.
-        let condition = &blueprint.condition;
-        let inventory = Inventory::of(&condition.inventory(dtype)?);
-        let condition = Source::new(folder.checkpoint(condition.part())?, &inventory)?;
+        let condition = match &blueprint.condition {
+            Conditioner::Nothing => None,
+            model => {
+                let inventory = Inventory::of(&model.inventory(dtype)?);
+                Some(Source::new(folder.checkpoint(model.part())?, &inventory)?)
+            }
+        };
         let unet = Part::source(folder, "unet", &blueprint.unet, dtype)?;
         let vae = match &blueprint.vae {
             Vae::Kl(model) => Part::source(folder, vae_name(folder), model, dtype)?,
@@ -92,7 +97,7 @@ impl Pipeline {
             dtype,
             tokenizer,
             residency,
-            condition: Part::new(condition, device, residency)?,
+            condition: condition.map(|source| Part::new(source, device, residency)).transpose()?,
             unet: Part::new(unet, device, residency)?,
             vae: Part::new(vae, device, residency)?,
             blueprint,
@@ -150,8 +155,9 @@ impl Pipeline {
         let ladder = method.ladder(&schedule, r.steps, skip)?;
 
         let context = self.context(r, observer)?;
-        let tokens = context.shape()[1];
-        let settings = Settings { batch: r.batch, size, tokens, guidance: r.cfg_scale, dtype: self.dtype };
+        let tokens = context.as_ref().map_or(0, |context| context.shape()[1]);
+        let guidance = self.blueprint.guidance(r);
+        let settings = Settings { batch: r.batch, size, tokens, guidance, dtype: self.dtype };
         let (first, rest) = self.start(r, &method.table(&ladder)?, &ladder, observer)?;
 
         let latents = {
@@ -161,7 +167,9 @@ impl Pipeline {
             let weights = self.unet.weights(&self.device, None)?;
             observer.stage("sampling")?;
             let mut run = Sampling::new(unet, &weights, &self.device, (method, &ladder), settings)?;
-            run.set_context(&context)?;
+            if let Some(context) = &context {
+                run.set_context(context)?;
+            }
             run.start(&first)?;
             if run.noises() > 0 {
                 run.set_noise(&rest)?;
@@ -212,8 +220,9 @@ impl Pipeline {
         Ok(encoded)
     }
 
-    /// The context of a request, (copies·B,S,E) f32: with guidance of the negative prompt, or of the null class, first.
-    fn context(&self, r: &Request, observer: &mut dyn Observer) -> Result<HostTensor> {
+    /// The context of a request, (copies·B,S,E) f32: with guidance of the negative prompt, or of the null class, first. `None`
+    /// where the model has none.
+    fn context(&self, r: &Request, observer: &mut dyn Observer) -> Result<Option<HostTensor>> {
         let copies = 1 + (r.cfg_scale > 1.0) as usize;
         let ids = match (&self.tokenizer, &self.blueprint.classes) {
             (Some(tokenizer), _) => {
@@ -225,9 +234,9 @@ impl Pipeline {
                 ids
             }
             (None, Some(classes)) => classes.ids(r)?,
-            (None, None) => vec![],
+            (None, None) => return Ok(None),
         };
-        repeat(&self.encode_text(&ids, copies, r.clip_skip, observer)?, r.batch)
+        repeat(&self.encode_text(&ids, copies, r.clip_skip, observer)?, r.batch).map(Some)
     }
 
     /// ids (rows·T) to the hidden states (rows,T,E) f32.
@@ -240,7 +249,9 @@ impl Pipeline {
     ) -> Result<HostTensor> {
         let tokens = ids.len() / rows;
         let graph = self.blueprint.condition.context_graph(rows, tokens, self.dtype, skip)?;
-        let mut program = self.program(&self.condition, graph, "text", observer)?;
+        let part = self.condition.as_ref();
+        let part = part.ok_or_else(|| Error::invalid("text: this model has no condition"))?;
+        let mut program = self.program(part, graph, "text", observer)?;
         program.write("ids", &HostTensor::i32([rows, tokens], ids.to_vec())?)?;
         finite(&mut program, "context", self.blueprint.condition.part())
     }

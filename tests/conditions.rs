@@ -172,6 +172,45 @@ fn a_model_with_the_text_encoder_of_2022_learns_is_exported_and_samples() {
     assert!(o.code == 2 && o.err.contains("clip skip: want 1 to 1"), "{}", o.err);
 }
 
+const NONE: &[&str] = &["conditioning.kind=none", "model.unet.attention_head_dim=8"];
+
+/// The folder is one of diffusers' `LDMPipeline`; `tests/models.rs` compares such a one with it.
+#[test]
+fn a_model_without_a_condition_learns_is_exported_and_samples() {
+    let f = Folder::new();
+    let (first, run) = (first_stage(&f), f.path("run"));
+    let own = ["steps=30", "data.count=6", "sample.every=30", "sample.steps=2"];
+    let o = diffusion(&first, &run, &[NONE, &own].concat());
+    assert!(o.code == 0 && o.err.contains("; no condition"), "{}", o.err);
+    assert!(run.join("samples/step-00000030.png").is_file() && !o.err.contains("no pictures"), "{}", o.err);
+    let all = losses(&run);
+    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
+    assert!(mean(&all[20..]) < 0.95 * mean(&all[..5]), "{all:?}");
+    let export = run.join("export");
+    let index = read(&export.join("model_index.json"));
+    assert_eq!(index["_class_name"], "LDMPipeline");
+    assert_eq!(index["unet"], json!(["diffusers", "UNet2DModel"]));
+    let (a, b) = (f.path("a.png"), f.path("b.png"));
+    let o = sample(&export, &a, &[]);
+    assert_eq!(o.code, 0, "{}", o.err);
+    let o = sample(&export, &b, &["--cfg-scale", "1"]);
+    assert_eq!(o.code, 0, "{}", o.err);
+    assert!(read_rgb8(&a).unwrap().pixels == read_rgb8(&b).unwrap().pixels, "there is nothing to guide");
+    for more in [["-p", "a ring"], ["--class", "ring"], ["-n", "a ring"]] {
+        let o = sample(&export, &b, &more);
+        assert!(o.code == 2 && o.err.contains("this model has no condition"), "{more:?}: {}", o.err);
+    }
+    let o = sample(&folder::golden("sd15-tiny"), &b, &[]);
+    assert!(o.code == 2 && o.err.contains("want --prompt TEXT"), "{}", o.err);
+    let o = ldm(&["info", text(&export)]);
+    assert!(
+        o.code == 0 && o.out.contains("UNet2DModel") && !o.out.contains("does not sample"),
+        "{}{}",
+        o.out,
+        o.err
+    );
+}
+
 /// A text encoder that is given stays as it is, bit for bit, or is trained from there.
 #[test]
 fn a_text_encoder_may_be_given() {
@@ -236,7 +275,7 @@ fn settings_that_do_not_go_together_are_refused() {
     let first = first_stage(&f);
     for (more, say) in [
         (&["conditioning.kind=class"][..], "`conditioning.kind`: want scenes of one object"),
-        (&["conditioning.kind=clas", "data.objects=1"], "want one of text, bert, class"),
+        (&["conditioning.kind=clas", "data.objects=1"], "want one of text, bert, class, none"),
         (
             &["conditioning.kind=class", "data.objects=1", "tokenizer.vocab_size=600"],
             "no such section where conditioning.kind is class",
@@ -254,6 +293,8 @@ fn settings_that_do_not_go_together_are_refused() {
             "`model.unet.cross_attention_dim`: want model.class_embedder.embed_dim 64",
         ),
         (&["model.class_embedder.embed_dim=8"], "`model.class_embedder`"),
+        (&["conditioning.kind=none", "conditioning.drop=0.5"], "`conditioning.drop`"),
+        (&["conditioning.kind=none", "model.unet.cross_attention_dim=8"], "`model.unet.cross_attention_dim`"),
         (&["conditioning.kind=bert", "model.text_encoder.hidden_size=8"], "`model.text_encoder.hidden_size`"),
         (&["conditioning.kind=bert", "tokenizer.vocab_size=99"], "`tokenizer.vocab_size`: want at least 109"),
     ] {
@@ -275,6 +316,13 @@ fn a_killed_run_with_the_text_encoder_of_2022_goes_on_bit_for_bit() {
     let f = Folder::new();
     let first = first_stage(&f);
     check_kills(&f, &first, BERT);
+}
+
+#[test]
+fn a_killed_run_without_a_condition_goes_on_bit_for_bit() {
+    let f = Folder::new();
+    let first = first_stage(&f);
+    check_kills(&f, &first, NONE);
 }
 
 #[test]
@@ -318,6 +366,15 @@ fn conditions_on_cuda() {
         (
             "given",
             settings(&first, json!({"conditioning": {"kind": "bert"}, "model": {"text_encoder": given}})),
+        ),
+        (
+            "none",
+            settings(
+                &first,
+                json!({"conditioning": {"kind": "none"}, "model": {"unet": {
+                    "block_out_channels": [8, 16], "norm_num_groups": 4, "attention_head_dim": 8,
+                }}}),
+            ),
         ),
         (
             "class",

@@ -46,6 +46,7 @@ const RECORDS: &[(&str, &str, &[&str], usize, usize)] = &[
     ("ldm-tiny", "ldm-tiny.mod", &[], 7, 7),
     ("ldm-tiny", "ldm-tiny.pipe", &[], 12, 12),
     ("class-tiny", "class-tiny.pipe", &[], 12, 12),
+    ("uncond-ldm-tiny", "uncond-ldm-tiny.pipe", &[], 11, 11),
 ];
 
 /// Every tensor of a record within its bound, in every type.

@@ -11,6 +11,7 @@
     film-tiny       a UNet alone, in which the time embedding scales and shifts what the norms give
     vq4-tiny        a VQ autoencoder with factor 4, without a UNet
     ldm-tiny        the text-to-image model of 2022: its own text encoder, whose heads together are wider than its tokens
+    uncond-ldm-tiny a UNet without a condition, with an autoencoder
     class-tiny      a UNet that is conditioned on four classes and a null class, as `ldm train` exports it
     sd15            Stable Diffusion 1.5 in full size, 4.3 GB; made only when named
 
@@ -21,8 +22,8 @@ layers are scaled by a measured factor, so that errors are relative to outputs w
 pictures). All draws come from a generator that the checkpoint's name seeds.
 
 The tokenizer is that of tests/golden: a byte-level vocabulary of 1000 entries, whatever the size of the text encoder's
-table; that of ldm-tiny has the letters and some words. tests/golden has sd2-tiny, inpaint-tiny, film-tiny, ldm-tiny and
-class-tiny as made here; its sd15-tiny and vq4-tiny have the dimensions of those
+table; that of ldm-tiny has the letters and some words. tests/golden has sd2-tiny, inpaint-tiny, film-tiny, ldm-tiny,
+class-tiny and uncond-ldm-tiny as made here; its sd15-tiny and vq4-tiny have the dimensions of those
 here, but 32 groups (some of one channel) and weights drawn by an older script.
 """
 import argparse
@@ -134,6 +135,13 @@ RECIPES = {
         vae=dict(widths=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4),
         **TINY_PICTURES,
     ),
+    "uncond-ldm-tiny": dict(
+        scheduler=DDIM,
+        without=dict(
+            widths=(16, 32), levels="-x", sample_size=8, layers_per_block=1, attention_head_dim=8, norm_num_groups=4
+        ),
+        vae=dict(widths=(8, 16), layers_per_block=1, norm_num_groups=4),
+    ),
     "class-tiny": dict(
         classes=["circle", "square", "triangle, delta", "ring"],
         embed_dim=24,
@@ -179,6 +187,20 @@ def unet(context, widths, levels, **settings):
         down_block_types=[f"{p}DownBlock2D" for p in prefix],
         up_block_types=[f"{p}UpBlock2D" for p in reversed(prefix)],
         cross_attention_dim=context,
+        **settings,
+    )
+
+
+def unet_without(widths, levels, **settings):
+    from diffusers import UNet2DModel
+
+    prefix = ["Attn" if letter == "x" else "" for letter in levels]
+    return UNet2DModel(
+        block_out_channels=widths,
+        down_block_types=[f"{p}DownBlock2D" for p in prefix],
+        up_block_types=[f"{p}UpBlock2D" for p in reversed(prefix)],
+        in_channels=4,
+        out_channels=4,
         **settings,
     )
 
@@ -244,8 +266,9 @@ class Weights:
     def unet(self, model):
         self.fill(model)
         x = self.randn(1, model.config.in_channels, 16, 16)
-        context = self.randn(1, 77, model.config.cross_attention_dim)
-        self.rescale(model.conv_out, model(x, 500, context).sample, 1.0)
+        width = getattr(model.config, "cross_attention_dim", None)
+        context = [self.randn(1, 77, width)] if width else []
+        self.rescale(model.conv_out, model(x, 500, *context).sample, 1.0)
         return model
 
     def decoder(self, model, latent_spread):
@@ -315,7 +338,7 @@ def pictures(name, folder, recipe, context):
     import diffusers
 
     weights = Weights(name)
-    net = weights.unet(unet(context, **recipe["unet"]))
+    net = weights.unet(unet(context, **recipe["unet"]) if context else unet_without(**recipe["without"]))
     vae = weights.kl(autoencoder("AutoencoderKL", side=net.config.sample_size, latent_channels=4, **recipe["vae"]))
     scheduler, settings = recipe["scheduler"]
     made = getattr(diffusers, scheduler).from_config({**SCHEDULE, **settings})
@@ -335,6 +358,13 @@ def text_to_image(name, folder, recipe):
     bert = check(name, Weights(name + "-bert").text(bert))
     parts = pictures(name, folder, recipe, recipe["bert"]["d_model"])
     LDMTextToImagePipeline(vqvae=parts.pop("vae"), bert=bert, tokenizer=tokenizer, **parts).save_pretrained(folder)
+
+
+def unconditional(name, folder, recipe):
+    from diffusers import LDMPipeline
+
+    parts = pictures(name, folder, recipe, None)
+    LDMPipeline(vqvae=parts.pop("vae"), **parts).save_pretrained(folder)
 
 
 def class_to_image(name, folder, recipe):
@@ -377,7 +407,7 @@ def main():
     for name in a.only or [n for n in RECIPES if n not in ONLY_WHEN_NAMED]:
         recipe, folder = RECIPES[name], a.out / name
         with torch.no_grad():
-            kinds = dict(text=stable_diffusion, bert=text_to_image, classes=class_to_image)
+            kinds = dict(text=stable_diffusion, bert=text_to_image, classes=class_to_image, without=unconditional)
             make = next((make for key, make in kinds.items() if key in recipe), alone)
             make(name, folder, recipe)
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())

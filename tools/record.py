@@ -206,12 +206,13 @@ def tapped(owner, name, observe):
 
 
 @contextlib.contextmanager
-def noise_in_f32():
-    """Lets diffusers draw all noise in f32 and round it: torch's generator gives other numbers for each type."""
+def noise_in_f32(models):
+    """Lets diffusers draw all noise in f32 and round it to the type of the models: torch's generator gives other numbers
+    for each type."""
     plain = torch_utils.randn_tensor
 
     def randn_tensor(shape, generator=None, device=None, dtype=None, layout=None):
-        return plain(shape, generator, device, torch.float32, layout).to(dtype or torch.float32)
+        return plain(shape, generator, device, torch.float32, layout).to(dtype or models)
 
     with contextlib.ExitStack() as patches:
         for module in [m for n, m in sys.modules.items() if n.startswith("diffusers.") and m is not torch_utils]:
@@ -246,10 +247,11 @@ def record_pipeline(a, dtype):
     def picture():
         return record.give("input_image", inputs.picture(side) / 2 + 0.5)
 
-    def evaluated(_, sample, timestep, encoder_hidden_states, **_rest):
+    def evaluated(_, sample, timestep, encoder_hidden_states=None, **_rest):
         if not timesteps:
             record.give("unet_input_000", sample)
-            record.compute("context", encoder_hidden_states)
+            if encoder_hidden_states is not None:
+                record.compute("context", encoder_hidden_states)
 
     def stepped(result, model_output, timestep, sample, **_rest):
         n = len(timesteps)
@@ -274,6 +276,8 @@ def record_pipeline(a, dtype):
     if isinstance(pipe, diffusers.LDMTextToImagePipeline):
         ids = token_ids(pipe.tokenizer, a.prompt), token_ids(pipe.tokenizer, "")
         special |= {"prompt": [a.prompt] * a.batch}
+    elif isinstance(pipe, diffusers.LDMPipeline):
+        ids, special = None, {"batch_size": a.batch}
     elif table.is_file():
         rows = load_file(table)["embedding.weight"].to(dtype)
         ids = torch.tensor([[int(a.prompt)]]), torch.tensor([[len(rows) - 1]])
@@ -284,7 +288,7 @@ def record_pipeline(a, dtype):
         special |= {"prompt": [a.prompt] * a.batch, "negative_prompt": [a.negative] * a.batch}
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(noise_in_f32())
+        stack.enter_context(noise_in_f32(dtype))
         stack.enter_context(tapped(pipe.unet, "forward", evaluated))
         stack.enter_context(tapped(pipe.scheduler, "step", stepped))
         stack.enter_context(tapped(vae, "decode", decoded))
@@ -301,8 +305,9 @@ def record_pipeline(a, dtype):
     images = out.images
     record.compute("image", images if torch.is_tensor(images) else torch.from_numpy(images).permute(0, 3, 1, 2))
     record.give("timesteps", torch.tensor(timesteps))
-    record.give("prompt_ids", ids[0])
-    record.give("negative_ids", ids[1])
+    if ids is not None:
+        record.give("prompt_ids", ids[0])
+        record.give("negative_ids", ids[1])
     record.settings = {
         "pipeline": type(pipe).__name__,
         "scheduler": type(pipe.scheduler).__name__,

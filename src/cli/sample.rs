@@ -5,6 +5,7 @@ use super::{DeviceFlags, SizeFlags, check_output, print};
 use crate::error::{Error, Result};
 use crate::exec::{Device, peak};
 use crate::io::{ModelFolder, atomic, png};
+use crate::models::Conditioner;
 use crate::pipeline::{Blueprint, Init, Picture, Pipeline, Request, Residency};
 use crate::rng::fresh_seed;
 use crate::samplers::Choice;
@@ -19,8 +20,8 @@ pub(super) struct Arguments {
     /// A checkpoint: a diffusers folder (with model_index.json)
     #[arg(short, long, value_name = "FOLDER")]
     model: PathBuf,
-    /// What the picture shows
-    #[arg(short, long, value_name = "TEXT", required_unless_present_any = ["from_file", "class"])]
+    /// What the picture shows; models without a condition take none
+    #[arg(short, long, value_name = "TEXT")]
     prompt: Option<String>,
     /// What the picture shows, for models that draw classes: a name, or a number
     #[arg(long, value_name = "NAME|N", conflicts_with_all = ["prompt", "negative_prompt"])]
@@ -138,6 +139,11 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     let folder = ModelFolder::open(&a.model)?;
     let blueprint = Blueprint::read(&folder)?;
     blueprint.check_words(&request)?;
+    if a.prompt.is_none() && matches!(blueprint.condition, Conditioner::Clip(_) | Conditioner::Bert(_)) {
+        return Err(Error::invalid(
+            "want --prompt TEXT, what the picture shows, or --from-file FILE with a prompt a line",
+        ));
+    }
     let staged = Residency::Staged;
     let compute = Pipeline::compute_type(&folder, &device, dtype)?;
     blueprint.check_memory(&request, compute, &device, staged, false)?;

@@ -1,7 +1,7 @@
 //! What makes the context that the UNet attends to, whatever it is made from.
 
 use super::{ClassEmbedder, ClipText, LdmBert, Model};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::graph::{Graph, Var};
 use crate::ops::cast;
 use crate::tensor::DType;
@@ -15,6 +15,8 @@ pub enum Conditioner {
     Bert(LdmBert),
     /// A table of classes.
     Class(ClassEmbedder),
+    /// There is no context.
+    Nothing,
 }
 
 impl Conditioner {
@@ -24,6 +26,7 @@ impl Conditioner {
             Conditioner::Clip(_) => "text_encoder",
             Conditioner::Bert(_) => "bert",
             Conditioner::Class(_) => "class_embedder",
+            Conditioner::Nothing => "",
         }
     }
 
@@ -33,6 +36,7 @@ impl Conditioner {
             Conditioner::Clip(m) => (m.hidden, "hidden_size"),
             Conditioner::Bert(m) => (m.hidden, "d_model"),
             Conditioner::Class(m) => (m.width, "embed_dim"),
+            Conditioner::Nothing => (0, ""),
         }
     }
 
@@ -42,6 +46,7 @@ impl Conditioner {
             Conditioner::Clip(m) => m.positions,
             Conditioner::Bert(m) => m.positions,
             Conditioner::Class(_) => 1,
+            Conditioner::Nothing => 0,
         }
     }
 
@@ -51,6 +56,7 @@ impl Conditioner {
             Conditioner::Clip(m) => m.vocabulary,
             Conditioner::Bert(m) => m.vocabulary,
             Conditioner::Class(m) => m.classes,
+            Conditioner::Nothing => 0,
         }
     }
 
@@ -58,19 +64,20 @@ impl Conditioner {
     pub fn layers(&self) -> usize {
         match self {
             Conditioner::Clip(m) => m.layers,
-            Conditioner::Bert(_) | Conditioner::Class(_) => 0,
+            Conditioner::Bert(_) | Conditioner::Class(_) | Conditioner::Nothing => 0,
         }
     }
 
     /// ids (B,T) i32 to the context (B,T,E).
     ///
     /// # Errors
-    /// When T is longer than [`Conditioner::tokens`].
+    /// When T is longer than [`Conditioner::tokens`], or there is no context.
     pub fn build(&self, g: &mut Graph, ids: Var, dtype: DType) -> Result<Var> {
         match self {
             Conditioner::Clip(m) => Ok(m.build(g, ids, dtype)?.last),
             Conditioner::Bert(m) => Ok(m.build(g, ids, dtype)?.1),
             Conditioner::Class(m) => m.build(g, ids, dtype),
+            Conditioner::Nothing => Err(Error::invalid("a context of a model that has none")),
         }
     }
 
@@ -99,6 +106,7 @@ impl Conditioner {
             Conditioner::Clip(m) => m.inventory(dtype),
             Conditioner::Bert(m) => m.inventory(dtype),
             Conditioner::Class(m) => m.inventory(dtype),
+            Conditioner::Nothing => Ok(vec![]),
         }
     }
 }

@@ -6,7 +6,7 @@ use crate::diffusion::{Settings, evaluation_graph};
 use crate::error::{Error, Result};
 use crate::exec::{Graph, Program, Target};
 use crate::io::ModelFolder;
-use crate::models::{AutoencoderKL, Codec, Conditioner, Model, UNet2DCondition, VQModel};
+use crate::models::{AutoencoderKL, Codec, Conditioner, Model, UNet2D, UNet2DCondition, VQModel};
 use crate::samplers::{Method, ScheduleConfig};
 use crate::tensor::DType;
 
@@ -57,10 +57,21 @@ pub(super) fn conditioner(folder: &ModelFolder) -> Result<Conditioner> {
     if folder.has("class_embedder") {
         return Ok(Conditioner::Class(model(folder, "class_embedder")?));
     }
+    if folder.class() == "LDMPipeline" {
+        return Ok(Conditioner::Nothing);
+    }
     if folder.has("bert") {
         return Ok(Conditioner::Bert(model(folder, "bert")?));
     }
     Ok(Conditioner::Clip(model(folder, "text_encoder")?))
+}
+
+/// The UNet of a folder; without a condition it is one of the other class.
+fn denoiser(folder: &ModelFolder) -> Result<UNet2DCondition> {
+    match folder.class() {
+        "LDMPipeline" => Ok(model::<UNet2D>(folder, "unet")?.into()),
+        _ => model(folder, "unet"),
+    }
 }
 
 /// The folder that the autoencoder is in: older pipelines call it `vqvae`, of whatever kind it is.
@@ -108,8 +119,12 @@ pub struct Blueprint {
 
 impl Blueprint {
     /// Pipelines of diffusers that are run as they are.
-    pub const PIPELINES: &'static [&'static str] =
-        &["StableDiffusionPipeline", "StableDiffusionInpaintPipeline", "LDMTextToImagePipeline"];
+    pub const PIPELINES: &'static [&'static str] = &[
+        "StableDiffusionPipeline",
+        "StableDiffusionInpaintPipeline",
+        "LDMTextToImagePipeline",
+        "LDMPipeline",
+    ];
 
     /// Reads the configurations of a folder.
     ///
@@ -125,11 +140,10 @@ impl Blueprint {
             });
         }
         let (scheduler, schedule) = scheduler(folder)?;
-        let (condition, unet, vae) =
-            (conditioner(folder)?, model::<UNet2DCondition>(folder, "unet")?, Vae::read(folder)?);
+        let (condition, unet, vae) = (conditioner(folder)?, denoiser(folder)?, Vae::read(folder)?);
         let classes = match &condition {
             Conditioner::Class(table) => Some(Classes::read(folder, table)?),
-            Conditioner::Clip(_) | Conditioner::Bert(_) => None,
+            _ => None,
         };
         let wrong = |component: &str, key: &str, want: String, got: usize| {
             let file = folder.component(component).map(|c| c.path.join("config.json")).unwrap_or_default();
@@ -200,6 +214,13 @@ impl Blueprint {
     pub fn check_words(&self, r: &Request) -> Result<()> {
         match (&self.classes, &r.class) {
             (Some(classes), _) => classes.ids(r).map(drop),
+            (None, None) if self.condition == Conditioner::Nothing => match [&r.prompt, &r.negative] {
+                [text, other] if text.is_empty() && other.is_empty() => Ok(()),
+                _ => Err(Error::invalid("this model has no condition: want neither a prompt nor a class")),
+            },
+            (None, Some(_)) if self.condition == Conditioner::Nothing => {
+                Err(Error::invalid("this model has no condition: want neither a prompt nor a class"))
+            }
             (None, Some(class)) => Err(Error::invalid(format!(
                 "class: this model draws texts: want --prompt; got the class `{class}`"
             ))),
@@ -237,6 +258,11 @@ impl Blueprint {
         }
         let (method, schedule) = self.choose(r)?;
         method.ladder(&schedule, r.steps, 0).map(|_| ())
+    }
+
+    /// Guidance of a request; 1, which is none, where there is no condition.
+    pub(super) fn guidance(&self, r: &Request) -> f64 {
+        if self.condition == Conditioner::Nothing { 1.0 } else { r.cfg_scale }
     }
 
     /// Height and width of a request's latents.
@@ -310,7 +336,7 @@ impl Blueprint {
         let (method, schedule) = self.choose(r)?;
         let table = method.table(&method.ladder(&schedule, r.steps, 0)?)?;
         let (batch, tokens) = (r.batch, self.condition.tokens());
-        let s = Settings { batch, size, tokens, guidance: r.cfg_scale, dtype };
+        let s = Settings { batch, size, tokens, guidance: self.guidance(r), dtype };
         Ok((evaluation_graph(&self.unet, &table, &s)?, table.rows.len(), s))
     }
 

@@ -4,7 +4,7 @@ use super::blueprint::MAX_BATCH;
 use super::{Blueprint, Init, Request, Residency, Vae};
 use crate::error::{Error, Result};
 use crate::exec::{Device, Graph, Program, Target, human_bytes};
-use crate::models::{Inventory, Model};
+use crate::models::{Conditioner, Inventory, Model};
 use crate::tensor::DType;
 
 /// The process itself: code, threads, configurations, graphs (measured).
@@ -113,9 +113,12 @@ impl Blueprint {
         let tile = rows.tile * columns.tile * self.vae.codec().factor().pow(2) * 3;
         let image = if tiles == 1 { pixels } else { pixels + tile } * float;
 
-        let text = self.condition.context_graph(s.copies(), s.tokens, dtype, r.clip_skip)?;
         let decoder = self.vae.decode_graph([1, rows.tile, columns.tile], dtype)?;
-        let mut stages = vec![stage("text", &text, target, context)?];
+        let mut stages = vec![];
+        if self.condition != Conditioner::Nothing {
+            let text = self.condition.context_graph(s.copies(), s.tokens, dtype, r.clip_skip)?;
+            stages.push(stage("text", &text, target, context)?);
+        }
         if r.init.is_some() {
             stages.push(stage(
                 "encoding",

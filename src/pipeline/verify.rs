@@ -262,8 +262,8 @@ impl Session<'_> {
         let graph = match &text {
             Conditioner::Clip(m) => m.states_graph(rows, tokens, self.dtype)?,
             Conditioner::Bert(m) => m.states_graph(rows, tokens, self.dtype)?,
-            Conditioner::Class(_) => {
-                return Err(Error::invalid("text: the checkpoint's condition is a class"));
+            Conditioner::Class(_) | Conditioner::Nothing => {
+                return Err(Error::invalid("text: the checkpoint has no text encoder"));
             }
         };
         let program = self.run(graph, &weights, &[("ids", &ids)])?;
@@ -423,17 +423,25 @@ impl Session<'_> {
             pipeline.blueprint.unet.multiple(),
         )?;
         let [batch, h, w] = size(&start)?;
-        let context = self.context(&pipeline, batch, guidance > 1.0)?;
-        self.compare("context", context.clone(), None)?;
-
-        let tokens = context.shape()[1];
+        let without = pipeline.blueprint.condition == Conditioner::Nothing;
+        let guidance = if without { 1.0 } else { guidance };
+        let context = match without {
+            true => None,
+            false => Some(self.context(&pipeline, batch, guidance > 1.0)?),
+        };
+        if let Some(context) = &context {
+            self.compare("context", context.clone(), None)?;
+        }
+        let tokens = context.as_ref().map_or(0, |context| context.shape()[1]);
         let settings = Settings { batch, size: [h, w], tokens, guidance, dtype: self.dtype };
         let (unet, weights) = (&pipeline.blueprint.unet, pipeline.unet.weights(self.device, None)?);
         let mut run = Sampling::new(unet, &weights, self.device, (method, &ladder), settings)?;
         if run.noises() > 0 {
             return Err(Error::invalid("the run drew fresh noise (eta > 0), which the file does not store"));
         }
-        run.set_context(&context)?;
+        if let Some(context) = &context {
+            run.set_context(context)?;
+        }
         if run.program().has("condition") {
             run.set_condition(&self.condition(unet)?)?;
         }

@@ -1,4 +1,4 @@
-//! What a diffusion run is conditioned on: captions, through a text encoder and its tokenizer, or classes.
+//! What a diffusion run is conditioned on: captions, through a text encoder and its tokenizer, classes, or nothing.
 
 use super::export;
 use super::run::{Watch, note};
@@ -37,10 +37,11 @@ pub(super) struct Condition {
 enum Words {
     /// Captions, and the tokenizer's folder.
     Captions {
-        tokenizer: Tokenizer,
+        tokenizer: Box<Tokenizer>,
         folder: PathBuf,
     },
     Classes(Labels),
+    Nothing,
 }
 
 impl Condition {
@@ -61,6 +62,15 @@ impl Condition {
             }
             Conditioned::Captions { kind, config, given: Some(given), .. } => begun(*kind, config, given)?,
             Conditioned::Classes { width } => classes(*width, subject)?,
+            Conditioned::Nothing => Condition {
+                model: Conditioner::Nothing,
+                config: Value::Null,
+                words: Words::Nothing,
+                nothing: vec![],
+                given: None,
+                frozen: None,
+                notes: vec![],
+            },
         };
         condition.notes = condition.stamp()?;
         for (key, value) in &condition.notes {
@@ -98,9 +108,9 @@ impl Condition {
         self.nothing.len()
     }
 
-    /// What is trained with the UNet; `None` where that gets a context.
+    /// What is trained with the UNet; `None` where that gets a context, or none.
     pub(super) fn trained(&self) -> Option<&Conditioner> {
-        self.frozen.is_none().then_some(&self.model)
+        (self.frozen.is_none() && self.model != Conditioner::Nothing).then_some(&self.model)
     }
 
     /// Weights to begin with, by the names of the step's parameters.
@@ -118,13 +128,16 @@ impl Condition {
         Ok(read.into_iter().map(|(name, value)| (format!("{}.{name}", self.model.part()), value)).collect())
     }
 
-    /// The step's input from ids of a batch (B·T): these (B,T), or a frozen encoder's context (B,T,E).
-    pub(super) fn input(&mut self, ids: Vec<i32>) -> Result<(&'static str, HostTensor)> {
+    /// The step's input from ids of a batch (B·T): these (B,T), or a frozen encoder's context (B,T,E), or none.
+    pub(super) fn input(&mut self, ids: Vec<i32>) -> Result<Option<(&'static str, HostTensor)>> {
+        if self.nothing.is_empty() {
+            return Ok(None);
+        }
         let ids = HostTensor::i32([ids.len() / self.length(), self.length()], ids)?;
-        let Some(program) = &mut self.frozen else { return Ok(("ids", ids)) };
+        let Some(program) = &mut self.frozen else { return Ok(Some(("ids", ids))) };
         program.write("ids", &ids)?;
         program.run(&mut ())?;
-        Ok(("context", program.read("context")?))
+        Ok(Some(("context", program.read("context")?)))
     }
 
     /// What a picture is said to show as ids (T).
@@ -132,6 +145,7 @@ impl Condition {
         match (&self.words, class) {
             (Words::Captions { tokenizer, .. }, _) => Ok(tokenizer.encode(caption)?.ids),
             (Words::Classes(_), Some(class)) => Ok(vec![class as i32]),
+            (Words::Nothing, _) => Ok(vec![]),
             (Words::Classes(_), None) => Err(Error::invalid("data: a picture without a class")),
         }
     }
@@ -141,6 +155,7 @@ impl Condition {
         match &self.words {
             Words::Captions { tokenizer, .. } => format!("{} tokens", tokenizer.vocab_size()),
             Words::Classes(labels) => format!("{} classes", labels.iter().count()),
+            Words::Nothing => "no condition".into(),
         }
     }
 
@@ -155,13 +170,14 @@ impl Condition {
             (Words::Captions { .. }, Some(given)) if !given.train => {
                 vec![(ENCODER.into(), Checkpoint::open(&given.path)?.fingerprint(|_| true)?)]
             }
-            (Words::Captions { .. }, _) => vec![],
+            (Words::Captions { .. } | Words::Nothing, _) => vec![],
         })
     }
 
     /// Requests for the pictures that show how far a run is: of the prompts or classes that it was told, or of the first ones.
     pub(super) fn requests(&self, told: &[String]) -> Vec<Request> {
         let some: Vec<String> = match (&self.words, told) {
+            (Words::Nothing, _) => vec![String::new(); 4],
             (_, [_, ..]) => told.to_vec(),
             (Words::Classes(labels), []) => labels.iter().take(4).map(|(_, name)| name.into()).collect(),
             (Words::Captions { .. }, []) => {
@@ -171,7 +187,7 @@ impl Condition {
             }
         };
         let request = |text| match &self.words {
-            Words::Captions { .. } => Request { prompt: text, ..Request::default() },
+            Words::Captions { .. } | Words::Nothing => Request { prompt: text, ..Request::default() },
             Words::Classes(_) => Request { class: Some(text), ..Request::default() },
         };
         some.into_iter().map(request).collect()
@@ -181,6 +197,8 @@ impl Condition {
     pub(super) fn check(&self, told: &[String]) -> Result<()> {
         match &self.words {
             Words::Captions { .. } => Ok(()),
+            Words::Nothing if told.is_empty() => Ok(()),
+            Words::Nothing => Err(Error::invalid("sample.prompts: want none where there is no condition")),
             Words::Classes(labels) => told.iter().try_for_each(|class| {
                 labels.find(class).map(drop).map_err(|e| Error::invalid(format!("sample.prompts: {e}")))
             }),
@@ -189,11 +207,14 @@ impl Condition {
 
     /// Writes the model and what belongs to it into an export.
     pub(super) fn export(&self, trainer: &Trainer, folder: &Path, s: &Settings) -> Result<()> {
+        if self.model == Conditioner::Nothing {
+            return Ok(());
+        }
         let part = self.model.part();
         let to = folder.join(part);
         let stem = match &self.words {
             Words::Captions { .. } => "model",
-            Words::Classes(_) => "diffusion_pytorch_model",
+            Words::Classes(_) | Words::Nothing => "diffusion_pytorch_model",
         };
         match &self.given {
             Some(given) if !given.train => export::copied(&given.path, (&to, stem), &self.config, s.export)?,
@@ -208,12 +229,15 @@ impl Condition {
 
     /// What the autoencoder's folder is called in the export.
     pub(super) fn vae(&self) -> &'static str {
-        if matches!(self.model, Conditioner::Bert(_)) { "vqvae" } else { "vae" }
+        if matches!(self.model, Conditioner::Bert(_) | Conditioner::Nothing) { "vqvae" } else { "vae" }
     }
 
     /// The pipeline's class and its own entries of `model_index.json`. diffusers runs a pipeline of classes too, when it is given
     /// rows of the table as `prompt_embeds`.
     pub(super) fn index(&self) -> Value {
+        if self.model == Conditioner::Nothing {
+            return json!({"_class_name": "LDMPipeline"});
+        }
         if matches!(self.model, Conditioner::Bert(_)) {
             return json!({
                 "_class_name": "LDMTextToImagePipeline",
@@ -296,7 +320,7 @@ fn with_captions(
 ) -> Result<Condition> {
     let tokenizer = tokenizer_for(tokenizer, folder, &model)?;
     let nothing = tokenizer.encode("")?.ids;
-    let words = Words::Captions { tokenizer, folder: folder.into() };
+    let words = Words::Captions { tokenizer: Box::new(tokenizer), folder: folder.into() };
     Ok(Condition { model, config, words, nothing, given, frozen: None, notes: vec![] })
 }
 

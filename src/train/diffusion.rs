@@ -37,8 +37,8 @@ pub struct Noised {
     pub x: Var,
     /// Timesteps.
     pub t: Var,
-    /// Tokens of the captions, or classes; where no conditioner is trained, the context itself (B,T,E) f32.
-    pub condition: Var,
+    /// Tokens of the captions, or classes; where no conditioner is trained, the context itself (B,T,E) f32, or none.
+    pub condition: Option<Var>,
     /// What the UNet should say.
     pub target: Var,
     /// Weights of the pictures.
@@ -57,16 +57,17 @@ pub fn diffusion_loss(
     distance: crate::ops::Distance,
     dtype: DType,
 ) -> Result<Var> {
-    let context = match conditioner {
-        Some(conditioner) => {
+    let context = match (conditioner, input.condition) {
+        (Some(conditioner), Some(ids)) => {
             g.part(conditioner.part());
-            conditioner.build(g, input.condition, dtype)?
+            Some(conditioner.build(g, ids, dtype)?)
         }
-        None => cast(g, "context", input.condition, dtype, 1.0)?,
+        (_, Some(context)) => Some(cast(g, "context", context, dtype, 1.0)?),
+        (_, None) => None,
     };
     g.part(UNET);
     let x = cast(g, "x", input.x, dtype, 1.0)?;
-    let y = unet.build(g, x, (input.t, None), context)?;
+    let y = unet.body(g, x, (input.t, None), context)?;
     g.part("");
     g.push("loss", Loss(distance), &[y, input.target, input.weights])
 }
@@ -156,8 +157,9 @@ impl Task for Diffusion {
             x: g.input("x", DType::F32, self.shape()),
             t: g.input("t", DType::F32, [b]),
             condition: match self.condition.trained() {
-                Some(_) => g.input("ids", DType::I32, [b, t]),
-                None => g.input("context", DType::F32, [b, t, self.own.unet.context]),
+                Some(_) => Some(g.input("ids", DType::I32, [b, t])),
+                None if t == 0 => None,
+                None => Some(g.input("context", DType::F32, [b, t, self.own.unet.context])),
             },
             target: g.input("target", DType::F32, self.shape()),
             weights: g.input("weights", DType::F32, [b]),
@@ -168,7 +170,10 @@ impl Task for Diffusion {
     }
 
     fn starts_at_zero(&self, name: &str) -> bool {
-        name.strip_prefix(UNET).is_some_and(|name| is_zero_module(&name[1..]))
+        // Attention between pixels ends in a layer that starts at zero too; in transformers it is another layer.
+        let alone = self.own.unet.context == 0;
+        let way_out = |name: &str| alone && name.contains(".attentions.") && name.contains(".to_out.0.");
+        name.strip_prefix(UNET).is_some_and(|name| is_zero_module(&name[1..]) || way_out(name))
     }
 
     fn inputs(&mut self, step: usize) -> Result<Vec<(&'static str, HostTensor)>> {
@@ -200,13 +205,13 @@ impl Task for Diffusion {
         let nothing = &self.condition.nothing;
         let ids = said.ids.iter().zip(drops).flat_map(|(ids, drop)| if drop { nothing } else { ids });
         let condition = self.condition.input(ids.copied().collect())?;
-        Ok(vec![
+        let all = [
             ("x", HostTensor::f32(shape, x)?),
             ("t", HostTensor::f32([b], times)?),
-            condition,
             ("target", HostTensor::f32(shape, target)?),
             ("weights", HostTensor::f32([b], weights)?),
-        ])
+        ];
+        Ok(all.into_iter().chain(condition).collect())
     }
 
     fn waited(&self) -> Duration {
@@ -240,7 +245,7 @@ impl Task for Diffusion {
         export::json(&at("scheduler").join("scheduler_config.json"), &self.own.schedule_config)?;
         let mut index = self.condition.index();
         index["scheduler"] = json!(["diffusers", self.own.schedule_config["_class_name"]]);
-        index["unet"] = json!(["diffusers", "UNet2DConditionModel"]);
+        index["unet"] = json!(["diffusers", self.own.unet_config["_class_name"]]);
         index[name] = json!(["diffusers", self.first().class]);
         export::json(&at("model_index.json"), &index)
     }

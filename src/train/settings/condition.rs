@@ -79,6 +79,8 @@ pub enum Conditioned {
         /// A text encoder to begin with.
         given: Option<GivenEncoder>,
     },
+    /// Nothing.
+    Nothing,
     /// Classes, with a null class.
     Classes {
         /// Of a row of the table.
@@ -92,15 +94,24 @@ pub(super) fn read(
     conditioning: &Config,
     data: &DataSettings,
 ) -> Result<(Conditioned, usize, String)> {
-    let kind = conditioning.one_of("kind", &["text", "bert", "class"], "text")?;
-    let part = if kind == "class" { "class_embedder" } else { "text_encoder" };
+    let kind = conditioning.one_of("kind", &["text", "bert", "class", "none"], "text")?;
+    let part = match kind {
+        "class" => "class_embedder",
+        "none" => "unet",
+        _ => "text_encoder",
+    };
     // Settings of the other kinds would have no effect.
     let models = section(c, "model", &["unet", part])?;
-    if kind == "class" {
-        if c.has("tokenizer") {
-            return Err(c.error("tokenizer", "no such section where conditioning.kind is class"));
+    if ["class", "none"].contains(&kind) && c.has("tokenizer") {
+        return Err(c.error("tokenizer", format!("no such section where conditioning.kind is {kind}")));
+    }
+    match kind {
+        "class" => return classes(&models, conditioning, data),
+        "none" if conditioning.has("drop") => {
+            return Err(conditioning.error("drop", "no such key without a condition to leave out"));
         }
-        return classes(&models, conditioning, data);
+        "none" => return Ok((Conditioned::Nothing, 0, String::new())),
+        _ => {}
     }
     let kind = if kind == "bert" { TextKind::Bert } else { TextKind::Clip };
     if let Some(own) = models.section(part)?.filter(|own| own.has("path")) {

@@ -5,10 +5,10 @@ use super::{
 };
 use crate::error::Result;
 use crate::io::Config;
-use crate::models::{Model, UNet2DCondition};
+use crate::models::{Model, UNet2D, UNet2DCondition};
 use crate::samplers::ScheduleConfig;
-use crate::train::Objective;
 use crate::train::frozen::FirstStage;
+use crate::train::{Conditioned, Objective};
 use serde_json::json;
 
 pub(super) fn read(c: &Config, data: &DataSettings) -> Result<DiffusionSettings> {
@@ -26,23 +26,33 @@ pub(super) fn read(c: &Config, data: &DataSettings) -> Result<DiffusionSettings>
     }
     let channels = levels(&models, "unet", &[64, 128])?;
     let n = channels.len();
-    let cross = |i: usize| i + 1 == n || i > 0;
-    let down: Vec<_> =
-        (0..n).map(|i| if cross(i) { "CrossAttnDownBlock2D" } else { "DownBlock2D" }).collect();
-    let up: Vec<_> =
-        (0..n).rev().map(|i| if cross(i) { "CrossAttnUpBlock2D" } else { "UpBlock2D" }).collect();
-    let unet_config = completed(
-        &models,
-        "unet",
-        json!({
-            "_class_name": "UNet2DConditionModel", "sample_size": size / f, "in_channels": z, "out_channels": z,
-            "down_block_types": down, "up_block_types": up, "block_out_channels": channels, "layers_per_block": 1,
-            "cross_attention_dim": width, "attention_head_dim": 4, "norm_num_groups": 32, "act_fn": "silu",
-            "flip_sin_to_cos": true, "freq_shift": 0,
-        }),
-    )?;
+    let attends = |i: usize| i + 1 == n || i > 0;
+    // A UNet without a condition has other blocks, and is of another class.
+    let (class, prefix) = match condition {
+        Conditioned::Nothing => ("UNet2DModel", "Attn"),
+        _ => ("UNet2DConditionModel", "CrossAttn"),
+    };
+    let block = |i: usize, way: &str| format!("{}{way}Block2D", if attends(i) { prefix } else { "" });
+    let down: Vec<_> = (0..n).map(|i| block(i, "Down")).collect();
+    let up: Vec<_> = (0..n).rev().map(|i| block(i, "Up")).collect();
+    let mut defaults = json!({
+        "_class_name": class, "sample_size": size / f, "in_channels": z, "out_channels": z,
+        "down_block_types": down, "up_block_types": up, "block_out_channels": channels, "layers_per_block": 1,
+        "norm_num_groups": 32, "act_fn": "silu", "flip_sin_to_cos": true, "freq_shift": 0,
+    });
+    // The number of heads of the one, their width of the other.
+    let heads = if width == 0 { 8 } else { 4 };
+    defaults["attention_head_dim"] = json!(heads);
+    if width > 0 {
+        defaults["cross_attention_dim"] = json!(width);
+    }
+    let unet_config = completed(&models, "unet", defaults)?;
     let read = Config::from_value(c.file(), unet_config.clone())?;
-    let unet = in_section(UNet2DCondition::from_config(&read), "model.unet")?;
+    let unet = match condition {
+        Conditioned::Nothing => UNet2D::from_config(&read).map(UNet2DCondition::from),
+        _ => UNet2DCondition::from_config(&read),
+    };
+    let unet = in_section(unet, "model.unet")?;
     let wrong =
         |key: &str, want: String| in_section::<()>(Err(read.error(key, want)), "model.unet").unwrap_err();
     for (key, n) in [("in_channels", unet.in_channels), ("out_channels", unet.out_channels)] {
