@@ -40,7 +40,7 @@ fn main() {
     let model = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mut group = criterion.benchmark_group(format!("{model} {dtype} {short}"));
     group.sample_size(10).measurement_time(Duration::from_secs(5));
-    let text = ok(bench.blueprint.text.context_graph(2, bench.tokens(), dtype, 0));
+    let text = ok(bench.blueprint.condition.context_graph(2, bench.tokens(), dtype, 0));
     let size = ok(bench.blueprint.latent_size(&Request::default()));
     let decoder = ok(bench.blueprint.vae.decode_graph([1, size[0], size[1]], dtype));
 
@@ -84,22 +84,21 @@ fn steps(run: &mut Sampling, first: &HostTensor, n: u64) -> Result<Duration> {
 
 impl Bench {
     fn tokens(&self) -> usize {
-        self.blueprint.text.positions
+        self.blueprint.condition.tokens()
     }
 
-    fn weights(&self, name: &str, model: &impl Model) -> Result<Weights> {
-        let inventory = Inventory::of(&model.inventory(self.dtype)?);
-        load(self.folder.checkpoint(name)?, &inventory, &self.device)
+    fn weights(&self, name: &str, inventory: &[Graph]) -> Result<Weights> {
+        load(self.folder.checkpoint(name)?, &Inventory::of(inventory), &self.device)
     }
 
     /// The text encoder or the decoder, with something in its inputs.
     fn program(&self, part: &str, graph: Graph) -> Result<Program> {
+        let condition = &self.blueprint.condition;
+        let vae = if self.folder.has("vqvae") { "vqvae" } else { "vae" };
         let weights = match (part, &self.blueprint.vae) {
-            ("text", _) => self.weights("text_encoder", &self.blueprint.text)?,
-            (_, Vae::Kl(model)) => self.weights("vae", model)?,
-            (_, Vae::Vq(model)) => {
-                self.weights(if self.folder.has("vqvae") { "vqvae" } else { "vae" }, model)?
-            }
+            ("text", _) => self.weights(condition.part(), &condition.inventory(self.dtype)?)?,
+            (_, Vae::Kl(model)) => self.weights(vae, &model.inventory(self.dtype)?)?,
+            (_, Vae::Vq(model)) => self.weights(vae, &model.inventory(self.dtype)?)?,
         };
         let mut program = Program::new(graph, &weights, &self.device)?;
         if part == "text" {
@@ -113,7 +112,7 @@ impl Bench {
     /// A run of the default sampler and its first state.
     fn sampling(&self, size: [usize; 2]) -> Result<(Sampling, HostTensor)> {
         let request = Request::default();
-        let weights = self.weights("unet", &self.blueprint.unet)?;
+        let weights = self.weights("unet", &self.blueprint.unet.inventory(self.dtype)?)?;
         let settings = Settings {
             batch: request.batch,
             size,

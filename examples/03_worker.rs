@@ -41,7 +41,7 @@ fn program(folder: &ModelFolder, component: &str, size: [usize; 3], t: DType) ->
     let (name, graph, inventory) = match (component, &blueprint.vae) {
         ("unet", _) => {
             let unet = &blueprint.unet;
-            ("unet", unet.graph(size, blueprint.text.positions, t)?, unet.inventory(t)?)
+            ("unet", unet.graph(size, blueprint.condition.tokens(), t)?, unet.inventory(t)?)
         }
         ("vae-decoder", Vae::Kl(v)) => ("vae", v.decode_graph(size, t)?, v.inventory(t)?),
         ("vae-decoder", Vae::Vq(v)) => {

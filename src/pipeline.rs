@@ -1,6 +1,7 @@
 //! From a prompt to a picture: text encoder, sampling, decoder, with the checkpoint of a diffusers folder.
 
 mod blueprint;
+mod classes;
 mod memory;
 mod parts;
 mod random;
@@ -10,6 +11,7 @@ mod tiles;
 pub mod verify;
 
 pub use blueprint::{Blueprint, Vae};
+pub use classes::Classes;
 pub use memory::{Estimate, Stage};
 pub use parts::{Parts, random_weights};
 pub use request::{Init, Observer, Picture, Request};
@@ -19,23 +21,26 @@ use crate::diffusion::{Sampling, Settings};
 use crate::error::{Error, Result};
 use crate::exec::{Device, Graph, Program, check_finite, human_bytes};
 use crate::io::{Encoded, ModelFolder, Tokenizer};
-use crate::models::Inventory;
 use crate::models::load::stored_type;
+use crate::models::{Conditioner, Inventory, Source};
 use crate::rng::Generator;
 use crate::samplers::{Ladder, Table, skipped};
 use crate::tensor::{DType, HostTensor};
 use blueprint::vae_name;
 use residency::Part;
+use std::path::Path;
 use tiles::Port;
 
-/// A Stable Diffusion pipeline: everything that a diffusers folder holds, ready on a device.
+/// A pipeline: everything that a diffusers folder holds, ready on a device.
 pub struct Pipeline {
     blueprint: Blueprint,
     device: Device,
     dtype: DType,
-    tokenizer: Tokenizer,
+    /// Of a model that takes texts.
+    tokenizer: Option<Tokenizer>,
     residency: Residency,
-    text: Part,
+    /// Where there is a context.
+    condition: Option<Part>,
     unet: Part,
     vae: Part,
     bytes: usize,
@@ -62,25 +67,21 @@ impl Pipeline {
     ) -> Result<Pipeline> {
         let blueprint = Blueprint::read(folder)?;
         let dtype = Self::compute_type(folder, device, dtype)?;
-        let tokenizer = folder.tokenizer("tokenizer")?;
-        if tokenizer.vocab_size() > blueprint.text.vocabulary {
-            return Err(Error::Config {
-                file: folder.component("tokenizer")?.path.clone(),
-                key: "vocabulary".into(),
-                want: format!("at most the text encoder's {} tokens", blueprint.text.vocabulary),
-                got: tokenizer.vocab_size().to_string(),
-            });
-        }
-        if tokenizer.max_length() > blueprint.text.positions {
-            return Err(Error::Config {
-                file: folder.component("tokenizer")?.path.join("tokenizer_config.json"),
-                key: "model_max_length".into(),
-                want: format!("at most the text encoder's {} positions", blueprint.text.positions),
-                got: tokenizer.max_length().to_string(),
-            });
-        }
+        let tokenizer = match &blueprint.condition {
+            Conditioner::Class(_) | Conditioner::Nothing => None,
+            Conditioner::Clip(_) | Conditioner::Bert(_) => {
+                let path = &folder.component("tokenizer")?.path;
+                Some(tokenizer_for(folder.tokenizer("tokenizer")?, path, &blueprint.condition)?)
+            }
+        };
         // All headers, before any work.
-        let text = Part::source(folder, "text_encoder", &blueprint.text, dtype)?;
+        let condition = match &blueprint.condition {
+            Conditioner::Nothing => None,
+            model => {
+                let inventory = Inventory::of(&model.inventory(dtype)?);
+                Some(Source::new(folder.checkpoint(model.part())?, &inventory)?)
+            }
+        };
         let unet = Part::source(folder, "unet", &blueprint.unet, dtype)?;
         let vae = match &blueprint.vae {
             Vae::Kl(model) => Part::source(folder, vae_name(folder), model, dtype)?,
@@ -96,7 +97,7 @@ impl Pipeline {
             dtype,
             tokenizer,
             residency,
-            text: Part::new(text, device, residency)?,
+            condition: condition.map(|source| Part::new(source, device, residency)).transpose()?,
             unet: Part::new(unet, device, residency)?,
             vae: Part::new(vae, device, residency)?,
             blueprint,
@@ -135,6 +136,7 @@ impl Pipeline {
     /// # Errors
     /// For a request that cannot be met, a device that fails, or values that are not finite.
     pub fn generate(&self, r: &Request, observer: &mut dyn Observer) -> Result<Vec<Picture>> {
+        self.blueprint.check_words(r)?;
         self.blueprint.check_memory(r, self.dtype, &self.device, self.residency, true)?;
         let size = self.blueprint.latent_size(r)?;
         let unet = &self.blueprint.unet;
@@ -152,9 +154,10 @@ impl Pipeline {
         }
         let ladder = method.ladder(&schedule, r.steps, skip)?;
 
-        let tokens = self.tokenizer.max_length();
-        let settings = Settings { batch: r.batch, size, tokens, guidance: r.cfg_scale, dtype: self.dtype };
-        let context = self.context(r, settings.copies(), observer)?;
+        let context = self.context(r, observer)?;
+        let tokens = context.as_ref().map_or(0, |context| context.shape()[1]);
+        let guidance = self.blueprint.guidance(r);
+        let settings = Settings { batch: r.batch, size, tokens, guidance, dtype: self.dtype };
         let (first, rest) = self.start(r, &method.table(&ladder)?, &ladder, observer)?;
 
         let latents = {
@@ -164,7 +167,9 @@ impl Pipeline {
             let weights = self.unet.weights(&self.device, None)?;
             observer.stage("sampling")?;
             let mut run = Sampling::new(unet, &weights, &self.device, (method, &ladder), settings)?;
-            run.set_context(&context)?;
+            if let Some(context) = &context {
+                run.set_context(context)?;
+            }
             run.start(&first)?;
             if run.noises() > 0 {
                 run.set_noise(&rest)?;
@@ -199,10 +204,15 @@ impl Pipeline {
         Program::new(graph, &weights, &self.device)
     }
 
-    fn encode_prompt(&self, what: &str, prompt: &str, observer: &mut dyn Observer) -> Result<Encoded> {
-        let encoded = self.tokenizer.encode(prompt)?;
+    fn encode_prompt(
+        tokenizer: &Tokenizer,
+        what: &str,
+        prompt: &str,
+        observer: &mut dyn Observer,
+    ) -> Result<Encoded> {
+        let encoded = tokenizer.encode(prompt)?;
         if let Some(cut) = &encoded.cut {
-            let (max, n) = (self.tokenizer.max_length() - 2, encoded.tokens);
+            let (max, n) = (tokenizer.max_length() - 2, encoded.tokens);
             observer.warning(&format!(
                 "the {what} has {n} tokens, the model takes {max}; this was cut off: {cut}"
             ));
@@ -210,44 +220,38 @@ impl Pipeline {
         Ok(encoded)
     }
 
-    /// The context of a request, (copies·B,S,E) f32.
-    fn context(&self, r: &Request, copies: usize, observer: &mut dyn Observer) -> Result<HostTensor> {
-        let mut ids = Vec::new();
-        if copies == 2 {
-            ids.extend(self.encode_prompt("negative prompt", &r.negative, observer)?.ids);
+    /// The context of a request, (copies·B,S,E) f32: with guidance of the negative prompt, or of the null class, first. `None`
+    /// where the model has none.
+    fn context(&self, r: &Request, observer: &mut dyn Observer) -> Result<Option<HostTensor>> {
+        let copies = 1 + (r.cfg_scale > 1.0) as usize;
+        let ids: Vec<Vec<i32>> = match (&self.tokenizer, &self.blueprint.classes) {
+            (Some(tokenizer), _) => {
+                let mut encode =
+                    |what: &str, text: &String| Ok(Self::encode_prompt(tokenizer, what, text, observer)?.ids);
+                let negative = (copies == 2).then(|| encode("negative prompt", &r.negative)).transpose()?;
+                let own = if r.prompts.is_empty() { std::slice::from_ref(&r.prompt) } else { &r.prompts[..] };
+                let own = own.iter().map(|text| encode("prompt", text)).collect::<Result<Vec<_>>>()?;
+                negative.into_iter().chain(own).collect()
+            }
+            (None, Some(classes)) => classes.ids(r)?.into_iter().map(|id| vec![id]).collect(),
+            (None, None) => return Ok(None),
+        };
+        if ids.len() == copies {
+            return repeat(&self.encode_text(&ids.concat(), copies, r.clip_skip, observer)?, r.batch)
+                .map(Some);
         }
-        let own: Vec<&String> =
-            if r.prompts.is_empty() { vec![&r.prompt] } else { r.prompts.iter().collect() };
-        for prompt in &own {
-            ids.extend(self.encode_prompt("prompt", prompt, observer)?.ids);
+        // One row at a time: the memory of a request counts no more than two.
+        let tokens = ids[0].len();
+        let mut program = self.text_program(1, tokens, r.clip_skip, observer)?;
+        let mut rows = vec![];
+        for ids in ids {
+            program.write("ids", &HostTensor::i32([1, tokens], ids)?)?;
+            rows.push(finite(&mut program, "context", self.blueprint.condition.part())?.to_f32());
         }
-        if own.len() == 1 {
-            return repeat(&self.encode_text(&ids, copies, r.clip_skip, observer)?, r.batch);
-        }
-        // As few rows at a time as the memory of a request counts.
-        let tokens = ids.len() / (copies - 1 + own.len());
-        let mut rows = self.encode_rows(&ids, tokens, r.clip_skip, observer)?;
         let positive = rows.split_off(copies - 1);
         let negative = rows.iter().cycle().take(rows.len() * r.batch);
         let shape = [copies * r.batch, tokens, positive[0].len() / tokens];
-        HostTensor::f32(shape, negative.chain(&positive).flatten().copied().collect())
-    }
-
-    /// ids (rows·T) to the hidden states (T·E) of each row, one after the other.
-    fn encode_rows(
-        &self,
-        ids: &[i32],
-        tokens: usize,
-        skip: usize,
-        observer: &mut dyn Observer,
-    ) -> Result<Vec<Vec<f32>>> {
-        let graph = self.blueprint.text.context_graph(1, tokens, self.dtype, skip)?;
-        let mut program = self.program(&self.text, graph, "text", observer)?;
-        let mut row = |ids: &[i32]| {
-            program.write("ids", &HostTensor::i32([1, tokens], ids.to_vec())?)?;
-            Ok(finite(&mut program, "context", "text encoder")?.to_f32())
-        };
-        ids.chunks(tokens).map(&mut row).collect()
+        HostTensor::f32(shape, negative.chain(&positive).flatten().copied().collect()).map(Some)
     }
 
     /// ids (rows·T) to the hidden states (rows,T,E) f32.
@@ -259,10 +263,22 @@ impl Pipeline {
         observer: &mut dyn Observer,
     ) -> Result<HostTensor> {
         let tokens = ids.len() / rows;
-        let graph = self.blueprint.text.context_graph(rows, tokens, self.dtype, skip)?;
-        let mut program = self.program(&self.text, graph, "text", observer)?;
+        let mut program = self.text_program(rows, tokens, skip, observer)?;
         program.write("ids", &HostTensor::i32([rows, tokens], ids.to_vec())?)?;
-        finite(&mut program, "context", "text encoder")
+        finite(&mut program, "context", self.blueprint.condition.part())
+    }
+
+    fn text_program(
+        &self,
+        rows: usize,
+        tokens: usize,
+        skip: usize,
+        observer: &mut dyn Observer,
+    ) -> Result<Program> {
+        let graph = self.blueprint.condition.context_graph(rows, tokens, self.dtype, skip)?;
+        let part = self.condition.as_ref();
+        let part = part.ok_or_else(|| Error::invalid("text: this model has no condition"))?;
+        self.program(part, graph, "text", observer)
     }
 
     /// First state and the noises of the steps, each image's from its own generator, in the order in which diffusers
@@ -355,6 +371,34 @@ impl Pipeline {
         let (device, dtype, bytes) = (self.device.describe(), self.dtype, human_bytes(self.weight_bytes()));
         format!("{device}, {dtype}, {bytes} of weights")
     }
+}
+
+/// Tokens of every prompt in `LDMTextToImagePipeline`.
+const LDM_TOKENS: usize = 77;
+
+/// A tokenizer as a text encoder takes it: `folder` is where it is from.
+///
+/// # Errors
+/// [`Error::Config`] when it has tokens or lengths that the text encoder does not.
+pub fn tokenizer_for(tokenizer: Tokenizer, folder: &Path, text: &Conditioner) -> Result<Tokenizer> {
+    let tokenizer = match text {
+        // As diffusers' pipeline, which does not ask the tokenizer: BERT's are for longer texts.
+        Conditioner::Bert(_) => tokenizer.at_most(text.tokens().min(LDM_TOKENS)),
+        _ => tokenizer,
+    };
+    let wrong = |file, key: &str, want: String, got: usize| {
+        Err(Error::Config { file, key: key.into(), want, got: got.to_string() })
+    };
+    if tokenizer.vocab_size() > text.vocabulary() {
+        let want = format!("at most the text encoder's {} tokens", text.vocabulary());
+        return wrong(folder.into(), "vocabulary", want, tokenizer.vocab_size());
+    }
+    if tokenizer.max_length() > text.tokens() {
+        let want = format!("at most the text encoder's {} positions", text.tokens());
+        let file = folder.join("tokenizer_config.json");
+        return wrong(file, "model_max_length", want, tokenizer.max_length());
+    }
+    Ok(tokenizer)
 }
 
 /// Runs a program and reads an output; where that is not finite, repeats the run to find the node that made it so.

@@ -43,6 +43,10 @@ const RECORDS: &[(&str, &str, &[&str], usize, usize)] = &[
     ("sd15-tiny", "sd15-tiny.pipe-img2img", &[], 10, 10),
     ("sd2-tiny", "sd2-tiny.pipe", &[], 12, 12),
     ("inpaint-tiny", "inpaint-tiny.pipe", &[], 14, 14),
+    ("ldm-tiny", "ldm-tiny.mod", &[], 7, 7),
+    ("ldm-tiny", "ldm-tiny.pipe", &[], 12, 12),
+    ("class-tiny", "class-tiny.pipe", &[], 12, 12),
+    ("uncond-ldm-tiny", "uncond-ldm-tiny.pipe", &[], 11, 11),
 ];
 
 /// Every tensor of a record within its bound, in every type.

@@ -40,7 +40,7 @@ fn parameters_are_the_published_ones() {
         assert_eq!((got_text.0, got_unet, got_vae.0), (text, (unet, tensors), vae), "{name}");
         assert_eq!(parts.schedule.is_some(), parts.unet.is_some(), "{name}");
         if let (Some(text), Some(unet)) = (&parts.text, &parts.unet) {
-            assert_eq!(text.hidden, unet.context, "{name}");
+            assert_eq!(text.width().0, unet.context, "{name}");
         }
     }
 }

@@ -10,6 +10,9 @@
     inpaint-tiny    a UNet with nine input channels: latents, mask, masked picture
     film-tiny       a UNet alone, in which the time embedding scales and shifts what the norms give
     vq4-tiny        a VQ autoencoder with factor 4, without a UNet
+    ldm-tiny        the text-to-image model of 2022: its own text encoder, whose heads together are wider than its tokens
+    uncond-ldm-tiny a UNet without a condition, with an autoencoder
+    class-tiny      a UNet that is conditioned on four classes and a null class, as `ldm train` exports it
     sd15            Stable Diffusion 1.5 in full size, 4.3 GB; made only when named
 
 The weights are made so that no mistake hides. Every tensor is drawn: there are no zero biases and no unit gains that a
@@ -19,7 +22,8 @@ layers are scaled by a measured factor, so that errors are relative to outputs w
 pictures). All draws come from a generator that the checkpoint's name seeds.
 
 The tokenizer is that of tests/golden: a byte-level vocabulary of 1000 entries, whatever the size of the text encoder's
-table. tests/golden has sd2-tiny, inpaint-tiny and film-tiny as made here; its sd15-tiny and vq4-tiny have the dimensions of those
+table; that of ldm-tiny has the letters and some words. tests/golden has sd2-tiny, inpaint-tiny, film-tiny, ldm-tiny,
+class-tiny and uncond-ldm-tiny as made here; its sd15-tiny and vq4-tiny have the dimensions of those
 here, but 32 groups (some of one channel) and weights drawn by an older script.
 """
 import argparse
@@ -45,10 +49,18 @@ SCHEDULE = dict(
     steps_offset=1,
 )
 PNDM = ("PNDMScheduler", {})
+DDIM = ("DDIMScheduler", {})
 DDIM_V = ("DDIMScheduler", dict(prediction_type="v_prediction"))
 
 TINY_TEXT = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=5, intermediate_size=37)
 TINY_VAE = dict(widths=(32, 64), layers_per_block=1, norm_num_groups=16)
+
+TINY_PICTURES = dict(
+    scheduler=DDIM,
+    unet=dict(
+        widths=(16, 32), levels="x-", sample_size=8, layers_per_block=1, attention_head_dim=2, norm_num_groups=4
+    ),
+)
 
 # Of a UNet's `levels`, one letter for each from the finest down, `x` has cross-attention and `-` has not.
 RECIPES = {
@@ -118,6 +130,24 @@ RECIPES = {
             norm_num_groups=16,
         )
     ),
+    "ldm-tiny": dict(
+        bert=dict(d_model=24, encoder_layers=3, encoder_attention_heads=3, head_dim=16, encoder_ffn_dim=40),
+        vae=dict(widths=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4),
+        **TINY_PICTURES,
+    ),
+    "uncond-ldm-tiny": dict(
+        scheduler=DDIM,
+        without=dict(
+            widths=(16, 32), levels="-x", sample_size=8, layers_per_block=1, attention_head_dim=8, norm_num_groups=4
+        ),
+        vae=dict(widths=(8, 16), layers_per_block=1, norm_num_groups=4),
+    ),
+    "class-tiny": dict(
+        classes=["circle", "square", "triangle, delta", "ring"],
+        embed_dim=24,
+        vae=dict(widths=(8, 16), layers_per_block=1, norm_num_groups=4),
+        **TINY_PICTURES,
+    ),
     "sd15": dict(
         scheduler=PNDM,
         text=dict(
@@ -157,6 +187,20 @@ def unet(context, widths, levels, **settings):
         down_block_types=[f"{p}DownBlock2D" for p in prefix],
         up_block_types=[f"{p}UpBlock2D" for p in reversed(prefix)],
         cross_attention_dim=context,
+        **settings,
+    )
+
+
+def unet_without(widths, levels, **settings):
+    from diffusers import UNet2DModel
+
+    prefix = ["Attn" if letter == "x" else "" for letter in levels]
+    return UNet2DModel(
+        block_out_channels=widths,
+        down_block_types=[f"{p}DownBlock2D" for p in prefix],
+        up_block_types=[f"{p}UpBlock2D" for p in reversed(prefix)],
+        in_channels=4,
+        out_channels=4,
         **settings,
     )
 
@@ -222,8 +266,9 @@ class Weights:
     def unet(self, model):
         self.fill(model)
         x = self.randn(1, model.config.in_channels, 16, 16)
-        context = self.randn(1, 77, model.config.cross_attention_dim)
-        self.rescale(model.conv_out, model(x, 500, context).sample, 1.0)
+        width = getattr(model.config, "cross_attention_dim", None)
+        context = [self.randn(1, 77, width)] if width else []
+        self.rescale(model.conv_out, model(x, 500, *context).sample, 1.0)
         return model
 
     def decoder(self, model, latent_spread):
@@ -280,6 +325,68 @@ def stable_diffusion(name, folder, recipe):
     pipeline.save_pretrained(folder)
 
 
+def wordpiece(path):
+    """Letters, digits and punctuation, letters inside a word, and some words and endings."""
+    ascii_ = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
+    words = "an oil painting of light ##house above the storm sea blurry ##ing ##er tree 東 groß".split()
+    inside = [f"##{c}" for c in ascii_ if c.isalnum()]
+    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *ascii_, *inside, *words]) + "\n")
+
+
+def pictures(name, folder, recipe, context):
+    """UNet, autoencoder and scheduler of a pipeline."""
+    import diffusers
+
+    weights = Weights(name)
+    net = weights.unet(unet(context, **recipe["unet"]) if context else unet_without(**recipe["without"]))
+    vae = weights.kl(autoencoder("AutoencoderKL", side=net.config.sample_size, latent_channels=4, **recipe["vae"]))
+    scheduler, settings = recipe["scheduler"]
+    made = getattr(diffusers, scheduler).from_config({**SCHEDULE, **settings})
+    return dict(unet=check(name, net), vae=check(name, vae), scheduler=made)
+
+
+def text_to_image(name, folder, recipe):
+    from diffusers import LDMTextToImagePipeline
+    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+    from transformers import BertTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    wordpiece(folder / "vocab.txt")
+    tokenizer = BertTokenizer(folder / "vocab.txt", model_max_length=512)
+    (folder / "vocab.txt").unlink()
+    bert = LDMBertModel(LDMBertConfig(vocab_size=len(tokenizer), **recipe["bert"]))
+    bert = check(name, Weights(name + "-bert").text(bert))
+    parts = pictures(name, folder, recipe, recipe["bert"]["d_model"])
+    LDMTextToImagePipeline(vqvae=parts.pop("vae"), bert=bert, tokenizer=tokenizer, **parts).save_pretrained(folder)
+
+
+def unconditional(name, folder, recipe):
+    from diffusers import LDMPipeline
+
+    parts = pictures(name, folder, recipe, None)
+    LDMPipeline(vqvae=parts.pop("vae"), **parts).save_pretrained(folder)
+
+
+def class_to_image(name, folder, recipe):
+    from diffusers import StableDiffusionPipeline
+    from safetensors.torch import save_file
+
+    rest = dict(text_encoder=None, tokenizer=None, safety_checker=None, feature_extractor=None)
+    parts = pictures(name, folder, recipe, recipe["embed_dim"])
+    StableDiffusionPipeline(**parts, **rest, requires_safety_checker=False).save_pretrained(folder)
+    rows = len(recipe["classes"]) + 1
+    table, config = folder / "class_embedder", dict(n_classes=rows, embed_dim=recipe["embed_dim"], key="class_label")
+    table.mkdir(exist_ok=True)
+    config = {"_class_name": "ClassEmbedder", **config}
+    (table / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    weights = {"embedding.weight": Weights(name + "-classes").randn(rows, recipe["embed_dim"])}
+    save_file(weights, table / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    index = json.loads((folder / "model_index.json").read_text())
+    index["class_embedder"] = ["ldm", "ClassEmbedder"]
+    index["id2label"] = dict(enumerate(recipe["classes"]))
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
 def alone(name, folder, recipe):
     from diffusers import __version__
 
@@ -300,7 +407,9 @@ def main():
     for name in a.only or [n for n in RECIPES if n not in ONLY_WHEN_NAMED]:
         recipe, folder = RECIPES[name], a.out / name
         with torch.no_grad():
-            (stable_diffusion if "text" in recipe else alone)(name, folder, recipe)
+            kinds = dict(text=stable_diffusion, bert=text_to_image, classes=class_to_image, without=unconditional)
+            make = next((make for key, make in kinds.items() if key in recipe), alone)
+            make(name, folder, recipe)
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
         print(f"{folder}: {size / 1e6:.1f} MB", flush=True)
 

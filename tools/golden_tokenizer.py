@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Token ids that transformers gives, for the unit tests of src/io/tokenizer.rs.
+"""Token ids that transformers gives, for the unit tests of src/io/tokenizer.rs and wordpiece.rs.
 
     python tools/golden_tokenizer.py tests/golden          # needs transformers==4.57.6, tokenizers==0.22.2
 
@@ -10,6 +10,9 @@ GOLDEN/tokenizer-fast/ (the same as tokenizer.json) and GOLDEN/tokenizer_ids.jso
 
 The reference is CLIPTokenizerFast. The slow class without ftfy differs from it, and from OpenAI's own, where a prompt
 holds Chinese characters, control or format characters, or a final sigma; "slow_differs" marks those.
+
+GOLDEN/bert_ids.json has {"prompt", "ids" (77)} by BertTokenizer, which diffusers takes, with the vocabulary of
+GOLDEN/ldm-tiny/tokenizer.
 """
 import json
 import os
@@ -19,7 +22,7 @@ import tempfile
 
 import tokenizers
 import transformers
-from transformers import CLIPTokenizer, CLIPTokenizerFast
+from transformers import BertTokenizer, CLIPTokenizer, CLIPTokenizerFast
 
 PROMPTS = [
     "",
@@ -76,8 +79,16 @@ def main(golden):
     os.makedirs(fast_folder, exist_ok=True)
     fast.backend_tokenizer.save(os.path.join(fast_folder, "tokenizer.json"), pretty=False)
     shutil.copy(os.path.join(folder, "tokenizer_config.json"), fast_folder)
+    bert = BertTokenizer.from_pretrained(os.path.join(golden, "ldm-tiny", "tokenizer"))
+    prompts = [p.replace("<|endoftext|>", "[SEP]").replace("<|ENDOFTEXT|>", "[sep]") for p in PROMPTS]
+    length = dict(padding="max_length", max_length=77, truncation=True)
+    write(golden, "bert_ids.json", [{"prompt": p, "ids": bert(p, **length).input_ids} for p in prompts])
+    write(golden, "tokenizer_ids.json", cases)
+
+
+def write(golden, name, cases):
     versions = {"transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
-    with open(os.path.join(golden, "tokenizer_ids.json"), "w") as f:
+    with open(os.path.join(golden, name), "w") as f:
         f.write('{"versions": %s, "cases": [\n' % json.dumps(versions))
         f.write(",\n".join(json.dumps(c) for c in cases) + "\n]}\n")
 

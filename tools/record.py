@@ -16,7 +16,8 @@ Pictures and latents are (B,C,H,W).
     vq.image -> vq.latents -> vq.indices, vq.quantized; vq.decode_in -> vq.decoded
     vq.margin                             how much farther the second code is than the first, in squared distance
 
-`pipeline` has one call of the folder's pipeline, as it passes from part to part:
+`pipeline` has one call of the folder's pipeline, as it passes from part to part. One with classes is a
+StableDiffusionPipeline that is given rows of the table; its prompt is a class by number, and the null class is guided against:
 
     prompt_ids, negative_ids              one row each, whatever the batch
     input_image, mask                     with --strength, and for inpainting
@@ -41,8 +42,9 @@ from unittest import mock
 import diffusers
 import torch
 import transformers
+from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion
 from diffusers.utils import torch_utils
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 SAMPLERS = {
     "ddim": "DDIMScheduler",
@@ -101,7 +103,9 @@ class Inputs:
 
 
 def token_ids(tokenizer, *prompts):
-    settings = dict(padding="max_length", truncation=True, max_length=tokenizer.model_max_length)
+    """As the pipelines have them: that of 2022 takes 77, whatever its tokenizer says."""
+    length = 77 if isinstance(tokenizer, transformers.BertTokenizer) else tokenizer.model_max_length
+    settings = dict(padding="max_length", truncation=True, max_length=length)
     return tokenizer(list(prompts), return_tensors="pt", **settings).input_ids
 
 
@@ -120,10 +124,11 @@ def record_modules(a, dtype):
         library, kind = index.get(name) or (None, None)
         if kind is None or not (folder / name).is_dir():
             return None
-        made = getattr(diffusers if library == "diffusers" else transformers, kind).from_pretrained(folder / name)
+        modules = {"diffusers": diffusers, "latent_diffusion": pipeline_latent_diffusion}
+        made = getattr(modules.get(library, transformers), kind).from_pretrained(folder / name)
         return made.to(dtype).eval() if isinstance(made, torch.nn.Module) else made
 
-    text = part("text_encoder")
+    text = part("text_encoder") or part("bert")
     if text is not None:
         record_text(record, text, token_ids(part("tokenizer"), a.negative, a.prompt))
     unet = part("unet")
@@ -140,10 +145,13 @@ def record_modules(a, dtype):
 
 def record_text(record, text, ids):
     out = text(record.give("text.ids", ids), output_hidden_states=True)
-    for i, hidden in enumerate(out.hidden_states):
+    clip = isinstance(text, transformers.CLIPTextModel)
+    # The last state of the other one is after the last norm.
+    for i, hidden in enumerate(out.hidden_states if clip else out.hidden_states[:-1]):
         record.compute(f"text.hidden_{i:02}", hidden)
     record.compute("text.last", out.last_hidden_state)
-    record.compute("text.pooled", out.pooler_output)
+    if clip:
+        record.compute("text.pooled", out.pooler_output)
 
 
 def record_unet(record, unet, inputs, a, dtype):
@@ -198,12 +206,13 @@ def tapped(owner, name, observe):
 
 
 @contextlib.contextmanager
-def noise_in_f32():
-    """Lets diffusers draw all noise in f32 and round it: torch's generator gives other numbers for each type."""
+def noise_in_f32(models):
+    """Lets diffusers draw all noise in f32 and round it to the type of the models: torch's generator gives other numbers
+    for each type."""
     plain = torch_utils.randn_tensor
 
     def randn_tensor(shape, generator=None, device=None, dtype=None, layout=None):
-        return plain(shape, generator, device, torch.float32, layout).to(dtype or torch.float32)
+        return plain(shape, generator, device, torch.float32, layout).to(dtype or models)
 
     with contextlib.ExitStack() as patches:
         for module in [m for n, m in sys.modules.items() if n.startswith("diffusers.") and m is not torch_utils]:
@@ -220,23 +229,29 @@ def open_pipeline(a, dtype):
     cls = getattr(diffusers, SAMPLERS[a.sampler] if a.sampler else index["scheduler"][1])
     scheduler = cls.from_pretrained(a.checkpoint, subfolder="scheduler")
     kind = diffusers.DiffusionPipeline if a.strength is None else diffusers.StableDiffusionImg2ImgPipeline
-    pipe = kind.from_pretrained(a.checkpoint, scheduler=scheduler, torch_dtype=dtype, local_files_only=True)
+    settings = dict(scheduler=scheduler, torch_dtype=dtype, local_files_only=True)
+    if "class_embedder" in index:
+        settings |= dict(text_encoder=None, tokenizer=None)
+    pipe = kind.from_pretrained(a.checkpoint, **settings)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def record_pipeline(a, dtype):
     record, inputs, pipe = Record(), Inputs(a.seed), open_pipeline(a, dtype)
-    side = (a.size or pipe.unet.config.sample_size) * factor(pipe.vae)
+    vae = getattr(pipe, "vqvae", None) or pipe.vae
+    side = (a.size or pipe.unet.config.sample_size) * factor(vae)
+    table = Path(a.checkpoint) / "class_embedder" / "diffusion_pytorch_model.safetensors"
     timesteps = []
 
     def picture():
         return record.give("input_image", inputs.picture(side) / 2 + 0.5)
 
-    def evaluated(_, sample, timestep, encoder_hidden_states, **_rest):
+    def evaluated(_, sample, timestep, encoder_hidden_states=None, **_rest):
         if not timesteps:
             record.give("unet_input_000", sample)
-            record.compute("context", encoder_hidden_states)
+            if encoder_hidden_states is not None:
+                record.compute("context", encoder_hidden_states)
 
     def stepped(result, model_output, timestep, sample, **_rest):
         n = len(timesteps)
@@ -258,25 +273,41 @@ def record_pipeline(a, dtype):
         special = {"image": picture(), "strength": a.strength}
     else:
         special = {"height": side, "width": side}
+    if isinstance(pipe, diffusers.LDMTextToImagePipeline):
+        ids = token_ids(pipe.tokenizer, a.prompt), token_ids(pipe.tokenizer, "")
+        special |= {"prompt": [a.prompt] * a.batch}
+    elif isinstance(pipe, diffusers.LDMPipeline):
+        ids, special = None, {"batch_size": a.batch}
+    elif table.is_file():
+        rows = load_file(table)["embedding.weight"].to(dtype)
+        ids = torch.tensor([[int(a.prompt)]]), torch.tensor([[len(rows) - 1]])
+        prompt, negative = (rows[i].expand(a.batch, 1, -1) for i in ids)
+        special |= {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
+    else:
+        ids = token_ids(pipe.tokenizer, a.prompt), token_ids(pipe.tokenizer, a.negative)
+        special |= {"prompt": [a.prompt] * a.batch, "negative_prompt": [a.negative] * a.batch}
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(noise_in_f32())
+        stack.enter_context(noise_in_f32(dtype))
         stack.enter_context(tapped(pipe.unet, "forward", evaluated))
         stack.enter_context(tapped(pipe.scheduler, "step", stepped))
-        stack.enter_context(tapped(pipe.vae, "decode", decoded))
+        stack.enter_context(tapped(vae, "decode", decoded))
+        # numpy has no bf16.
+        plain = torch.Tensor.numpy
+        stack.enter_context(mock.patch.object(torch.Tensor, "numpy", lambda x: plain(x.float())))
         out = pipe(
-            prompt=[a.prompt] * a.batch,
-            negative_prompt=[a.negative] * a.batch,
             num_inference_steps=a.steps,
             guidance_scale=a.guidance,
             generator=inputs.generator,
             output_type="pt",
             **special,
         )
-    record.compute("image", out.images)
+    images = out.images
+    record.compute("image", images if torch.is_tensor(images) else torch.from_numpy(images).permute(0, 3, 1, 2))
     record.give("timesteps", torch.tensor(timesteps))
-    record.give("prompt_ids", token_ids(pipe.tokenizer, a.prompt))
-    record.give("negative_ids", token_ids(pipe.tokenizer, a.negative))
+    if ids is not None:
+        record.give("prompt_ids", ids[0])
+        record.give("negative_ids", ids[1])
     record.settings = {
         "pipeline": type(pipe).__name__,
         "scheduler": type(pipe.scheduler).__name__,

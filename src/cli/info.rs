@@ -90,6 +90,10 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
         print("\nthis version does not sample from a pipeline of this class\n")?;
         return Ok(ExitCode::SUCCESS);
     }
+    if folder.components().iter().any(|c| !c.path.is_dir()) {
+        print("\nthis version does not sample from it: parts are not there\n")?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let blueprint = Blueprint::read(&folder)?;
     let e = blueprint.estimate(&request, dtype, Residency::Staged, Target::Cpu)?;
     let (w, h) = blueprint.size(&request)?;

@@ -1,10 +1,11 @@
-//! `ldm sample`: pictures from a prompt.
+//! `ldm sample`: pictures from a prompt, or of a class.
 
 use super::progress::Progress;
 use super::{DeviceFlags, SizeFlags, check_output, print};
 use crate::error::{Error, Result};
 use crate::exec::{Device, peak};
 use crate::io::{ModelFolder, atomic, png};
+use crate::models::Conditioner;
 use crate::pipeline::{Blueprint, Init, Picture, Pipeline, Request, Residency};
 use crate::rng::fresh_seed;
 use crate::samplers::Choice;
@@ -26,12 +27,15 @@ pub(super) struct Arguments {
     /// A checkpoint: a diffusers folder (with model_index.json) [default: assets/shapes-64, a small model of the shapes world]
     #[arg(short, long, value_name = "FOLDER")]
     model: Option<PathBuf>,
-    /// What the picture shows
-    #[arg(short, long, value_name = "TEXT", required_unless_present = "from_file")]
+    /// What the picture shows; models without a condition take none
+    #[arg(short, long, value_name = "TEXT")]
     prompt: Option<String>,
-    /// A file with a prompt a line, or a metadata.jsonl with captions: a picture of each, 0000.png, 0001.png, …, in the folder --output; picture i has seed + i,
-    /// and --batch-size of them are made together [default: 8]
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "init_img"])]
+    /// What the picture shows, for models that draw classes: a name, or a number
+    #[arg(long, value_name = "NAME|N", conflicts_with_all = ["prompt", "negative_prompt"])]
+    class: Option<String>,
+    /// A file with a prompt (or a class) a line, or a metadata.jsonl with captions: a picture of each, 0000.png, 0001.png, …,
+    /// in the folder --output; picture i has seed + i, and --batch-size of them are made together [default: 8]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "class", "init_img"])]
     from_file: Option<PathBuf>,
     /// What the picture does not show
     #[arg(short, long, default_value = "", hide_default_value = true, value_name = "TEXT")]
@@ -99,12 +103,12 @@ impl Arguments {
         })
     }
 
-    /// For pictures of one prompt, or one of each of several.
-    fn request(&self, prompts: &[&str], seed: u64) -> Result<Request> {
-        let batch = match self.batch_size {
-            Some(0) => return Err(Error::invalid("--batch-size: want at least 1; got 0")),
-            n if self.from_file.is_none() => n.unwrap_or(1),
-            _ => prompts.len(),
+    /// What to draw is the prompt or the class, or with --from-file those of the pictures that are made together.
+    fn request(&self, each: &[&str], seed: u64) -> Result<Request> {
+        let batch = match (self.batch_size, &self.from_file) {
+            (Some(0), _) => return Err(Error::invalid("--batch-size: want at least 1; got 0")),
+            (n, None) => n.unwrap_or(1),
+            (_, Some(_)) => each.len(),
         };
         let finite = |name: &str, v: f64, low: f64, high: f64| {
             if v.is_finite() && (low..=high).contains(&v) {
@@ -130,8 +134,9 @@ impl Arguments {
         };
         Ok(Request {
             init,
-            prompt: prompts[0].into(),
-            prompts: if prompts.len() > 1 { prompts.iter().map(|p| p.to_string()).collect() } else { vec![] },
+            prompt: self.prompt.clone().unwrap_or_default(),
+            class: self.class.clone(),
+            prompts: each.iter().map(|words| words.to_string()).collect(),
             negative: self.negative_prompt.clone(),
             width: self.size.width,
             height: self.size.height,
@@ -153,13 +158,19 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     if let Some(list) = &a.from_file {
         return from_file(&a, list, seed);
     }
-    let prompt = a.prompt.as_deref().unwrap_or_default();
-    let request = a.request(&[prompt], seed)?;
+    let what = a.class.as_ref().or(a.prompt.as_ref()).map_or("", String::as_str);
+    let request = a.request(&[], seed)?;
     let dtype = a.device.dtype()?;
     let device = a.device.open()?;
     // Before any work: can the model do this, is there memory for it, and can the result be written?
     let folder = ModelFolder::open(a.model()?)?;
     let blueprint = Blueprint::read(&folder)?;
+    blueprint.check_words(&request)?;
+    if a.prompt.is_none() && matches!(blueprint.condition, Conditioner::Clip(_) | Conditioner::Bert(_)) {
+        return Err(Error::invalid(
+            "want --prompt TEXT, what the picture shows, or --from-file FILE with a prompt a line",
+        ));
+    }
     let staged = Residency::Staged;
     let compute = Pipeline::compute_type(&folder, &device, dtype)?;
     blueprint.check_memory(&request, compute, &device, staged, false)?;
@@ -179,7 +190,7 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
         eprintln!("memory: {peak} bytes at the peak, {planned} planned");
     }
     for (picture, file) in pictures.iter().zip(&files) {
-        let text = (!a.disable_image_metadata).then(|| parameters(&a, prompt, picture, method.label()));
+        let text = (!a.disable_image_metadata).then(|| parameters(&a, what, picture, method.label()));
         png::write_rgb8(file, picture.width, picture.height, &picture.rgb, text.as_deref())?;
         print(&format!("{}\n", file.display()))?;
     }
@@ -202,12 +213,16 @@ fn from_file(a: &Arguments, list: &Path, seed: u64) -> Result<ExitCode> {
     if a.output.extension().is_some_and(|e| e == "png") {
         return Err(invalid(&a.output, "want a folder for the pictures of --from-file: -o FOLDER".into()));
     }
-    let together: Vec<&[&str]> = prompts.chunks(a.batch_size.unwrap_or(TOGETHER).max(1)).collect();
-    let request = a.request(together[0], seed)?;
     let dtype = a.device.dtype()?;
     let device = a.device.open()?;
     let folder = ModelFolder::open(a.model()?)?;
     let blueprint = Blueprint::read(&folder)?;
+    let together: Vec<&[&str]> = prompts.chunks(a.batch_size.unwrap_or(TOGETHER).max(1)).collect();
+    let request = a.request(together[0], seed)?;
+    for (i, line) in prompts.iter().enumerate() {
+        let wrong = |e: Error| invalid(list, format!("line {}: {e}", i + 1));
+        blueprint.check_words(&a.request(&[line], seed)?).map_err(wrong)?;
+    }
     let compute = Pipeline::compute_type(&folder, &device, dtype)?;
     blueprint.check_memory(&request, compute, &device, Residency::Always, false)?;
     let method = blueprint.choose(&request)?.0;
@@ -257,8 +272,8 @@ fn names(output: &Path, count: usize) -> Vec<PathBuf> {
 }
 
 /// The text that other programs read settings from.
-fn parameters(a: &Arguments, prompt: &str, picture: &Picture, sampler: &str) -> String {
-    let mut text = prompt.to_string();
+fn parameters(a: &Arguments, what: &str, picture: &Picture, sampler: &str) -> String {
+    let mut text = what.to_string();
     if !a.negative_prompt.is_empty() {
         text += &format!("\nNegative prompt: {}", a.negative_prompt);
     }

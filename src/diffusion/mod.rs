@@ -70,8 +70,13 @@ pub fn evaluation_graph(unet: &UNet2DCondition, table: &Table, s: &Settings) -> 
     let counter = g.state("counter", DType::I32, [4]);
     let rows = g.input("table", DType::F32, [table.rows.len(), TABLE]);
     let noise = g.input("noise", DType::F32, stack(table.noises.max(1)));
-    let context = g.input("context", DType::F32, [copies * s.batch, s.tokens, unet.context]);
-    let context = cast(&mut g, "context", context, s.dtype, 1.0)?;
+    let context = match unet.context {
+        0 => None,
+        width => {
+            let context = g.input("context", DType::F32, [copies * s.batch, s.tokens, width]);
+            Some(cast(&mut g, "context", context, s.dtype, 1.0)?)
+        }
+    };
 
     let y = g.push_all("prepare", Prepare { copies, dtype: s.dtype }, &[slots, rows, counter])?;
     let (mut x, counter_now) = (y[0], y[1]);
@@ -85,7 +90,7 @@ pub fn evaluation_graph(unet: &UNet2DCondition, table: &Table, s: &Settings) -> 
         let condition = cast(&mut g, "condition", condition, s.dtype, 1.0)?;
         x = g.push("condition.concat", Concat, &[x, condition])?;
     }
-    let m = unet.build(&mut g, x, (t, Some(counter_now)), context)?;
+    let m = unet.body(&mut g, x, (t, Some(counter_now)), context)?;
     let y = g.push_all("advance", Advance { copies }, &[slots, m, rows, counter_now, noise])?;
     g.update(slots, y[0]);
     g.update(counter, y[1]);

@@ -10,17 +10,20 @@ mod convert;
 pub mod events;
 pub mod folder;
 mod header;
+pub mod labels;
 pub mod mmap;
 pub mod picture;
 pub mod png;
 pub mod tokenizer;
 pub mod vocabulary;
 pub mod weights;
+pub mod wordpiece;
 
 mod words;
 
 pub use config::Config;
 pub use folder::{Component, ModelFolder};
+pub use labels::Labels;
 pub use png::Rgb8;
 pub use tokenizer::{Encoded, Tokenizer};
 pub use weights::{Checkpoint, Entry, Order, StoredType};

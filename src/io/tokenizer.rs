@@ -1,8 +1,9 @@
-//! CLIP's tokenizer: text to the ids that a Stable Diffusion text encoder takes, the same as transformers gives
-//! (`CLIPTokenizerFast` of 4.57): NFC, white space collapsed, lower case, split into words, numbers digit by digit and
+//! Text to the ids that a text encoder takes, the same as transformers gives. BERT's tokenizer is in `wordpiece`. CLIP's, that of
+//! Stable Diffusion (`CLIPTokenizerFast` of 4.57): NFC, white space collapsed, lower case, split into words, numbers digit by digit and
 //! punctuation, then byte-level BPE with `</w>` at the end of a word.
 
 use super::config::Config;
+use super::wordpiece;
 use crate::error::{Error, Result};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -32,7 +33,7 @@ pub struct Encoded {
     pub tokens: usize,
 }
 
-/// A CLIP tokenizer. Threads may share it.
+/// A tokenizer of CLIP's or BERT's kind. Threads may share it.
 #[derive(Clone, Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
@@ -41,24 +42,34 @@ pub struct Tokenizer {
     bos: i32,
     eos: i32,
     pad: i32,
+    /// Tokens are BERT's: [`wordpiece`].
+    bert: bool,
 }
 
 impl Tokenizer {
-    /// Reads a tokenizer's folder: `tokenizer.json`, or `vocab.json` with `merges.txt`; and, where they are there,
+    /// Reads a tokenizer's folder: of CLIP's kind with `tokenizer.json`, or `vocab.json` and `merges.txt`; of BERT's with
+    /// `vocab.txt`; and, where they are there,
     /// `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json`.
     ///
     /// # Errors
-    /// [`Error::File`] when a file is missing, damaged, or not a CLIP tokenizer's; [`Error::Config`] for a value that
+    /// [`Error::File`] when a file is missing, damaged, or those of another kind; [`Error::Config`] for a value that
     /// is not understood.
     pub fn open(folder: impl AsRef<Path>) -> Result<Tokenizer> {
         let folder = folder.as_ref();
         let config = read_or_empty(folder, "tokenizer_config.json")?;
-        if let Some(class) = config.opt_str("tokenizer_class")? {
-            config.one_of("tokenizer_class", &["CLIPTokenizer", "CLIPTokenizerFast"], class)?;
-        }
-        let roles = Roles::read(folder, &config)?;
+        let known = ["CLIPTokenizer", "CLIPTokenizerFast", "BertTokenizer", "BertTokenizerFast"];
+        let has = |name: &str| folder.join(name).is_file();
+        let bert = match config.opt_str("tokenizer_class")? {
+            Some(class) => config.one_of("tokenizer_class", &known, class)?.starts_with("Bert"),
+            None => has("vocab.txt") && !has("vocab.json") && !has("tokenizer.json"),
+        };
+        let roles = Roles::read(folder, &config, bert)?;
         let json = folder.join("tokenizer.json");
-        let mut inner = if json.is_file() { from_json(&json)? } else { from_vocabulary(folder, &roles.unk)? };
+        let mut inner = match bert {
+            true => wordpiece::open(folder, &config, &roles.unk)?,
+            false if json.is_file() => from_json(&json)?,
+            false => from_vocabulary(folder, &roles.unk)?,
+        };
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| Error::file(folder, e))?;
         add_tokens(&mut inner, &config, &roles)?;
@@ -70,7 +81,12 @@ impl Tokenizer {
             })
         };
         let (bos, eos, pad) = (id("bos", &roles.bos)?, id("eos", &roles.eos)?, id("pad", &roles.pad)?);
-        Ok(Tokenizer { folder: folder.into(), max_length: max_length(&config)?, bos, eos, pad, inner })
+        Ok(Tokenizer { folder: folder.into(), max_length: max_length(&config)?, bos, eos, pad, inner, bert })
+    }
+
+    /// Prompts of at most so many tokens, for an encoder that takes no more than that (BERT's tokenizers say 512).
+    pub fn at_most(self, length: usize) -> Tokenizer {
+        Tokenizer { max_length: self.max_length.min(length.max(3)), ..self }
     }
 
     /// Length of every encoded prompt: T, 77 for CLIP.
@@ -122,6 +138,13 @@ impl Tokenizer {
     /// The text of some ids. Half a character, where a prompt was cut inside one, becomes U+FFFD.
     fn text(&self, ids: &[u32]) -> String {
         let tokens = ids.iter().filter_map(|&id| self.inner.id_to_token(id));
+        if self.bert {
+            let spelled = tokens.map(|t| match t.strip_prefix(wordpiece::INSIDE) {
+                Some(inside) => inside.to_string(),
+                None => format!(" {t}"),
+            });
+            return spelled.collect::<String>().trim().to_owned();
+        }
         let mut bytes = Vec::new();
         for token in tokens {
             let (stem, space) = match token.strip_suffix(END) {
@@ -156,11 +179,13 @@ struct Roles {
     pad: String,
     /// As they are written in the files: a string, or an object with the rules by which they match.
     written: Vec<Value>,
+    /// Those of BERT match the text as it was typed.
+    bert: bool,
 }
 
 impl Roles {
     /// A file with `added_tokens_decoder` is complete; an older one is overruled by `special_tokens_map.json`.
-    fn read(folder: &Path, config: &Config) -> Result<Roles> {
+    fn read(folder: &Path, config: &Config, bert: bool) -> Result<Roles> {
         let map = read_or_empty(folder, "special_tokens_map.json")?;
         let order = if config.has("added_tokens_decoder") { [config, &map] } else { [&map, config] };
         let mut written = Vec::new();
@@ -176,13 +201,13 @@ impl Roles {
                 .map(str::to_owned)
                 .ok_or_else(|| from.error(key, "a token: a string, or an object with `content`"))
         };
-        Ok(Roles {
-            bos: role("bos_token", "<|startoftext|>")?,
-            eos: role("eos_token", "<|endoftext|>")?,
-            unk: role("unk_token", "<|endoftext|>")?,
-            pad: role("pad_token", "<|endoftext|>")?,
-            written,
-        })
+        let (begin, end) = ("<|startoftext|>", "<|endoftext|>");
+        let names = match bert {
+            true => [("cls", "[CLS]"), ("sep", "[SEP]"), ("unk", "[UNK]"), ("pad", "[PAD]")],
+            false => [("bos", begin), ("eos", end), ("unk", end), ("pad", end)],
+        };
+        let [bos, eos, unk, pad] = names.map(|(name, default)| role(&format!("{name}_token"), default));
+        Ok(Roles { bos: bos?, eos: eos?, unk: unk?, pad: pad?, written, bert })
     }
 }
 
@@ -224,15 +249,10 @@ fn from_json(path: &Path) -> Result<tokenizers::Tokenizer> {
 fn from_vocabulary(folder: &Path, unk: &str) -> Result<tokenizers::Tokenizer> {
     let (vocab_path, merges_path) = (folder.join("vocab.json"), folder.join("merges.txt"));
     if !vocab_path.is_file() {
-        let what = match folder.join("vocab.txt").is_file() {
-            true => {
-                "want CLIP's tokenizer (tokenizer.json, or vocab.json and merges.txt); got a BERT vocabulary"
-            }
-            false => {
-                "holds no tokenizer: want tokenizer.json, or vocab.json and merges.txt; download the folder"
-            }
-        };
-        return Err(Error::file(folder, what));
+        return Err(Error::file(
+            folder,
+            "holds no tokenizer: want tokenizer.json, or vocab.json and merges.txt, or BERT's vocab.txt; download the folder",
+        ));
     }
     let words = Config::read(&vocab_path)?;
     let id = |token: &str| match words.usize(token) {
@@ -322,7 +342,7 @@ fn add_tokens(tokenizer: &mut tokenizers::Tokenizer, config: &Config, roles: &Ro
     // The last is the pad token: it alone matches the text as it was typed. A token that the vocabulary lacks would
     // get an id made up for it; `open` reports it instead.
     let rest: Vec<AddedToken> = (roles.written.iter().enumerate())
-        .filter_map(|(i, v)| token(v, i < 3))
+        .filter_map(|(i, v)| token(v, i < 3 && !roles.bert))
         .filter(|t| !known.contains(&t.content) && tokenizer.token_to_id(&t.content).is_some())
         .collect();
     tokenizer.add_special_tokens(&rest);
@@ -460,8 +480,8 @@ mod tests {
             }))
         };
         assert!(
-            change("tokenizer_config.json", "tokenizer_class", json!("BertTokenizer"))
-                .contains("CLIPTokenizer")
+            change("tokenizer_config.json", "tokenizer_class", json!("T5Tokenizer"))
+                .contains("CLIPTokenizer, CLIPTokenizerFast, BertTokenizer")
         );
         assert!(change("tokenizer_config.json", "model_max_length", json!(2)).contains("at least 3"));
         assert!(change("tokenizer_config.json", "bos_token", json!(7)).contains("`bos_token`: want a token"));
@@ -483,8 +503,6 @@ mod tests {
         assert!(refused(&dir).contains("merges.txt: cannot be read"));
         std::fs::remove_file(dir.path().join("vocab.json")).unwrap();
         assert!(refused(&dir).contains("holds no tokenizer"));
-        dir.file("vocab.txt", "");
-        assert!(refused(&dir).contains("BERT"));
         dir.file("tokenizer.json", "{\"version\"");
         assert!(refused(&dir).contains("not a tokenizer"));
     }

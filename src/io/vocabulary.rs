@@ -16,6 +16,16 @@ use tokenizers::{
 const BOS: &str = "<|startoftext|>";
 const EOS: &str = "<|endoftext|>";
 const FILES: [&str; 4] = ["vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"];
+/// Files that tokenizers of either kind may have; the one that says that all are there last.
+const ALL: [&str; 7] = [
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+];
 
 /// Tokens and merges, in the order of CLIP's own: bytes, bytes at the end of a word, what each merge makes, begin, end.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -46,7 +56,8 @@ pub fn learn(captions: &[String], most: usize) -> Result<Vocabulary> {
             *counts.entry(word.to_string()).or_default() += 1;
         }
     }
-    let mut merges = merges(&counts, most.saturating_sub(2 * alphabet.len() + 2));
+    let most_merges = most.saturating_sub(2 * alphabet.len() + 2);
+    let mut merges = merges(&counts, most_merges, characters, |a, b| format!("{a}{b}"));
     let mut words: Vec<String> = alphabet.iter().map(char::to_string).collect();
     words.extend(alphabet.iter().map(|c| format!("{c}{}", tokenizer::END)));
     merges.truncate(most.saturating_sub(words.len() + 2));
@@ -60,10 +71,22 @@ pub fn learn(captions: &[String], most: usize) -> Result<Vocabulary> {
     Ok(Vocabulary { size: words.len(), words, merges })
 }
 
-/// The most frequent pair of neighbours becomes a token, at most `most` times, while there is one that occurs twice (Sennrich
+/// A word as characters, the last of which ends it.
+fn characters(word: &str) -> Vec<String> {
+    let last = word.chars().count().saturating_sub(1);
+    let end = |i| if i == last { tokenizer::END } else { "" };
+    word.chars().enumerate().map(|(i, c)| format!("{c}{}", end(i))).collect()
+}
+
+/// Words are `split` into tokens; the most frequent pair of neighbours becomes a token, at most `most` times, while there is one that occurs twice (Sennrich
 /// et al. 2016). Of equally frequent ones the pair that was known first is taken: the tokenizers crate's trainer goes by the
 /// order of a hash map there, which is another in each process, and runs would not repeat.
-fn merges(words: &BTreeMap<String, u64>, most: usize) -> Vec<(String, String)> {
+pub(super) fn merges(
+    words: &BTreeMap<String, u64>,
+    most: usize,
+    split: impl Fn(&str) -> Vec<String>,
+    join: impl Fn(&str, &str) -> String,
+) -> Vec<(String, String)> {
     let mut names: Vec<String> = vec![];
     let mut known: BTreeMap<String, usize> = BTreeMap::new();
     let mut id = |name: String| {
@@ -72,12 +95,8 @@ fn merges(words: &BTreeMap<String, u64>, most: usize) -> Vec<(String, String)> {
             names.len() - 1
         })
     };
-    let mut split: Vec<(Vec<usize>, u64)> = vec![];
-    for (word, &count) in words {
-        let last = word.chars().count().saturating_sub(1);
-        let end = |i| if i == last { tokenizer::END } else { "" };
-        split.push((word.chars().enumerate().map(|(i, c)| id(format!("{c}{}", end(i)))).collect(), count));
-    }
+    let mut split: Vec<(Vec<usize>, u64)> =
+        words.iter().map(|(word, &n)| (split(word).into_iter().map(&mut id).collect(), n)).collect();
     let mut found = vec![];
     for _ in 0..most {
         let mut pairs: BTreeMap<(usize, usize), u64> = BTreeMap::new();
@@ -91,11 +110,12 @@ fn merges(words: &BTreeMap<String, u64>, most: usize) -> Vec<(String, String)> {
         });
         let Some(((a, b), 2..)) = best else { break };
         let (left, right) = (names[a].clone(), names[b].clone());
-        let made = match known.get(&format!("{left}{right}")) {
+        let both = join(&left, &right);
+        let made = match known.get(&both) {
             Some(&there) => there,
             None => {
-                names.push(format!("{left}{right}"));
-                known.insert(format!("{left}{right}"), names.len() - 1);
+                names.push(both.clone());
+                known.insert(both, names.len() - 1);
                 names.len() - 1
             }
         };
@@ -151,12 +171,12 @@ impl Vocabulary {
     }
 }
 
-/// Copies the files of such a tokenizer.
+/// Copies the files of a tokenizer.
 ///
 /// # Errors
 /// [`Error::File`] when one cannot be read or written.
 pub fn copy(from: &Path, to: &Path) -> Result<()> {
-    FILES.iter().try_for_each(|name| {
+    ALL.iter().filter(|name| from.join(name).is_file()).try_for_each(|name| {
         let path = from.join(name);
         let bytes = fs::read(&path).map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?;
         atomic::write(to.join(name), &bytes)
@@ -173,10 +193,13 @@ mod tests {
     #[test]
     fn of_equally_frequent_pairs_the_first_known_is_taken() {
         let words = ["wx", "ab", "yz", "cd", "abc"].map(|w| (w.to_string(), 2)).into();
-        let found: Vec<String> = merges(&words, 9).into_iter().map(|(a, b)| a + " " + &b).collect();
+        let found: Vec<String> = merges(&words, 9, characters, |a, b| format!("{a}{b}"))
+            .into_iter()
+            .map(|(a, b)| a + " " + &b)
+            .collect();
         assert_eq!(found, ["a b</w>", "a b", "c d</w>", "w x</w>", "y z</w>", "ab c</w>"]);
         let once = [("ab".to_string(), 1)].into();
-        assert_eq!(merges(&once, 9), []);
+        assert_eq!(merges(&once, 9, characters, |a, b| format!("{a}{b}")), []);
     }
 
     #[test]

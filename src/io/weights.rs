@@ -212,6 +212,29 @@ impl Checkpoint {
         convert::tensor(entry, bytes, dtype).map_err(|fault| self.fault(name, fault))
     }
 
+    /// Whether a tensor holds whole numbers.
+    pub fn is_integer(&self, name: &str) -> bool {
+        let whole = [StoredType::I64, StoredType::I32, StoredType::U8, StoredType::BOOL];
+        self.entry(name).is_some_and(|e| whole.contains(&e.dtype))
+    }
+
+    /// What stays the same as long as the tensors do that are `wanted`: a hash of their names and values, the whole numbers
+    /// among them left out.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::read`].
+    pub fn fingerprint(&self, wanted: impl Fn(&str) -> bool) -> Result<String> {
+        let mut hash = 0xcbf2_9ce4_8422_2325u64;
+        let mut eat = |bytes: &[u8]| {
+            bytes.iter().for_each(|b| hash = (hash ^ u64::from(*b)).wrapping_mul(0x0000_0100_0000_01b3));
+        };
+        for name in self.names().filter(|n| wanted(n) && !self.is_integer(n)) {
+            eat(name.as_bytes());
+            eat(bytemuck::cast_slice(&self.read_f32(name)?));
+        }
+        Ok(format!("{hash:016x}"))
+    }
+
     /// An integer tensor as i64.
     ///
     /// # Errors

@@ -64,9 +64,10 @@ fn aliases(name: &str) -> Vec<String> {
     all
 }
 
-/// Tensors that files carry and no model reads: constants that older versions stored.
-fn is_constant(name: &str) -> bool {
-    name.ends_with("embeddings.position_ids")
+/// Tensors that files carry and no model reads: constants that older versions stored, and the logits of `LDMBertModel`, which
+/// nothing ever asks for.
+fn is_unused(name: &str) -> bool {
+    name.ends_with("embeddings.position_ids") || name.starts_with("to_logits.")
 }
 
 /// Shapes under which a weight may be stored.
@@ -177,7 +178,7 @@ impl Source {
             used.insert(source.clone());
             found.push(Found { name: name.clone(), source, spec, layout });
         }
-        if let Some(surplus) = checkpoint.names().find(|n| !used.contains(*n) && !is_constant(n)) {
+        if let Some(surplus) = checkpoint.names().find(|n| !used.contains(*n) && !is_unused(n)) {
             let shape = checkpoint.entry(surplus).map(|e| commas(&e.shape)).unwrap_or_default();
             return Err(Error::Tensor {
                 file: checkpoint.file(surplus).into(),

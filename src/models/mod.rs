@@ -1,7 +1,9 @@
 //! The models: each reads its configuration and builds graphs; all load their weights in the same way.
 
+mod conditioner;
 pub mod load;
 
+pub use conditioner::Conditioner;
 pub use load::{Inventory, Source};
 
 use crate::error::Result;
@@ -38,7 +40,9 @@ macro_rules! models {
     ($then:ident) => {
         $then! {
             autoencoder: AutoencoderKL, VQModel;
+            class_embedder: ClassEmbedder;
             clip_text: ClipText;
+            ldm_bert: LdmBert;
             lpips: Lpips;
             patchgan: NLayerDiscriminator;
             unet_2d: UNet2D;

@@ -132,6 +132,13 @@ impl Model for UNet2D {
     }
 }
 
+impl From<UNet2D> for UNet2DCondition {
+    /// The same with a context of width 0: what samples and trains it need tell no further difference.
+    fn from(unet: UNet2D) -> UNet2DCondition {
+        unet.body
+    }
+}
+
 impl UNet2D {
     /// Height and width of the latents must be multiples of this.
     pub fn multiple(&self) -> usize {

@@ -21,7 +21,7 @@ pub struct UNet2DCondition {
     pub in_channels: usize,
     /// Channels of the result.
     pub out_channels: usize,
-    /// Width of the context.
+    /// Width of the context; 0 for a UNet without one, [`super::UNet2D`].
     pub context: usize,
     /// Side of the latents that the model was made for.
     pub sample_size: usize,
@@ -195,7 +195,10 @@ impl Model for UNet2DCondition {
         Ok(UNet2DCondition {
             in_channels: c.usize_or("in_channels", 4)?,
             out_channels: c.usize_or("out_channels", 4)?,
-            context: c.usize_or("cross_attention_dim", 1280)?,
+            context: match c.usize_or("cross_attention_dim", 1280)? {
+                0 => return Err(c.error("cross_attention_dim", "at least 1")),
+                width => width,
+            },
             sample_size: c.usize_or("sample_size", 64)?,
             res: ResBlock { groups, eps: c.f64_or("norm_eps", 1e-5)?, film },
             time_width: c.usize_or("time_embedding_dim", 4 * channels[0])?,
@@ -212,8 +215,8 @@ impl Model for UNet2DCondition {
         let side = self.multiple();
         let x = g.input("x", dtype, [1, side, side, self.in_channels]);
         let t = g.input("t", DType::F32, [1]);
-        let context = g.input("context", dtype, [1, 1, self.context]);
-        self.build(&mut g, x, (t, None), context)?;
+        let context = (self.context > 0).then(|| g.input("context", dtype, [1, 1, self.context]));
+        self.body(&mut g, x, (t, None), context)?;
         Ok(vec![g])
     }
 }
@@ -234,7 +237,10 @@ impl UNet2DCondition {
     }
 
     /// [`UNet2DCondition::build`]; without a context, pixels attend to each other alone.
-    pub(super) fn body(
+    ///
+    /// # Errors
+    /// As there.
+    pub fn body(
         &self,
         g: &mut Graph,
         x: Var,

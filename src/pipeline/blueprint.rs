@@ -1,12 +1,12 @@
 //! What a folder describes, without its weights: enough to say what a picture costs.
 
-use super::Request;
 use super::tiles::Axis;
+use super::{Classes, Request};
 use crate::diffusion::{Settings, evaluation_graph};
 use crate::error::{Error, Result};
 use crate::exec::{Graph, Program, Target};
 use crate::io::ModelFolder;
-use crate::models::{AutoencoderKL, ClipText, Codec, Model, UNet2DCondition, VQModel};
+use crate::models::{AutoencoderKL, Codec, Conditioner, Model, UNet2D, UNet2DCondition, VQModel};
 use crate::samplers::{Method, ScheduleConfig};
 use crate::tensor::DType;
 
@@ -52,6 +52,28 @@ impl Vae {
     }
 }
 
+/// What makes the context of a folder's UNet.
+pub(super) fn conditioner(folder: &ModelFolder) -> Result<Conditioner> {
+    if folder.has("class_embedder") {
+        return Ok(Conditioner::Class(model(folder, "class_embedder")?));
+    }
+    if folder.class() == "LDMPipeline" {
+        return Ok(Conditioner::Nothing);
+    }
+    if folder.has("bert") {
+        return Ok(Conditioner::Bert(model(folder, "bert")?));
+    }
+    Ok(Conditioner::Clip(model(folder, "text_encoder")?))
+}
+
+/// The UNet of a folder; without a condition it is one of the other class.
+fn denoiser(folder: &ModelFolder) -> Result<UNet2DCondition> {
+    match folder.class() {
+        "LDMPipeline" => Ok(model::<UNet2D>(folder, "unet")?.into()),
+        _ => model(folder, "unet"),
+    }
+}
+
 /// The folder that the autoencoder is in: older pipelines call it `vqvae`, of whatever kind it is.
 pub(super) fn vae_name(folder: &ModelFolder) -> &'static str {
     if folder.has("vqvae") { "vqvae" } else { "vae" }
@@ -78,11 +100,13 @@ pub(super) const MAX_BATCH: usize = 1 << 16;
 /// Shortest side of a tile, in latents: below, there is more border than picture.
 const MIN_TILE: usize = 8;
 
-/// The models and settings of a Stable Diffusion folder.
+/// The models and settings of a folder.
 #[derive(Clone, Debug)]
 pub struct Blueprint {
-    /// The text encoder.
-    pub text: ClipText,
+    /// What makes the context: a text encoder, or a table of classes.
+    pub condition: Conditioner,
+    /// The classes, of a model that draws such and not texts.
+    pub classes: Option<Classes>,
     /// The UNet.
     pub unet: UNet2DCondition,
     /// The autoencoder.
@@ -95,8 +119,12 @@ pub struct Blueprint {
 
 impl Blueprint {
     /// Pipelines of diffusers that are run as they are.
-    pub const PIPELINES: &'static [&'static str] =
-        &["StableDiffusionPipeline", "StableDiffusionInpaintPipeline"];
+    pub const PIPELINES: &'static [&'static str] = &[
+        "StableDiffusionPipeline",
+        "StableDiffusionInpaintPipeline",
+        "LDMTextToImagePipeline",
+        "LDMPipeline",
+    ];
 
     /// Reads the configurations of a folder.
     ///
@@ -112,11 +140,11 @@ impl Blueprint {
             });
         }
         let (scheduler, schedule) = scheduler(folder)?;
-        let (text, unet, vae) = (
-            model::<ClipText>(folder, "text_encoder")?,
-            model::<UNet2DCondition>(folder, "unet")?,
-            Vae::read(folder)?,
-        );
+        let (condition, unet, vae) = (conditioner(folder)?, denoiser(folder)?, Vae::read(folder)?);
+        let classes = match &condition {
+            Conditioner::Class(table) => Some(Classes::read(folder, table)?),
+            _ => None,
+        };
         let wrong = |component: &str, key: &str, want: String, got: usize| {
             let file = folder.component(component).map(|c| c.path.join("config.json")).unwrap_or_default();
             Err(Error::Config { file, key: key.into(), want, got: got.to_string() })
@@ -125,9 +153,10 @@ impl Blueprint {
             let got = vae.codec().out_channels;
             return wrong(vae_name(folder), "in_channels, out_channels", "3, for RGB".into(), got);
         }
-        if text.hidden != unet.context {
+        let (width, key) = condition.width();
+        if width != unet.context {
             let want = format!("the UNet's cross_attention_dim {}", unet.context);
-            return wrong("text_encoder", "hidden_size", want, text.hidden);
+            return wrong(condition.part(), key, want, width);
         }
         let z = vae.codec().latent_channels;
         if unet.out_channels != z {
@@ -141,7 +170,7 @@ impl Blueprint {
         if unet.in_channels < z {
             return wrong("unet", "in_channels", format!("at least latent_channels {z}"), unet.in_channels);
         }
-        Ok(Blueprint { text, unet, vae, schedule, scheduler })
+        Ok(Blueprint { condition, classes, unet, vae, schedule, scheduler })
     }
 
     /// Width and height of a request's pictures, in pixels.
@@ -178,6 +207,32 @@ impl Blueprint {
         Ok((width, height))
     }
 
+    /// Checks that a request asks for what the model draws: a text, or one of its classes.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] that says what would do.
+    pub fn check_words(&self, r: &Request) -> Result<()> {
+        match (&self.classes, &r.class) {
+            (Some(classes), _) => classes.ids(r).map(drop),
+            (None, None) if self.condition == Conditioner::Nothing => {
+                let mut words = [&r.prompt, &r.negative].into_iter().chain(&r.prompts);
+                match words.all(String::is_empty) {
+                    true => Ok(()),
+                    false => {
+                        Err(Error::invalid("this model has no condition: want neither a prompt nor a class"))
+                    }
+                }
+            }
+            (None, Some(_)) if self.condition == Conditioner::Nothing => {
+                Err(Error::invalid("this model has no condition: want neither a prompt nor a class"))
+            }
+            (None, Some(class)) => Err(Error::invalid(format!(
+                "class: this model draws texts: want --prompt; got the class `{class}`"
+            ))),
+            (None, None) => Ok(()),
+        }
+    }
+
     /// Checks what can be known of a request before any weight is read: numbers, size, sampler and its steps.
     ///
     /// # Errors
@@ -196,8 +251,8 @@ impl Blueprint {
         if !r.cfg_scale.is_finite() {
             return Err(Error::invalid(format!("guidance: want a finite number; got {}", r.cfg_scale)));
         }
-        if r.clip_skip > self.text.layers {
-            let (most, got) = (self.text.layers + 1, r.clip_skip.saturating_add(1));
+        if r.clip_skip > self.condition.layers() {
+            let (most, got) = (self.condition.layers() + 1, r.clip_skip.saturating_add(1));
             return Err(Error::invalid(format!(
                 "clip skip: want 1 to {most}, by the text encoder's layers; got {got}"
             )));
@@ -215,6 +270,11 @@ impl Blueprint {
         }
         let (method, schedule) = self.choose(r)?;
         method.ladder(&schedule, r.steps, 0).map(|_| ())
+    }
+
+    /// Guidance of a request; 1, which is none, where there is no condition.
+    pub(super) fn guidance(&self, r: &Request) -> f64 {
+        if self.condition == Conditioner::Nothing { 1.0 } else { r.cfg_scale }
     }
 
     /// Height and width of a request's latents.
@@ -287,8 +347,8 @@ impl Blueprint {
         let size = self.latent_size(r)?;
         let (method, schedule) = self.choose(r)?;
         let table = method.table(&method.ladder(&schedule, r.steps, 0)?)?;
-        let (batch, tokens) = (r.batch, self.text.positions);
-        let s = Settings { batch, size, tokens, guidance: r.cfg_scale, dtype };
+        let (batch, tokens) = (r.batch, self.condition.tokens());
+        let s = Settings { batch, size, tokens, guidance: self.guidance(r), dtype };
         Ok((evaluation_graph(&self.unet, &table, &s)?, table.rows.len(), s))
     }
 

@@ -4,7 +4,7 @@ use super::blueprint::MAX_BATCH;
 use super::{Blueprint, Init, Request, Residency, Vae};
 use crate::error::{Error, Result};
 use crate::exec::{Device, Graph, Program, Target, human_bytes};
-use crate::models::{Inventory, Model};
+use crate::models::{Conditioner, Inventory, Model};
 use crate::tensor::DType;
 
 /// The process itself: code, threads, configurations, graphs (measured).
@@ -87,7 +87,7 @@ impl Blueprint {
             Vae::Kl(v) => v.inventory(dtype)?,
             Vae::Vq(v) => v.inventory(dtype)?,
         };
-        Ok(bytes(self.text.inventory(dtype)?) + bytes(self.unet.inventory(dtype)?) + bytes(vae))
+        Ok(bytes(self.condition.inventory(dtype)?) + bytes(self.unet.inventory(dtype)?) + bytes(vae))
     }
 
     /// Memory and work for a request on a target, without running it.
@@ -113,9 +113,12 @@ impl Blueprint {
         let tile = rows.tile * columns.tile * self.vae.codec().factor().pow(2) * 3;
         let image = if tiles == 1 { pixels } else { pixels + tile } * float;
 
-        let text = self.text.context_graph(s.copies(), s.tokens, dtype, r.clip_skip)?;
         let decoder = self.vae.decode_graph([1, rows.tile, columns.tile], dtype)?;
-        let mut stages = vec![stage("text", &text, target, context)?];
+        let mut stages = vec![];
+        if self.condition != Conditioner::Nothing {
+            let text = self.condition.context_graph(s.copies(), s.tokens, dtype, r.clip_skip)?;
+            stages.push(stage("text", &text, target, context)?);
+        }
         if r.init.is_some() {
             stages.push(stage(
                 "encoding",
@@ -139,7 +142,7 @@ impl Blueprint {
             rows: s.copies() * s.batch,
             evaluations,
             // A tokenizer holds each of its words a few times (measured).
-            process: PROCESS + self.text.vocabulary * 400,
+            process: PROCESS + self.condition.vocabulary() * 400,
             stages,
         })
     }

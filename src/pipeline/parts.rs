@@ -5,7 +5,7 @@ use super::blueprint::{scheduler, vae_name};
 use crate::error::{Error, Result};
 use crate::exec::{Device, Weights};
 use crate::io::{Config, ModelFolder};
-use crate::models::{AnyModel, ClipText, Inventory, Model, UNet2DCondition};
+use crate::models::{AnyModel, ClipText, Conditioner, Inventory, Model, UNet2DCondition};
 use crate::presets::Preset;
 use crate::samplers::ScheduleConfig;
 use crate::tensor::DType;
@@ -13,8 +13,8 @@ use crate::tensor::DType;
 /// What there is of a model. A part that is missing, or of a class that the engine does not run, is `None`.
 #[derive(Clone, Debug, Default)]
 pub struct Parts {
-    /// The text encoder.
-    pub text: Option<ClipText>,
+    /// The text encoder, or the table of classes.
+    pub text: Option<Conditioner>,
     /// The UNet.
     pub unet: Option<UNet2DCondition>,
     /// The autoencoder.
@@ -49,7 +49,7 @@ impl Parts {
     /// When the configuration of a class that the engine runs is not understood.
     pub fn read(folder: &ModelFolder) -> Result<Parts> {
         let mut parts = Parts::default();
-        let names = ["text_encoder", "unet", vae_name(folder), "scheduler"];
+        let names = ["text_encoder", "bert", "class_embedder", "unet", vae_name(folder), "scheduler"];
         for c in folder.components().iter().filter(|c| names.contains(&&*c.name)) {
             match (c.path.is_dir(), &*c.name) {
                 // A part may be left out of a copy: the others can still be measured.
@@ -66,7 +66,9 @@ impl Parts {
     fn add(&mut self, name: &str, class: &str, config: &Config) -> Result<()> {
         self.classes.push((name.into(), class.into()));
         match AnyModel::read(class, config)? {
-            Some(AnyModel::ClipText(m)) => self.text = Some(m),
+            Some(AnyModel::ClipText(m)) => self.text = Some(Conditioner::Clip(m)),
+            Some(AnyModel::LdmBert(m)) => self.text = Some(Conditioner::Bert(m)),
+            Some(AnyModel::ClassEmbedder(m)) => self.text = Some(Conditioner::Class(m)),
             Some(AnyModel::UNet2DCondition(m)) => self.unet = Some(m),
             Some(AnyModel::AutoencoderKL(m)) => self.vae = Some(Vae::Kl(m)),
             Some(AnyModel::VQModel(m)) => self.vae = Some(Vae::Vq(m)),
@@ -80,7 +82,7 @@ impl Parts {
     ///
     /// # Errors
     /// [`Error::Invalid`] where there is none that the engine runs.
-    pub fn text(&self) -> Result<&ClipText> {
+    pub fn text(&self) -> Result<&Conditioner> {
         self.text.as_ref().ok_or_else(|| self.missing("text_encoder", ClipText::CLASSES))
     }
 

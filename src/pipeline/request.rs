@@ -8,7 +8,9 @@ use crate::samplers::Choice;
 pub struct Request {
     /// What the pictures show.
     pub prompt: String,
-    /// What each picture of the batch shows, in place of `prompt`; empty where all show the same.
+    /// A class by name or number, for models that draw such in place of texts.
+    pub class: Option<String>,
+    /// What each picture of the batch shows, in place of `prompt` or `class`; empty where all show the same.
     pub prompts: Vec<String>,
     /// What they do not show.
     pub negative: String,
@@ -56,6 +58,7 @@ impl Default for Request {
     fn default() -> Request {
         Request {
             prompt: String::new(),
+            class: None,
             prompts: vec![],
             negative: String::new(),
             width: None,

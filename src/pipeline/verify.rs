@@ -6,13 +6,13 @@
 //! bound is 1e-4 at every tensor, in the 16-bit types 1.5 times the floor of that tensor; a tensor without a floor is
 //! shown and not judged. Pictures have at least 50 dB in f32.
 
-use super::blueprint::{model, scheduler, vae_name};
+use super::blueprint::{conditioner, model, scheduler, vae_name};
 use super::{Blueprint, Inventory, Pipeline, load, repeat, unscaled};
 use crate::diffusion::{Sampling, Settings};
 use crate::error::{Error, Result};
 use crate::exec::{Device, Graph, Program, Weights};
 use crate::io::{Checkpoint, ModelFolder, weights};
-use crate::models::UNet2DCondition;
+use crate::models::{Conditioner, UNet2DCondition};
 use crate::samplers::{Method, skipped};
 use crate::tensor::{DType, HostTensor};
 use serde_json::Value;
@@ -253,11 +253,19 @@ impl Session<'_> {
     }
 
     fn text(&mut self) -> Result<()> {
-        let (text, weights) = self.load::<crate::models::ClipText>("text_encoder")?;
-        let want = format!("(B,T), T at most {}", text.positions);
-        let [rows, tokens] = self.axes("text.ids", &want, |[_, t]| t <= text.positions)?;
+        let text = conditioner(self.folder)?;
+        let inventory = Inventory::of(&text.inventory(self.dtype)?);
+        let weights = load(self.folder.checkpoint(text.part())?, &inventory, self.device)?;
+        let want = format!("(B,T), T at most {}", text.tokens());
+        let [rows, tokens] = self.axes("text.ids", &want, |[_, t]| t <= text.tokens())?;
         let ids = self.read_ids("text.ids")?;
-        let graph = text.states_graph(rows, tokens, self.dtype)?;
+        let graph = match &text {
+            Conditioner::Clip(m) => m.states_graph(rows, tokens, self.dtype)?,
+            Conditioner::Bert(m) => m.states_graph(rows, tokens, self.dtype)?,
+            Conditioner::Class(_) | Conditioner::Nothing => {
+                return Err(Error::invalid("text: the checkpoint has no text encoder"));
+            }
+        };
         let program = self.run(graph, &weights, &[("ids", &ids)])?;
         for i in 0.. {
             let name = format!("text.hidden_{i:02}");
@@ -268,7 +276,7 @@ impl Session<'_> {
         }
         let last = program.read("last")?;
         self.compare("text.last", last.clone(), None)?;
-        if self.has("text.pooled") {
+        if let (Conditioner::Clip(text), true) = (&text, self.has("text.pooled")) {
             let (e, v) = (last.shape().last(), last.to_f32());
             let ids: Vec<i32> = ids.to_f64().into_iter().map(|v| v as i32).collect();
             let mut pooled = Vec::with_capacity(rows * e);
@@ -415,17 +423,25 @@ impl Session<'_> {
             pipeline.blueprint.unet.multiple(),
         )?;
         let [batch, h, w] = size(&start)?;
-        let context = self.context(&pipeline, batch, guidance > 1.0)?;
-        self.compare("context", context.clone(), None)?;
-
-        let tokens = context.shape()[1];
+        let without = pipeline.blueprint.condition == Conditioner::Nothing;
+        let guidance = if without { 1.0 } else { guidance };
+        let context = match without {
+            true => None,
+            false => Some(self.context(&pipeline, batch, guidance > 1.0)?),
+        };
+        if let Some(context) = &context {
+            self.compare("context", context.clone(), None)?;
+        }
+        let tokens = context.as_ref().map_or(0, |context| context.shape()[1]);
         let settings = Settings { batch, size: [h, w], tokens, guidance, dtype: self.dtype };
         let (unet, weights) = (&pipeline.blueprint.unet, pipeline.unet.weights(self.device, None)?);
         let mut run = Sampling::new(unet, &weights, self.device, (method, &ladder), settings)?;
         if run.noises() > 0 {
             return Err(Error::invalid("the run drew fresh noise (eta > 0), which the file does not store"));
         }
-        run.set_context(&context)?;
+        if let Some(context) = &context {
+            run.set_context(context)?;
+        }
         if run.program().has("condition") {
             run.set_condition(&self.condition(unet)?)?;
         }
@@ -452,7 +468,7 @@ impl Session<'_> {
     fn context(&self, pipeline: &Pipeline, batch: usize, guided: bool) -> Result<HostTensor> {
         let mut ids = Vec::new();
         let names: &[&str] = if guided { &["negative_ids", "prompt_ids"] } else { &["prompt_ids"] };
-        let (positions, mut tokens) = (pipeline.blueprint.text.positions, 0);
+        let (positions, mut tokens) = (pipeline.blueprint.condition.tokens(), 0);
         for name in names {
             let want = format!("(1,T), T at most {positions}, of all prompts the same");
             let fits = |[rows, t]: [usize; 2]| rows == 1 && t <= positions && [0, t].contains(&tokens);

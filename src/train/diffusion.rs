@@ -1,5 +1,7 @@
-//! Runs of a latent diffusion model: Rombach et al. 2022, sections 3.2 and 3.3. The text encoder is trained with the UNet.
+//! Runs of a latent diffusion model: Rombach et al. 2022, sections 3.2 and 3.3. The text encoder, or the table of
+//! classes, is trained with the UNet.
 
+use super::condition::Condition;
 use super::export;
 use super::frozen::FirstStage;
 use super::grid::Tiles;
@@ -14,22 +16,20 @@ use crate::data::loader::Options;
 use crate::error::{Error, Result};
 use crate::exec::Device;
 use crate::graph::{Graph, Var};
-use crate::io::vocabulary;
-use crate::io::{Config, ModelFolder, Tokenizer};
-use crate::models::{ClipText, Model, UNet2DCondition};
+use crate::io::ModelFolder;
+use crate::models::{Conditioner, UNet2DCondition};
 use crate::ops::{Loss, cast};
 use crate::pipeline::{Pipeline, Request};
 use crate::tensor::{DType, HostTensor};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-/// Parts of the graph of a step, as its parameters are called.
+/// The UNet's part of the graph of a step, as its parameters are called.
 const UNET: &str = "unet";
-const TEXT: &str = "text_encoder";
 
-/// Inputs of a step: noisy latents (B,h,w,Z), timesteps (B), targets (B,h,w,Z), all f32; captions (B,T) i32; and weights (B)
+/// Inputs of a step: noisy latents (B,h,w,Z), timesteps (B), targets (B,h,w,Z), all f32; ids of captions or classes (B,T) i32, or a context; and weights (B)
 /// of the pictures, f32.
 #[derive(Clone, Copy, Debug)]
 pub struct Noised {
@@ -37,30 +37,37 @@ pub struct Noised {
     pub x: Var,
     /// Timesteps.
     pub t: Var,
-    /// Tokens of the captions.
-    pub ids: Var,
+    /// Tokens of the captions, or classes; where no conditioner is trained, the context itself (B,T,E) f32, or none.
+    pub condition: Option<Var>,
     /// What the UNet should say.
     pub target: Var,
     /// Weights of the pictures.
     pub weights: Var,
 }
 
-/// The loss (1) f32 of a step of UNet and text encoder together. Their weights are called `unet.…` and `text_encoder.…`.
+/// The loss (1) f32 of a step of UNet and conditioner together, or of the UNet alone. Their weights are called `unet.…` and, after
+/// [`Conditioner::part`], `text_encoder.…`.
 ///
 /// # Errors
 /// When the sizes do not fit the models.
 pub fn diffusion_loss(
     g: &mut Graph,
-    (unet, text): (&UNet2DCondition, &ClipText),
+    (unet, conditioner): (&UNet2DCondition, Option<&Conditioner>),
     input: Noised,
     distance: crate::ops::Distance,
     dtype: DType,
 ) -> Result<Var> {
-    g.part(TEXT);
-    let context = text.build(g, input.ids, dtype)?.last;
+    let context = match (conditioner, input.condition) {
+        (Some(conditioner), Some(ids)) => {
+            g.part(conditioner.part());
+            Some(conditioner.build(g, ids, dtype)?)
+        }
+        (_, Some(context)) => Some(cast(g, "context", context, dtype, 1.0)?),
+        (_, None) => None,
+    };
     g.part(UNET);
     let x = cast(g, "x", input.x, dtype, 1.0)?;
-    let y = unet.build(g, x, (input.t, None), context)?;
+    let y = unet.body(g, x, (input.t, None), context)?;
     g.part("");
     g.push("loss", Loss(distance), &[y, input.target, input.weights])
 }
@@ -69,11 +76,7 @@ pub fn diffusion_loss(
 pub(super) struct Diffusion {
     settings: Settings,
     own: DiffusionSettings,
-    text: ClipText,
-    text_config: Value,
-    words: PathBuf,
-    tokenizer: Tokenizer,
-    empty: Vec<i32>,
+    condition: Condition,
     latents: Latents,
     levels: Levels,
     /// Factor of the latents.
@@ -100,58 +103,24 @@ impl Diffusion {
                 "{path}: want the first stage that the run began with; its weights have changed since"
             )));
         }
-        let words = folder.join("tokenizer");
-        let positions = own.text_config["max_position_embeddings"].as_u64().unwrap_or(77) as usize;
-        if !words.join("tokenizer_config.json").is_file() {
-            let captions = subject.captions();
-            if captions.iter().all(String::is_empty) {
-                watch.say("the pictures have no captions: the model will make pictures like them, whatever the prompt");
-            }
-            export::folder(&words)?;
-            vocabulary::learn(&captions, own.vocabulary)?.write(&words, positions)?;
-        }
-        let tokenizer = Tokenizer::open(&words)?;
-        let room = tokenizer.max_length() - 2;
-        let long = |caption: &String| tokenizer.encode(caption).is_ok_and(|e| e.tokens > room);
-        let cut = subject.captions().iter().filter(|c| long(c)).count();
-        if cut > 0 {
-            watch.say(&format!(
-                "{cut} captions have more than {room} tokens and are cut (model.text_encoder.max_position_embeddings)"
-            ));
-        }
-        let size = tokenizer.vocab_size();
-        let mut text_config = own.text_config.clone();
-        for (key, value) in [
-            ("vocab_size", size),
-            ("bos_token_id", tokenizer.bos() as usize),
-            ("eos_token_id", tokenizer.eos() as usize),
-            ("pad_token_id", tokenizer.pad() as usize),
-        ] {
-            text_config[key] = json!(value);
-        }
-        let text =
-            ClipText::from_config(&Config::from_value(words.join("config.json"), text_config.clone())?)?;
+        let pictures = s.pictures();
+        let condition = Condition::start(&own.condition, &subject, (folder, pictures), notes, device, watch)?;
+        condition.check(&s.sample.prompts)?;
         let options =
-            Options { batch: s.pictures(), seed: s.seed, threads: s.data.threads, ..Options::default() };
+            Options { batch: pictures, seed: s.seed, threads: s.data.threads, ..Options::default() };
         let mut latents = match own.cache && s.data.is_fixed() {
             false => Latents::live(&subject, options, step, (&own.first, s.batch), device)?,
             true => {
                 let file = folder.join("latents.safetensors");
-                Latents::kept(
-                    &subject,
-                    options,
-                    (&own.first, s.batch, &stage),
-                    (&file, &tokenizer),
-                    device,
-                    watch,
-                )?
+                let first = (&own.first, s.batch, &stage[..]);
+                Latents::kept(&subject, options, first, (&file, &condition), device, watch)?
             }
         };
         let scale = match own.first.scaling_factor {
             Some(scale) => scale,
             None if step > 0 => note(notes, "scaling_factor")?,
             None => {
-                let said = latents.next(0, &tokenizer)?;
+                let said = latents.next(0, &condition)?;
                 // The first step takes this batch again.
                 if matches!(latents, Latents::Live { .. }) {
                     latents = Latents::live(&subject, options, 0, (&own.first, s.batch), device)?;
@@ -159,23 +128,10 @@ impl Diffusion {
                 1.0 / deviation(&draw(&own.first, &said.moments, s.seed, 0))
             }
         };
-        watch.say(&format!("latents are multiplied by {scale:.5}; {size} tokens"));
-        let empty = tokenizer.encode("")?.ids;
+        watch.say(&format!("latents are multiplied by {scale:.5}; {}", condition.describe()));
         let levels = Levels::new(&own.schedule)?;
         let (settings, own) = (s.clone(), own.clone());
-        Ok(Diffusion {
-            settings,
-            own,
-            text,
-            text_config,
-            words,
-            tokenizer,
-            empty,
-            latents,
-            levels,
-            scale,
-            stage,
-        })
+        Ok(Diffusion { settings, own, condition, latents, levels, scale, stage })
     }
 
     fn first(&self) -> &FirstStage {
@@ -199,16 +155,20 @@ fn deviation(x: &[f32]) -> f64 {
 
 impl Task for Diffusion {
     fn graph(&self) -> Result<Graph> {
-        let (b, mut g) = (self.settings.batch, Graph::new());
+        let (b, t, mut g) = (self.settings.batch, self.condition.length(), Graph::new());
         g.train(true);
         let input = Noised {
             x: g.input("x", DType::F32, self.shape(b)),
             t: g.input("t", DType::F32, [b]),
-            ids: g.input("ids", DType::I32, [b, self.tokenizer.max_length()]),
+            condition: match self.condition.trained() {
+                Some(_) => Some(g.input("ids", DType::I32, [b, t])),
+                None if t == 0 => None,
+                None => Some(g.input("context", DType::F32, [b, t, self.own.unet.context])),
+            },
             target: g.input("target", DType::F32, self.shape(b)),
             weights: g.input("weights", DType::F32, [b]),
         };
-        let models = (&self.own.unet, &self.text);
+        let models = (&self.own.unet, self.condition.trained());
         let loss = diffusion_loss(&mut g, models, input, self.own.objective.distance, self.settings.dtype)?;
         let again = if self.settings.recompute { blocks(&g) } else { vec![] };
         update(&mut g, loss, &self.settings.optimiser, &again)?;
@@ -216,16 +176,23 @@ impl Task for Diffusion {
     }
 
     fn begin(&mut self, trainer: &mut Trainer) -> Result<()> {
-        let zero = |name: &str| name.strip_prefix(UNET).is_some_and(|name| is_zero_module(&name[1..]));
+        // Attention between pixels ends in a layer that starts at zero too; in transformers it is another layer.
+        let alone = self.own.unet.context == 0;
+        let way_out = |name: &str| alone && name.contains(".attentions.") && name.contains(".to_out.0.");
+        let zero = |name: &str| {
+            name.strip_prefix(UNET).is_some_and(|name| is_zero_module(&name[1..]) || way_out(name))
+        };
         let parameters = trainer.parameters();
         let values = initial(&parameters, zero, self.settings.seed)?;
-        parameters.iter().zip(&values).try_for_each(|((name, _), value)| trainer.set(name, value))
+        parameters.iter().zip(&values).try_for_each(|((name, _), value)| trainer.set(name, value))?;
+        let given = self.condition.begin()?;
+        given.iter().try_for_each(|(name, value)| trainer.set(name, value))
     }
 
     fn inputs(&mut self, step: usize) -> Result<Vec<(&'static str, HostTensor)>> {
         let (seed, b) = (self.settings.seed, self.settings.pictures());
         let shape = self.shape(b);
-        let said = self.latents.next(step, &self.tokenizer)?;
+        let said = self.latents.next(step, &self.condition)?;
         let z: Vec<f32> = draw(self.first(), &said.moments, seed, step);
         let z: Vec<f32> = z.into_iter().map(|v| (f64::from(v) * self.scale) as f32).collect();
         let (n, c) = (z.len() / b, shape[3]);
@@ -249,15 +216,16 @@ impl Task for Diffusion {
             weights.push(objective.weight(&self.levels, t) as f32);
         }
         let drops = dropped(seed, step, self.own.drop, b);
-        let ids = said.ids.iter().zip(drops).flat_map(|(ids, drop)| if drop { &self.empty } else { ids });
-        let ids = ids.copied().collect();
-        Ok(vec![
+        let nothing = &self.condition.nothing;
+        let ids = said.ids.iter().zip(drops).flat_map(|(ids, drop)| if drop { nothing } else { ids });
+        let condition = self.condition.input(ids.copied().collect())?;
+        let all = [
             ("x", HostTensor::f32(shape, x)?),
             ("t", HostTensor::f32([b], times)?),
-            ("ids", HostTensor::i32([b, self.tokenizer.max_length()], ids)?),
             ("target", HostTensor::f32(shape, target)?),
             ("weights", HostTensor::f32([b], weights)?),
-        ])
+        ];
+        Ok(all.into_iter().chain(condition).collect())
     }
 
     fn waited(&self) -> Duration {
@@ -269,49 +237,40 @@ impl Task for Diffusion {
     }
 
     fn notes(&self) -> Vec<(String, String)> {
-        vec![("scaling_factor".into(), self.scale.to_string()), ("first_stage".into(), self.stage.clone())]
+        let scale = self.scale.to_string();
+        let own = [("scaling_factor".to_string(), scale), ("first_stage".to_string(), self.stage.clone())];
+        own.into_iter().chain(self.condition.notes().iter().cloned()).collect()
     }
 
     fn export(&self, trainer: &Trainer, folder: &Path) -> Result<()> {
         let s = &self.settings;
         let at = |name: &str| folder.join(name);
         export::component(&at("unet"), "diffusion_pytorch_model", &self.own.unet_config, trainer, UNET, s)?;
-        export::component(&at("text_encoder"), "model", &self.text_config, trainer, TEXT, s)?;
+        self.condition.export(trainer, folder, s)?;
         let mut vae = self.first().config.clone();
         vae["scaling_factor"] = json!(self.scale);
-        export::copied(&self.first().path, &at("vae"), &vae, s.export)?;
-        for name in ["tokenizer", "scheduler"] {
-            export::folder(&at(name))?;
-        }
-        vocabulary::copy(&self.words, &at("tokenizer"))?;
+        let name = self.condition.vae();
+        export::copied(&self.first().path, (&at(name), "diffusion_pytorch_model"), &vae, s.export)?;
+        export::folder(&at("scheduler"))?;
         export::json(&at("scheduler").join("scheduler_config.json"), &self.own.schedule_config)?;
-        let index = json!({
-            "_class_name": "StableDiffusionPipeline",
-            "feature_extractor": [null, null],
-            "image_encoder": [null, null],
-            "requires_safety_checker": false,
-            "safety_checker": [null, null],
-            "scheduler": ["diffusers", self.own.schedule_config["_class_name"]],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", self.first().class],
-        });
+        let mut index = self.condition.index();
+        index["scheduler"] = json!(["diffusers", self.own.schedule_config["_class_name"]]);
+        index["unet"] = json!(["diffusers", self.own.unet_config["_class_name"]]);
+        index[name] = json!(["diffusers", self.first().class]);
         export::json(&at("model_index.json"), &index)
     }
 
-    /// A picture of each prompt, made as `ldm sample` makes it from the export.
+    /// A picture of each prompt or class, made as `ldm sample` makes it from the export.
     fn grid(&self, _: &Trainer, folder: &Path, device: &Device) -> Result<Tiles> {
         let how = &self.settings.sample;
         let pipeline = Pipeline::open(&ModelFolder::open(folder)?, device, Some(DType::F32))?;
         let mut pictures = vec![];
-        for (i, prompt) in how.prompts.iter().enumerate() {
+        for (i, what) in self.condition.requests(&how.prompts).into_iter().enumerate() {
             let request = Request {
-                prompt: prompt.clone(),
                 steps: how.steps,
                 cfg_scale: how.guidance,
                 seed: self.settings.seed + i as u64,
-                ..Request::default()
+                ..what
             };
             pictures.extend(pipeline.generate(&request, &mut ())?);
         }

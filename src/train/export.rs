@@ -66,11 +66,15 @@ pub(super) fn component(
 }
 
 /// Writes a component that is not trained, with another configuration.
-pub(super) fn copied(from: &Path, to: &Path, config: &Value, dtype: DType) -> Result<()> {
+pub(super) fn copied(from: &Path, (to, stem): (&Path, &str), config: &Value, dtype: DType) -> Result<()> {
     folder(to)?;
-    let file = to.join("diffusion_pytorch_model.safetensors");
+    let file = to.join(format!("{stem}.safetensors"));
     let checkpoint = Checkpoint::open(from)?;
-    let all = checkpoint.names().map(|name| Ok((name.to_string(), checkpoint.read(name, dtype)?)));
+    // Whole numbers are constants that older versions stored.
+    let all = checkpoint
+        .names()
+        .filter(|name| !checkpoint.is_integer(name))
+        .map(|name| Ok((name.to_string(), checkpoint.read(name, dtype)?)));
     weights::save(&file, &all.collect::<Result<Vec<_>>>()?, notes())?;
     json(&to.join("config.json"), config)
 }

@@ -107,16 +107,8 @@ impl FirstStage {
 
     /// What stays the same as long as the encoder does: a hash of its weights' file names, sizes and bytes.
     pub(super) fn fingerprint(&self) -> Result<String> {
-        let checkpoint = Checkpoint::open(&self.path)?;
-        let mut hash = 0xcbf2_9ce4_8422_2325u64;
-        let mut eat = |bytes: &[u8]| {
-            bytes.iter().for_each(|b| hash = (hash ^ u64::from(*b)).wrapping_mul(0x0000_0100_0000_01b3));
-        };
-        for name in checkpoint.names().filter(|n| n.starts_with("encoder.") || n.starts_with("quant_conv.")) {
-            eat(name.as_bytes());
-            eat(bytemuck::cast_slice(&checkpoint.read_f32(name)?));
-        }
-        Ok(format!("{hash:016x}"))
+        let encoder = |name: &str| name.starts_with("encoder.") || name.starts_with("quant_conv.");
+        Checkpoint::open(&self.path)?.fingerprint(encoder)
     }
 }
 

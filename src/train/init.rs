@@ -11,7 +11,7 @@ pub fn is_zero_module(name: &str) -> bool {
 }
 
 /// Parameters as PyTorch's layers start: convolutions and linear layers, with their biases, uniform within ±1/√fan-in;
-/// embeddings normal with deviation 0.02 (CLIP); codebooks uniform within ±1/V; norms the identity. Shapes are those that the
+/// embeddings normal with deviation 0.02 (CLIP, BERT), of classes with 1; codebooks uniform within ±1/V; norms the identity. Shapes are those that the
 /// engine holds, (O,KH,KW,I). What `zero` names starts at zero.
 ///
 /// # Errors
@@ -35,7 +35,9 @@ pub fn initial(
             vec![0.0; n]
         } else if stem.ends_with("quantize.embedding") {
             uniform(1.0 / shape[0] as f64)
-        } else if stem.ends_with("embedding") {
+        } else if stem.ends_with("class_embedder.embedding") {
+            random.randn(n)
+        } else if ["embedding", "embed_tokens", "embed_positions"].iter().any(|end| stem.ends_with(end)) {
             random.randn(n).into_iter().map(|v| 0.02 * v).collect()
         } else if let Some((_, weight)) = weight {
             uniform(1.0 / (fan_in(weight) as f64).sqrt())
@@ -63,6 +65,8 @@ mod tests {
             ("norm.bias".to_string(), shape(&[8])),
             ("token_embedding.weight".to_string(), shape(&[50, 40])),
             ("quantize.embedding.weight".to_string(), shape(&[100, 3])),
+            ("class_embedder.embedding.weight".to_string(), shape(&[50, 40])),
+            ("bert.model.embed_tokens.weight".to_string(), shape(&[50, 40])),
         ];
         let all = initial(&parameters, is_zero_module, 1).unwrap();
         let most = |i: usize| all[i].to_f32().iter().fold(0.0f32, |m, v| m.max(v.abs()));
@@ -71,7 +75,8 @@ mod tests {
         assert_eq!(most(2), 0.0);
         assert!(most(6) <= 0.01 && most(6) > 0.009, "a codebook of 100");
         assert!(all[3].to_f32().iter().all(|&v| v == 1.0) && most(4) == 0.0);
-        let deviation = (all[5].to_f32().iter().map(|v| v * v).sum::<f32>() / 2000.0).sqrt();
-        assert!((deviation - 0.02).abs() < 0.001, "{deviation}");
+        let deviation = |i: usize| (all[i].to_f32().iter().map(|v| v * v).sum::<f32>() / 2000.0).sqrt();
+        assert!((deviation(8) - 0.02).abs() < 0.001, "{}", deviation(8));
+        assert!((deviation(5) - 0.02).abs() < 0.001 && (deviation(7) - 1.0).abs() < 0.05, "{}", deviation(7));
     }
 }

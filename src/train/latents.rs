@@ -2,6 +2,7 @@
 //!
 //! The file holds moments, not draws: a KL encoder predicts a distribution, and each step draws anew from it.
 
+use super::condition::Condition;
 use super::frozen::{Encoder, FirstStage};
 use super::run::Watch;
 use super::source::{Stream, Subject, drawing, normal};
@@ -9,14 +10,14 @@ use crate::data::loader::{Loader, Options, shuffled};
 use crate::data::source::Source;
 use crate::error::{Error, Result};
 use crate::exec::Device;
-use crate::io::{Checkpoint, Order, Tokenizer, weights};
+use crate::io::{Checkpoint, Order, weights};
 use crate::rng::Small;
 use crate::tensor::{DType, HostTensor};
 use std::collections::HashMap;
 use std::path::Path;
 use std::time::Duration;
 
-/// A batch as a diffusion step takes it: what the encoder says (B,…), and captions.
+/// A batch as a diffusion step takes it: what the encoder says (B,…), and the ids of the condition.
 pub(super) struct Said {
     pub(super) moments: Vec<f32>,
     pub(super) ids: Vec<Vec<i32>>,
@@ -27,7 +28,7 @@ pub(super) enum Latents {
     /// The encoder is asked at every step.
     Live { loader: Loader, encoder: Box<Encoder> },
     /// All has been said.
-    Kept { file: Checkpoint, captions: Vec<Vec<i32>>, seed: u64, batch: usize },
+    Kept { file: Checkpoint, ids: Vec<Vec<i32>>, seed: u64, batch: usize },
 }
 
 /// One kept latent as it is called in the file.
@@ -53,7 +54,7 @@ impl Latents {
         subject: &Subject,
         options: Options,
         (first, batch, stage): (&FirstStage, usize, &str),
-        (path, tokenizer): (&Path, &Tokenizer),
+        (path, condition): (&Path, &Condition),
         device: &Device,
         watch: &mut dyn Watch,
     ) -> Result<Latents> {
@@ -90,32 +91,36 @@ impl Latents {
                 Checkpoint::open(path)?
             }
         };
-        let ids = |caption: String| Ok(tokenizer.encode(&caption)?.ids);
-        let captions = match subject {
+        let ids: Vec<Vec<i32>> = match subject {
             Subject::Folder { folder, .. } => {
-                let text = folder.items().iter().map(|i| i.caption.clone().unwrap_or_default());
-                text.map(ids).collect::<Result<Vec<_>>>()?
+                let items = folder.items().iter();
+                items
+                    .map(|i| condition.ids(i.caption.as_deref().unwrap_or_default(), i.class))
+                    .collect::<Result<_>>()?
             }
             Subject::Shapes { world, .. } => {
-                (0..n).map(|i| ids(world.scene(i as u64).caption())).collect::<Result<Vec<_>>>()?
+                let scenes = (0..n).map(|i| world.scene(i as u64));
+                scenes.map(|s| condition.ids(&s.caption(), Some(s.class()))).collect::<Result<_>>()?
             }
         };
         // A picture that could not be read has the moments, and so the caption, of the one that stands in for it.
         let places = file.read_f32(PLACES)?;
-        let captions = places.iter().filter_map(|place| captions.get(*place as usize).cloned()).collect();
-        Ok(Latents::Kept { file, captions, seed: options.seed, batch: options.batch })
+        let ids = places.iter().filter_map(|place| ids.get(*place as usize).cloned()).collect();
+        Ok(Latents::Kept { file, ids, seed: options.seed, batch: options.batch })
     }
 
     /// Batch number `step`; in order, or any from a file.
-    pub(super) fn next(&mut self, step: usize, tokenizer: &Tokenizer) -> Result<Said> {
+    pub(super) fn next(&mut self, step: usize, condition: &Condition) -> Result<Said> {
         match self {
             Latents::Live { loader, encoder } => {
                 let batch = loader.next().unwrap_or(Err(Error::Cancelled))?;
-                let ids = batch.captions.iter().map(|c| Ok(tokenizer.encode(c)?.ids));
+                let class = |i: usize| batch.classes.as_ref().map(|classes| classes[i]);
+                let captions = batch.captions.iter().enumerate();
+                let ids = captions.map(|(i, caption)| condition.ids(caption, class(i)));
                 Ok(Said { ids: ids.collect::<Result<_>>()?, moments: encoder.encode(&batch.images)? })
             }
-            Latents::Kept { file, captions, seed, batch } => {
-                let len = captions.len() as u64;
+            Latents::Kept { file, ids: all, seed, batch } => {
+                let len = all.len() as u64;
                 let (mut moments, mut ids) = (vec![], vec![]);
                 let tensor = file.tensor(MOMENTS)?;
                 let row = file.entry(MOMENTS).map_or(0, |e| e.shape.get(1).copied().unwrap_or(0));
@@ -124,7 +129,7 @@ impl Latents {
                     let mut one = vec![0.0f32; row];
                     tensor.rows(i..i + 1, DType::F32, Order::Stored, bytemuck::cast_slice_mut(&mut one))?;
                     moments.extend(one);
-                    ids.push(captions[i].clone());
+                    ids.push(all[i].clone());
                 }
                 Ok(Said { moments, ids })
             }
@@ -152,7 +157,7 @@ pub(super) fn draw(first: &FirstStage, moments: &[f32], seed: u64, step: usize) 
     first.draw(moments, &normal(seed, step, Stream::Latent, n))
 }
 
-/// By picture of a batch: whether its caption is left out.
+/// By picture of a batch: whether its condition is left out.
 pub(super) fn dropped(seed: u64, step: usize, share: f64, batch: usize) -> Vec<bool> {
     let mut draw = drawing(seed, step, Stream::Drop);
     (0..batch).map(|_| draw.uniform() < share).collect()

@@ -2,6 +2,7 @@
 //! devices that sample. A [`run()`] takes steps, and leaves checkpoints, metrics, pictures and a folder that samples.
 
 mod autoencoder;
+mod condition;
 mod diffusion;
 mod export;
 mod first_stage;
@@ -27,6 +28,7 @@ pub use perceptual::{PerceptualDistance, PerceptualTerm};
 pub use rates::{Schedule, average_decay};
 pub use run::{Standing, Summary, Watch, run};
 pub use settings::{
-    AutoencoderSettings, DataSettings, DiffusionSettings, Kind, Parts, SampleSettings, Settings,
+    AutoencoderSettings, Conditioned, DataSettings, DiffusionSettings, GivenEncoder, Kind, Parts,
+    SampleSettings, Settings, TextKind,
 };
 pub use step::{Optimiser, Report, Trainer, blocks, update};

@@ -3,7 +3,10 @@
 //! Sections of models hold diffusers' own keys, so that what a run exports says the same as what it was told.
 
 mod autoencoder;
+mod condition;
 mod diffusion;
+
+pub use condition::{Conditioned, GivenEncoder, TextKind};
 
 use super::frozen::FirstStage;
 use super::{FirstStageLoss, Objective, Optimiser, Schedule};
@@ -23,7 +26,7 @@ use std::path::{Path, PathBuf};
 pub enum Kind {
     /// An autoencoder, KL- or VQ-regularised.
     Autoencoder,
-    /// A conditioned UNet with its text encoder.
+    /// A conditioned UNet with what makes its context.
     Diffusion,
 }
 
@@ -61,10 +64,8 @@ pub struct DiffusionSettings {
     pub unet: UNet2DCondition,
     /// Its `config.json`.
     pub unet_config: Value,
-    /// The text encoder's `config.json`, without what the tokenizer says.
-    pub text_config: Value,
-    /// Most tokens of the vocabulary.
-    pub vocabulary: usize,
+    /// What the model is conditioned on.
+    pub condition: Conditioned,
     /// Where latents come from.
     pub first: FirstStage,
     /// Whether the latents of all pictures are computed once and kept in a file.
@@ -75,7 +76,7 @@ pub struct DiffusionSettings {
     pub schedule_config: Value,
     /// Loss and noise.
     pub objective: Objective,
-    /// Share of the captions that are left out.
+    /// Share of the captions, or classes, that are left out.
     pub drop: f64,
 }
 
@@ -108,7 +109,7 @@ pub enum Parts {
 pub struct SampleSettings {
     /// Steps from one grid to the next; 0 for none.
     pub every: usize,
-    /// Pictures of a grid, or prompts.
+    /// Prompts of a grid, or classes; where there are none, some are chosen.
     pub prompts: Vec<String>,
     /// Pictures of a grid of reconstructions.
     pub count: usize,
@@ -364,17 +365,13 @@ impl Settings {
         optimiser.average = decay > 0.0;
         let parts = match kind {
             Kind::Autoencoder => Parts::Autoencoder(Box::new(autoencoder::read(&c, data.size)?)),
-            Kind::Diffusion => Parts::Diffusion(Box::new(diffusion::read(&c, data.size)?)),
+            Kind::Diffusion => Parts::Diffusion(Box::new(diffusion::read(&c, &data)?)),
         };
         let checkpoint = section(&c, "checkpoint", &["every", "newest"])?;
         let sample = section(&c, "sample", &["every", "count", "prompts", "steps", "guidance"])?;
         let prompts = match sample.has("prompts") {
             true => sample.str_list("prompts")?,
-            false => {
-                ["a large red circle", "a small blue square", "a large green triangle", "a small yellow star"]
-                    .map(String::from)
-                    .into()
-            }
+            false => vec![],
         };
         let export = section(&c, "export", &["dtype"])?;
         let compute = dtype(&c, "dtype")?;

@@ -2,10 +2,11 @@
 
 use super::settings::DataSettings;
 use crate::data::folder::Folder;
-use crate::data::shapes::{Split, World};
+use crate::data::shapes::{Colour, EXCLUDED, Shape, Split, World, class_of};
 use crate::data::source::{Drawn, Pictures, Sample, Source};
 use crate::error::{Error, Result};
 use crate::rng::Small;
+use std::collections::BTreeMap;
 
 /// Captions of an endless source that a vocabulary is made from.
 const CAPTIONS: u64 = 4096;
@@ -69,6 +70,32 @@ impl Subject {
             Subject::Shapes { world, count, .. } => {
                 let n = if *count == 0 { CAPTIONS } else { CAPTIONS.min(*count) };
                 (0..n).map(|i| world.scene(i).caption()).collect()
+            }
+        }
+    }
+
+    /// Numbers and names of the classes that training shows.
+    ///
+    /// # Errors
+    /// When the pictures have none.
+    pub(super) fn classes(&self) -> Result<BTreeMap<usize, String>> {
+        match self {
+            Subject::Shapes { .. } => {
+                let all = Colour::ALL.into_iter().flat_map(|c| Shape::ALL.map(|s| (c, s)));
+                let shown = all.filter(|pair| !EXCLUDED.contains(pair));
+                Ok(shown.map(|(c, s)| (class_of(c, s), format!("{c} {s}"))).collect())
+            }
+            Subject::Folder { folder, .. } => {
+                let name = |class: usize| folder.classes().get(class).cloned().unwrap_or(class.to_string());
+                let there = folder.items().iter().filter_map(|i| i.class);
+                let found: BTreeMap<_, _> = there.map(|class| (class, name(class))).collect();
+                if found.is_empty() {
+                    return Err(Error::file(
+                        folder.path(),
+                        "its pictures have no class: want a folder for each class, or `label` in metadata.jsonl",
+                    ));
+                }
+                Ok(found)
             }
         }
     }

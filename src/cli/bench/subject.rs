@@ -165,7 +165,7 @@ impl Plan {
 
     fn settings(&self) -> Result<Settings> {
         // A model without a text encoder is given as many tokens as CLIP has.
-        let tokens = self.parts.text.as_ref().map_or(77, |t| t.positions);
+        let tokens = self.parts.text.as_ref().map_or(77, |t| t.tokens());
         let (batch, size, guidance, dtype) = (self.batch, self.latent, self.guidance, self.dtype);
         Ok(Settings { batch, size, tokens, guidance, dtype })
     }
@@ -180,7 +180,7 @@ impl Plan {
         let s = self.settings()?;
         let text = |rows: usize| -> Result<_> {
             let graph = self.parts.text()?.context_graph(rows, s.tokens, s.dtype, 0)?;
-            Ok(("text", graph, "text_encoder"))
+            Ok(("text", graph, self.parts.text()?.part()))
         };
         let step = || -> Result<_> {
             let Some((method, ladder)) = &self.method else {
@@ -238,9 +238,9 @@ impl Plan {
         let used = Inventory::of(std::slice::from_ref(graph));
         let Source::Folder(folder) = &self.source else { return random_weights(&used, device, 0) };
         let whole = match part {
-            "text_encoder" => Inventory::of(&self.parts.text()?.inventory(self.dtype)?),
             "unet" => Inventory::of(&self.parts.unet()?.inventory(self.dtype)?),
-            _ => self.parts.vae()?.inventory(self.dtype)?,
+            "vae" => self.parts.vae()?.inventory(self.dtype)?,
+            _ => Inventory::of(&self.parts.text()?.inventory(self.dtype)?),
         };
         let part = if part == "vae" && !folder.has("vae") { "vqvae" } else { part };
         // The file is checked against the whole model.

@@ -40,7 +40,7 @@ fn model(c: &Config, size: usize) -> Result<(Vae, Value)> {
         "_class_name": class, "in_channels": 3, "out_channels": 3,
         "down_block_types": vec!["DownEncoderBlock2D"; n], "up_block_types": vec!["UpDecoderBlock2D"; n],
         "block_out_channels": channels, "layers_per_block": 1, "act_fn": "silu", "latent_channels": 4,
-        "norm_num_groups": 32, "sample_size": size, "scaling_factor": 1.0, "force_upcast": false,
+        "norm_num_groups": groups(&channels), "sample_size": size, "scaling_factor": 1.0, "force_upcast": false,
     });
     if class == "VQModel" {
         defaults["latent_channels"] = json!(3);
@@ -72,6 +72,13 @@ fn initial_deviation(c: &Config, model: &Vae, config: &Value) -> Result<Option<f
         return Err(loss.error("initial_deviation", want));
     }
     Ok(deviation)
+}
+
+/// Groups of the norms: at most 32, and at least 4 channels in each where widths allow it. Of single channels a norm would take
+/// how bright a picture is.
+fn groups(channels: &[usize]) -> usize {
+    let fits = |g: &usize| channels.iter().all(|c| c % g == 0 && c / g >= 4);
+    (1..=32).rev().find(fits).unwrap_or(1)
 }
 
 /// The loss, and the file with the weights of its perceptual term.

@@ -1,16 +1,21 @@
 //! The sections that only runs of a diffusion model have.
 
-use super::{DiffusionSettings, completed, distance, in_section, levels, section, within};
+use super::{
+    DataSettings, DiffusionSettings, completed, condition, distance, in_section, levels, section, within,
+};
 use crate::error::Result;
 use crate::io::Config;
-use crate::models::{ClipText, Model, UNet2DCondition};
+use crate::models::{Model, UNet2D, UNet2DCondition};
 use crate::samplers::ScheduleConfig;
-use crate::train::Objective;
 use crate::train::frozen::FirstStage;
+use crate::train::{Conditioned, Objective};
 use serde_json::json;
 
-pub(super) fn read(c: &Config, size: usize) -> Result<DiffusionSettings> {
-    let models = section(c, "model", &["unet", "text_encoder"])?;
+pub(super) fn read(c: &Config, data: &DataSettings) -> Result<DiffusionSettings> {
+    let size = data.size;
+    let conditioning = section(c, "conditioning", &["kind", "drop"])?;
+    let (condition, width, setting) = condition::read(c, &conditioning, data)?;
+    let models = section(c, "model", &["unet", "text_encoder", "class_embedder"])?;
     let stage = section(c, "first_stage", &["path", "cache", "scaling_factor"])?;
     let first = FirstStage::read(&stage)?;
     let (z, f) = (first.channels(), first.factor());
@@ -19,45 +24,35 @@ pub(super) fn read(c: &Config, size: usize) -> Result<DiffusionSettings> {
             c.error("data", format!("a size that is a multiple of {f}, by the first stage; it is {size}"))
         );
     }
-    let text_config = completed(
-        &models,
-        "text_encoder",
-        json!({
-            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_size": 64,
-            "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "max_position_embeddings": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-        }),
-    )?;
-    if text_config.get("vocab_size").is_some() {
-        return Err(models
-            .error("text_encoder", "no vocab_size: it is that of the tokenizer (see tokenizer.vocab_size)"));
-    }
-    let mut tried = text_config.clone();
-    tried["vocab_size"] = json!(1000);
-    let text =
-        in_section(ClipText::from_config(&Config::from_value(c.file(), tried)?), "model.text_encoder")?;
-    if text.positions < 3 {
-        return Err(models.error("text_encoder", "max_position_embeddings of at least 3"));
-    }
     let channels = levels(&models, "unet", &[64, 128])?;
     let n = channels.len();
-    let cross = |i: usize| i + 1 == n || i > 0;
-    let down: Vec<_> =
-        (0..n).map(|i| if cross(i) { "CrossAttnDownBlock2D" } else { "DownBlock2D" }).collect();
-    let up: Vec<_> =
-        (0..n).rev().map(|i| if cross(i) { "CrossAttnUpBlock2D" } else { "UpBlock2D" }).collect();
-    let unet_config = completed(
-        &models,
-        "unet",
-        json!({
-            "_class_name": "UNet2DConditionModel", "sample_size": size / f, "in_channels": z, "out_channels": z,
-            "down_block_types": down, "up_block_types": up, "block_out_channels": channels, "layers_per_block": 1,
-            "cross_attention_dim": text.hidden, "attention_head_dim": 4, "norm_num_groups": 32, "act_fn": "silu",
-            "flip_sin_to_cos": true, "freq_shift": 0,
-        }),
-    )?;
+    let attends = |i: usize| i + 1 == n || i > 0;
+    // A UNet without a condition has other blocks, and is of another class.
+    let (class, prefix) = match condition {
+        Conditioned::Nothing => ("UNet2DModel", "Attn"),
+        _ => ("UNet2DConditionModel", "CrossAttn"),
+    };
+    let block = |i: usize, way: &str| format!("{}{way}Block2D", if attends(i) { prefix } else { "" });
+    let down: Vec<_> = (0..n).map(|i| block(i, "Down")).collect();
+    let up: Vec<_> = (0..n).rev().map(|i| block(i, "Up")).collect();
+    let mut defaults = json!({
+        "_class_name": class, "sample_size": size / f, "in_channels": z, "out_channels": z,
+        "down_block_types": down, "up_block_types": up, "block_out_channels": channels, "layers_per_block": 1,
+        "norm_num_groups": 32, "act_fn": "silu", "flip_sin_to_cos": true, "freq_shift": 0,
+    });
+    // The number of heads of the one, their width of the other.
+    let heads = if width == 0 { 8 } else { 4 };
+    defaults["attention_head_dim"] = json!(heads);
+    if width > 0 {
+        defaults["cross_attention_dim"] = json!(width);
+    }
+    let unet_config = completed(&models, "unet", defaults)?;
     let read = Config::from_value(c.file(), unet_config.clone())?;
-    let unet = in_section(UNet2DCondition::from_config(&read), "model.unet")?;
+    let unet = match condition {
+        Conditioned::Nothing => UNet2D::from_config(&read).map(UNet2DCondition::from),
+        _ => UNet2DCondition::from_config(&read),
+    };
+    let unet = in_section(unet, "model.unet")?;
     let wrong =
         |key: &str, want: String| in_section::<()>(Err(read.error(key, want)), "model.unet").unwrap_err();
     for (key, n) in [("in_channels", unet.in_channels), ("out_channels", unet.out_channels)] {
@@ -65,8 +60,8 @@ pub(super) fn read(c: &Config, size: usize) -> Result<DiffusionSettings> {
             return Err(wrong(key, format!("the first stage's {z} channels")));
         }
     }
-    if unet.context != text.hidden {
-        return Err(wrong("cross_attention_dim", format!("model.text_encoder.hidden_size {}", text.hidden)));
+    if unet.context != width {
+        return Err(wrong("cross_attention_dim", format!("{setting} {width}")));
     }
     let m = f * unet.multiple();
     if size % m != 0 {
@@ -97,20 +92,11 @@ pub(super) fn read(c: &Config, size: usize) -> Result<DiffusionSettings> {
         snr_gamma,
         noise_offset: within(&loss, "noise_offset", 0.0, 0.0, 1.0)?,
     };
-    let tokenizer = section(c, "tokenizer", &["vocab_size"])?;
-    let vocabulary = tokenizer.usize_or("vocab_size", 1000)?;
-    if vocabulary < 514 {
-        return Err(tokenizer.error(
-            "vocab_size",
-            "at least 514: 256 bytes, each inside and at the end of a word, and two more",
-        ));
-    }
-    let drop = within(&section(c, "conditioning", &["drop"])?, "drop", 0.1, 0.0, 1.0)?;
+    let drop = within(&conditioning, "drop", 0.1, 0.0, 1.0)?;
     Ok(DiffusionSettings {
         unet,
         unet_config,
-        text_config,
-        vocabulary,
+        condition,
         first,
         cache: stage.bool_or("cache", true)?,
         schedule,

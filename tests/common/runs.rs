@@ -1,0 +1,142 @@
+//! Small training runs as processes, whole and killed.
+#![allow(dead_code)]
+
+use super::folder::Folder;
+use super::program::{Outcome, ldm, text};
+use ldm::exec::Device;
+use ldm::rng::Small;
+use ldm::train::{Kind, Settings, Standing, Watch};
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// What all runs here have in common: they take a moment on two cores.
+const SMALL: &[&str] = &[
+    "data.size=32",
+    "batch_size=2",
+    "optimiser.warmup=0",
+    "optimiser.rate=3e-3",
+    "log_every=1",
+    "sample.every=0",
+    "--device",
+    "cpu",
+    "-t",
+    "1",
+];
+const UNET: &[&str] = &[
+    "model.unet.block_out_channels=[8,16]",
+    "model.unet.norm_num_groups=4",
+    "model.unet.attention_head_dim=2",
+];
+
+/// A first stage with factor 2, hardly trained.
+pub fn first_stage(f: &Folder) -> PathBuf {
+    let out = f.path("first");
+    let own = ["steps=2", "model.block_out_channels=[8,8]", "model.norm_num_groups=4"];
+    let start = ["train", "autoencoder", "-o", text(&out), "model.mid_block_add_attention=false"];
+    let o = ldm(&[&start[..], SMALL, &own].concat());
+    assert_eq!(o.code, 0, "{}", o.err);
+    out
+}
+
+/// The arguments of a diffusion run on a first stage.
+fn arguments<'a>(first: &'a Path, run: &'a Path, more: &[&'a str]) -> Vec<&'a str> {
+    let start = ["train", "diffusion", "--first-stage", text(first), "-o", text(run)];
+    [&start[..], SMALL, UNET, &["average.decay=0.9"], more].concat()
+}
+
+/// A diffusion run on a first stage.
+pub fn diffusion(first: &Path, run: &Path, more: &[&str]) -> Outcome {
+    ldm(&arguments(first, run, more))
+}
+
+/// Losses by step.
+pub fn losses(run: &Path) -> Vec<f64> {
+    let lines = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    lines.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["loss"].as_f64().unwrap()).collect()
+}
+
+/// All files below a folder with their bytes.
+fn files(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut found = vec![];
+    let mut waiting = vec![folder.to_path_buf()];
+    while let Some(at) = waiting.pop() {
+        for entry in fs::read_dir(at).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => waiting.push(path),
+                false => found.push((path.strip_prefix(folder).unwrap().into(), fs::read(&path).unwrap())),
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+/// A run that is killed with its first checkpoint, and then at random moments, ends with the bytes of one that is not: last
+/// checkpoint, losses, export.
+pub fn check_kills(f: &Folder, first: &Path, more: &[&str]) {
+    let (whole, broken) = (f.path("whole"), f.path("broken"));
+    let more = [more, &["steps=12", "checkpoint.every=3"]].concat();
+    let start = Instant::now();
+    let o = diffusion(first, &whole, &more);
+    assert_eq!(o.code, 0, "{}", o.err);
+    let time = start.elapsed();
+    let args = arguments(first, &broken, &[&more[..], &["--resume"]].concat());
+    let seed = u64::from(std::process::id());
+    let (mut draw, mut kills) = (Small::new(seed), 0);
+    let seen = broken.join("checkpoints/step-00000003.safetensors");
+    'run: loop {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_ldm"))
+            .args(&args)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        // Later ones live longer, so that the run ends.
+        let (start, limit) = (Instant::now(), time.mul_f64(draw.range(0.1, 0.5 + 0.2 * f64::from(kills))));
+        while if kills == 0 { !seen.is_file() } else { start.elapsed() < limit } {
+            if let Some(status) = child.try_wait().unwrap() {
+                assert!(status.success());
+                break 'run;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        kills += 1;
+    }
+    assert!(kills > 0, "the first one comes with the first checkpoint");
+    let last = |run: &Path| fs::read(run.join("checkpoints/step-00000012.safetensors")).unwrap();
+    assert!(last(&whole) == last(&broken), "other weights after {kills} kills, seed {seed}");
+    assert_eq!(losses(&whole), losses(&broken), "{kills} kills, seed {seed}");
+    let [a, b] = [&whole, &broken].map(|run| files(&run.join("export")));
+    assert!(a == b, "another export after {kills} kills, seed {seed}");
+}
+
+struct Losses(Vec<f64>);
+
+impl Watch for Losses {
+    fn step(&mut self, s: &Standing) -> ldm::Result<()> {
+        self.0.push(s.loss);
+        Ok(())
+    }
+    fn say(&mut self, _: &str) {}
+}
+
+/// The losses of a diffusion run in this process.
+pub fn curve(settings: &Value, run: &Path, device: &Device) -> Vec<f64> {
+    let settings = Settings::read(Kind::Diffusion, settings.clone(), "settings").unwrap();
+    let mut losses = Losses(vec![]);
+    ldm::train::run(&settings, run, false, device, &mut losses).unwrap();
+    losses.0
+}
+
+/// Two courses of the same run, on different devices.
+#[track_caller]
+pub fn near(a: &[f64], b: &[f64]) {
+    let close = a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-3 * a.abs());
+    assert!(close && a.len() == b.len(), "{a:?}, {b:?}");
+}
