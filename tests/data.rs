@@ -127,6 +127,22 @@ fn folders_that_cannot_be_scored_are_refused() {
     refused(&f, 1, &["a.png", "not a readable picture", "want PNG, JPEG or WebP"], score);
 }
 
+/// As an autoencoder gives them back: PSNR of what diffusers makes with the same weights.
+#[test]
+fn reconstructions_of_an_autoencoder_are_those_of_diffusers() {
+    let source = golden("data").join("source.png");
+    for (model, psnr) in [("sd15-tiny", 10.248634), ("vq4-tiny", 10.126881)] {
+        let o = ldm(&["eval", "reconstruction", text(&source), "--model", text(&golden(model)), "--json"]);
+        let report: Value = serde_json::from_str(&o.out).unwrap_or_else(|e| panic!("{e}: {}", o.err));
+        assert!((report["psnr"].as_f64().unwrap() - psnr).abs() < 2e-3, "{model}: {report}");
+    }
+    let f = Folder::new();
+    let o = ldm(&["eval", "reconstruction", text(&source), "--model", text(&f.path(""))]);
+    assert!(o.code == 2 && o.err.contains("the folder of an autoencoder"), "{}: {}", o.code, o.err);
+    let o = ldm(&["eval", "reconstruction", text(&source)]);
+    assert!(o.code == 2 && o.err.contains("<B>"), "{}", o.err);
+}
+
 #[test]
 fn reconstructions_are_compared_picture_by_picture() {
     let data = golden("data");

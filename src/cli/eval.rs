@@ -9,7 +9,8 @@ use crate::data::score::{CRITERIA, Tally, Verdict, judge};
 use crate::error::{Error, Result};
 use crate::exec::Device;
 use crate::io::picture;
-use crate::train::PerceptualDistance;
+use crate::io::png::Rgb8;
+use crate::train::{FirstStage, PerceptualDistance};
 use clap::{Args, Subcommand};
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
@@ -49,8 +50,11 @@ struct Reconstruction {
     #[arg(value_name = "A")]
     first: PathBuf,
     /// The other picture, or a folder with pictures of the same names (extensions may differ)
-    #[arg(value_name = "B")]
-    second: PathBuf,
+    #[arg(value_name = "B", required_unless_present = "model")]
+    second: Option<PathBuf>,
+    /// In place of B: A as this autoencoder gives it back (a run of `ldm train autoencoder`, a diffusers folder, or its vae)
+    #[arg(short, long, value_name = "FOLDER", conflicts_with = "second")]
+    model: Option<PathBuf>,
     /// Measure LPIPS too, with these weights: a safetensors file with torchvision's VGG16 and the heads of the lpips package
     #[arg(long, value_name = "FILE")]
     lpips: Option<PathBuf>,
@@ -172,19 +176,27 @@ struct Near {
 }
 
 fn reconstruction(a: Reconstruction) -> Result<ExitCode> {
-    let pairs = pairs(&a.first, &a.second)?;
+    let pairs = match &a.second {
+        Some(second) => pairs(&a.first, second)?,
+        None => pairs(&a.first, &a.first)?,
+    };
+    let made = a.model.as_ref().map(|model| given_back(&pairs, model)).transpose()?;
+    let read = |i: usize| {
+        let second = || made.as_ref().map_or_else(|| picture::read(&pairs[i].2), |made| Ok(made[i].clone()));
+        Ok::<_, Error>((picture::read(&pairs[i].1)?, second()?))
+    };
     let beside =
         |e: Error, (_, first, second): &Pair| Error::file(first, format!("beside {}: {e}", second.display()));
-    let near = pairs.par_iter().map(|pair| {
-        let (x, y) = (picture::read(&pair.1)?, picture::read(&pair.2)?);
+    let near = pairs.par_iter().enumerate().map(|(i, pair)| {
+        let (x, y) = read(i)?;
         let (psnr, ssim) = psnr(&x, &y).and_then(|v| Ok((v, ssim(&x, &y)?))).map_err(|e| beside(e, pair))?;
         Ok(Near { file: pair.0.clone(), psnr, ssim, lpips: None })
     });
     let mut near = near.collect::<Result<Vec<Near>>>()?;
     if let Some(file) = &a.lpips {
         let mut distance = PerceptualDistance::open(file, &Device::Cpu)?;
-        for (near, pair) in near.iter_mut().zip(&pairs) {
-            let (x, y) = (picture::read(&pair.1)?, picture::read(&pair.2)?);
+        for (i, (near, pair)) in near.iter_mut().zip(&pairs).enumerate() {
+            let (x, y) = read(i)?;
             let lpips = distance.between([x.width, x.height], &x.pixels, &y.pixels);
             near.lpips = Some(lpips.map_err(|e| beside(e, pair))?);
         }
@@ -218,6 +230,18 @@ fn reconstruction(a: Reconstruction) -> Result<ExitCode> {
     }
     print(&text)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The first pictures of pairs as an autoencoder gives them back.
+fn given_back(pairs: &[Pair], model: &Path) -> Result<Vec<Rgb8>> {
+    let mut autoencoder = FirstStage::open(model)?.reconstruction(&Device::Cpu)?;
+    let each = pairs.iter().map(|(_, path, _)| {
+        let x = picture::read(path)?;
+        let pixels =
+            autoencoder.of([x.width, x.height], &x.pixels).map_err(|e| Error::file(path, e.to_string()))?;
+        Ok(Rgb8 { pixels, ..x })
+    });
+    each.collect()
 }
 
 /// Name, first and second file.

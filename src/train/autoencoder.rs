@@ -2,7 +2,8 @@
 
 use super::export;
 use super::first_stage::{DISCRIMINATOR, initial_discriminator};
-use super::grid::{Tiles, bytes};
+use super::frozen::{give_back, reconstructed};
+use super::grid::Tiles;
 use super::initial;
 use super::perceptual::fingerprint;
 use super::run::{Task, Watch, note, rows};
@@ -16,7 +17,6 @@ use crate::exec::{Device, Program, Weights};
 use crate::graph::Graph;
 use crate::io::Checkpoint;
 use crate::models::PatchNorm;
-use crate::ops::Gaussian;
 use crate::pipeline::Vae;
 use crate::rng::Small;
 use crate::tensor::{DType, HostTensor};
@@ -169,35 +169,14 @@ impl Task for Autoencoder {
     fn grid(&self, trainer: &Trainer, _: &Path, device: &Device) -> Result<Tiles> {
         let (side, model) = (self.settings.data.size, &self.own.model);
         let n = (self.subject.len().unwrap_or(u64::MAX)).min(self.settings.sample.count as u64) as usize;
-        let mut g = Graph::new();
-        let image = g.input("image", DType::F32, [n, side, side, 3]);
-        let y = match model {
-            Vae::Kl(model) => {
-                let noise = g.input("noise", DType::F32, self.latents(n));
-                let moments = model.encode(&mut g, image)?;
-                let z = g.push("draw", Gaussian { scale: 1.0 }, &[moments, noise])?;
-                model.decode(&mut g, z)?
-            }
-            Vae::Vq(model) => {
-                let z = model.encode(&mut g, image)?;
-                model.decode(&mut g, z)?
-            }
-        };
-        g.output("reconstruction", y);
         let weights = trainer.weights("", self.settings.average.is_some(), DType::F32)?;
-        let mut program = Program::new(g, &weights, device)?;
+        let mut program = Program::new(reconstructed(model, [n, side, side])?, &weights, device)?;
         let mut pixels = vec![];
         for i in 0..n as u64 {
             // What is left out has been told of by the loader.
             pixels.extend(self.subject.readable(i, &mut Small::new(i), |_| ())?.1.pixels);
         }
-        let signed = pixels.iter().map(|v| f32::from(*v) / 127.5 - 1.0).collect();
-        program.write("image", &HostTensor::f32([n, side, side, 3], signed)?)?;
-        if let Vae::Kl(_) = model {
-            program.write("noise", &HostTensor::zeros(program.spec("noise")?))?;
-        }
-        program.run(&mut ())?;
-        let made = bytes(&program.read("reconstruction")?.to_f32());
+        let made = give_back(&mut program, [n, side, side], &pixels)?;
         let tiles = pixels.chunks(side * side * 3).chain(made.chunks(side * side * 3));
         Ok(Tiles { columns: n, width: side, height: side, pictures: tiles.map(<[u8]>::to_vec).collect() })
     }

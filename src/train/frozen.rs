@@ -1,12 +1,15 @@
 //! The frozen first stage of a diffusion run: pictures to latents.
 
+use super::grid::bytes;
 use crate::error::{Error, Result};
-use crate::exec::{Device, Program};
+use crate::exec::{Device, Program, Weights};
+use crate::graph::Graph;
 use crate::io::{Checkpoint, Config};
 use crate::models::{AutoencoderKL, Model, VQModel};
+use crate::ops::Gaussian;
 use crate::pipeline::{Vae, load};
 use crate::tensor::{DType, HostTensor};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
 /// A trained autoencoder, whose configuration has been read and whose weights have not.
@@ -58,6 +61,23 @@ impl FirstStage {
             return Err(c.error("scaling_factor", "a number above 0, or no such key: then it is measured"));
         }
         Ok(FirstStage { config: Value::Object(all.collect()), path, vae, class, scaling_factor })
+    }
+
+    /// The autoencoder of a folder, see `first_stage.path` of a run.
+    ///
+    /// # Errors
+    /// When there is none, or its configuration is not understood.
+    pub fn open(folder: &Path) -> Result<FirstStage> {
+        FirstStage::read(&Config::from_value("autoencoder", json!({"path": folder}))?)
+    }
+
+    /// With its weights on a device, in f32, to give pictures back.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn reconstruction(&self, device: &Device) -> Result<Reconstruction> {
+        let weights = load(Checkpoint::open(&self.path)?, &self.vae.inventory(DType::F32)?, device)?;
+        Ok(Reconstruction { vae: self.vae.clone(), weights, device: device.clone(), program: None })
     }
 
     /// Channels of the latents.
@@ -132,4 +152,67 @@ impl Encoder {
         }
         Ok(all)
     }
+}
+
+/// An autoencoder that gives pictures back: for KL from the mean of the code.
+pub struct Reconstruction {
+    vae: Vae,
+    weights: Weights,
+    device: Device,
+    /// For pictures of one size.
+    program: Option<([usize; 2], Program)>,
+}
+
+impl Reconstruction {
+    /// A picture, rows of RGB bytes, as the autoencoder gives it back.
+    ///
+    /// # Errors
+    /// When its size does not fit the autoencoder, or memory runs out.
+    pub fn of(&mut self, [width, height]: [usize; 2], pixels: &[u8]) -> Result<Vec<u8>> {
+        let f = self.vae.codec().factor();
+        if width % f != 0 || height % f != 0 || width * height == 0 {
+            return Err(Error::invalid(format!(
+                "want a size in multiples of {f}, by the autoencoder; got {width}x{height}"
+            )));
+        }
+        let size = [width, height];
+        let program = match self.program.take() {
+            Some((of, program)) if of == size => program,
+            _ => Program::new(reconstructed(&self.vae, [1, height, width])?, &self.weights, &self.device)?,
+        };
+        let (_, program) = self.program.insert((size, program));
+        give_back(program, [1, height, width], pixels)
+    }
+}
+
+/// From `image` (B,H,W,3) f32, −1 to 1, to its `reconstruction`; for KL also from the `noise` of the draw.
+pub(super) fn reconstructed(vae: &Vae, [n, h, w]: [usize; 3]) -> Result<Graph> {
+    let mut g = Graph::new();
+    let image = g.input("image", DType::F32, [n, h, w, 3]);
+    let y = match vae {
+        Vae::Kl(model) => {
+            let (f, z) = (model.codec.factor(), model.codec.latent_channels);
+            let noise = g.input("noise", DType::F32, [n, h / f, w / f, z]);
+            let moments = model.encode(&mut g, image)?;
+            let z = g.push("draw", Gaussian { scale: 1.0 }, &[moments, noise])?;
+            model.decode(&mut g, z)?
+        }
+        Vae::Vq(model) => {
+            let z = model.encode(&mut g, image)?;
+            model.decode(&mut g, z)?
+        }
+    };
+    g.output("reconstruction", y);
+    Ok(g)
+}
+
+/// Runs it on pictures, rows of RGB bytes, with no noise.
+pub(super) fn give_back(program: &mut Program, [n, h, w]: [usize; 3], pixels: &[u8]) -> Result<Vec<u8>> {
+    let signed = pixels.iter().map(|v| f32::from(*v) / 127.5 - 1.0).collect();
+    program.write("image", &HostTensor::f32([n, h, w, 3], signed)?)?;
+    if let Ok(noise) = program.spec("noise") {
+        program.write("noise", &HostTensor::zeros(noise))?;
+    }
+    program.run(&mut ())?;
+    Ok(bytes(&program.read("reconstruction")?.to_f32()))
 }

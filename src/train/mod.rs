@@ -21,7 +21,7 @@ mod store;
 
 pub use diffusion::{Noised, diffusion_loss};
 pub use first_stage::{Adversary, Codebook, FirstStageLoss, Gan, Side, initial_discriminator};
-pub use frozen::FirstStage;
+pub use frozen::{FirstStage, Reconstruction};
 pub use init::{initial, is_zero_module};
 pub use objective::{Levels, Objective};
 pub use perceptual::{PerceptualDistance, PerceptualTerm};
