@@ -36,9 +36,10 @@ kernels:
 plans:
     LDM_RECORD_PLANS=1 cargo test --test plans no_shape_is_planned_worse_than_recorded
 
-# Every room under 16 schedules of the emulator instead of 3
+# Every room under 16 schedules of the emulator instead of 3; each kind of training run killed 20 times
 soak:
     LDM_SOAK=1 LDM_REQUIRE_EMULATOR=1 cargo test --test ops
+    LDM_KILLS=20 cargo test --test kills --test conditions -- --nocapture bit_for_bit
 
 # Fill dist/gpu with what a machine with a GPU and no Rust needs
 gpu-pack: kernels

@@ -75,45 +75,74 @@ fn files(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     found
 }
 
-/// A run that is killed with its first checkpoint, and then at random moments, ends with the bytes of one that is not: last
-/// checkpoint, losses, export.
+/// The arguments of an autoencoder run.
+pub fn autoencoder_arguments<'a>(run: &'a Path, more: &[&'a str]) -> Vec<&'a str> {
+    let start = ["train", "autoencoder", "-o", text(run), "model.mid_block_add_attention=false"];
+    let model = ["model.block_out_channels=[8,8]", "model.norm_num_groups=4"];
+    [&start[..], SMALL, &model, more].concat()
+}
+
+/// A diffusion run on a first stage, killed: see [`goes_on`].
 pub fn check_kills(f: &Folder, first: &Path, more: &[&str]) {
-    let (whole, broken) = (f.path("whole"), f.path("broken"));
-    let more = [more, &["steps=12", "checkpoint.every=3"]].concat();
+    let more = [more, &["steps=12", "checkpoint.every=3", "checkpoint.newest=2"]].concat();
+    goes_on(f, 12, |run| arguments(first, run, &more).into_iter().map(String::from).collect());
+}
+
+/// A run of `steps` steps that is killed with its first checkpoint, of step 3, and then at random moments ends with the bytes of
+/// one that is not: last checkpoint, losses, export. Again until there were as many kills as `LDM_KILLS` says.
+pub fn goes_on(f: &Folder, steps: usize, arguments: impl Fn(&Path) -> Vec<String>) {
+    let want = std::env::var("LDM_KILLS").map_or(1, |n| n.parse().unwrap());
+    let whole = f.path("whole");
     let start = Instant::now();
-    let o = diffusion(first, &whole, &more);
+    let o = ldm(&arguments(&whole).iter().map(String::as_str).collect::<Vec<_>>());
     assert_eq!(o.code, 0, "{}", o.err);
     let time = start.elapsed();
-    let args = arguments(first, &broken, &[&more[..], &["--resume"]].concat());
     let seed = u64::from(std::process::id());
-    let (mut draw, mut kills) = (Small::new(seed), 0);
-    let seen = broken.join("checkpoints/step-00000003.safetensors");
-    'run: loop {
+    let (mut draw, mut all) = (Small::new(seed), 0);
+    while all < want {
+        let broken = f.path(&format!("broken-{all}"));
+        let kills =
+            killed(&arguments(&broken), &broken, |k| time.mul_f64(draw.range(0.1, 0.5 + 0.2 * k as f64)));
+        println!("{kills} kills, seed {seed}");
+        assert!(kills > 0, "the first one comes with the first checkpoint");
+        let last =
+            |run: &Path| fs::read(run.join(format!("checkpoints/step-{steps:08}.safetensors"))).unwrap();
+        assert!(last(&whole) == last(&broken), "other weights after {kills} kills, seed {seed}");
+        assert_eq!(losses(&whole), losses(&broken), "{kills} kills, seed {seed}");
+        let [a, b] = [&whole, &broken].map(|run| files(&run.join("export")));
+        assert!(a == b, "another export after {kills} kills, seed {seed}");
+        let kept: Vec<_> =
+            fs::read_dir(broken.join("checkpoints")).unwrap().map(|e| e.unwrap().file_name()).collect();
+        let whole_files = kept.iter().all(|n| n.to_string_lossy().ends_with(".safetensors"));
+        assert!(whole_files && kept.len() <= 3, "{kept:?}");
+        all += kills;
+    }
+}
+
+/// Starts a run and kills it until it has ended; how often.
+fn killed(arguments: &[String], run: &Path, mut wait: impl FnMut(usize) -> Duration) -> usize {
+    let first = run.join("checkpoints/step-00000003.safetensors");
+    for kills in 0.. {
         let mut child = Command::new(env!("CARGO_BIN_EXE_ldm"))
-            .args(&args)
+            .args(arguments)
+            .arg("--resume")
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
         // Later ones live longer, so that the run ends.
-        let (start, limit) = (Instant::now(), time.mul_f64(draw.range(0.1, 0.5 + 0.2 * f64::from(kills))));
-        while if kills == 0 { !seen.is_file() } else { start.elapsed() < limit } {
+        let (start, limit) = (Instant::now(), wait(kills));
+        while if kills == 0 { !first.is_file() } else { start.elapsed() < limit } {
             if let Some(status) = child.try_wait().unwrap() {
                 assert!(status.success());
-                break 'run;
+                return kills;
             }
             std::thread::sleep(Duration::from_millis(1));
         }
         child.kill().unwrap();
         child.wait().unwrap();
-        kills += 1;
     }
-    assert!(kills > 0, "the first one comes with the first checkpoint");
-    let last = |run: &Path| fs::read(run.join("checkpoints/step-00000012.safetensors")).unwrap();
-    assert!(last(&whole) == last(&broken), "other weights after {kills} kills, seed {seed}");
-    assert_eq!(losses(&whole), losses(&broken), "{kills} kills, seed {seed}");
-    let [a, b] = [&whole, &broken].map(|run| files(&run.join("export")));
-    assert!(a == b, "another export after {kills} kills, seed {seed}");
+    unreachable!()
 }
 
 struct Losses(Vec<f64>);
