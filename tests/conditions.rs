@@ -121,7 +121,7 @@ fn classes_come_from_folders_too() {
     let plain = f.path("plain");
     fs::rename(pictures.join("dog"), &plain).unwrap();
     let o = diffusion(&first, &f.path("none"), &[&format!("data.source={}", text(&plain)), own[1]]);
-    assert!(o.code == 2 && o.err.contains("its pictures have no class"), "{}", o.err);
+    assert!(o.code == 1 && o.err.contains("its pictures have no class"), "{}", o.err);
 }
 
 const BERT: &[&str] = &[

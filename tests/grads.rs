@@ -16,6 +16,7 @@ const NONE: &[(&str, &str)] = &[
     ("adam", "the optimiser"),
     ("square_sum", "the optimiser"),
     ("clip", "the optimiser"),
+    ("accumulate", "the optimiser"),
     ("running", "an average of statistics"),
     ("adaptive_weight", "a constant of training"),
     ("scale", "made by training, of gradients"),
