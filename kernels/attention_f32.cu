@@ -4,13 +4,14 @@
 // Who owns what. Grid: (ceil(T / BM), N, B). A block owns BM queries of one head, each of its warps 4·RM of them. The lanes of a
 // warp stand 4×8 over queries and keys: the lowest bit and the highest one of their number along the queries, those between
 // along the keys. A lane holds in registers the scores of RM queries, 4 apart, and KN keys, 8 apart (`sc`), and of the
-// result the same queries and CN columns, in runs of VEC (`o`); both are f32 sums.
+// result the same queries and CN columns, in runs of VEC, 8·VEC apart (`o`); both are f32 sums.
 //
 // Operands. q lies in shared memory throughout, a block of keys in one tile and its values in another, in rows of PITCH floats.
-// A lane reads four columns of a row at once. Eight lanes read two rows of q and four of k: rows are four banks apart, modulo 8,
-// so they meet in none; and as each address is also that of lane ^ 1 or of lane ^ 2, the hardware may serve sixteen lanes
-// in a pass. Copies take a chunk of 16 bytes of eight rows, for the same reason. The weights p pass through shared memory, 32 keys at a time, in rows of P_PITCH floats that one warp alone writes
-// and reads; four queries' rows are eight banks apart, as the writes of 8 keys each want it.
+// A lane reads at once four columns of a row of q or k, VEC columns of a row of v (eight lanes side by side), four keys of a row
+// of p. Eight lanes read two rows of q and four of k: rows are four banks apart, modulo 8, so they meet in none; and as each
+// address is also that of lane ^ 1 or of lane ^ 2, the hardware may serve sixteen lanes in a pass. Copies take a chunk of 16
+// bytes of eight rows, for the same reason. The weights p pass through shared memory, 32 keys at a time, in rows of P_PITCH
+// floats that one warp alone writes and reads; four queries' rows are eight banks apart, as the writes of 8 keys each want it.
 //
 // Order. A turn takes a block of keys. While its scores are made its values are copied, and while they are weighed the next
 // keys: each copy is asked for as soon as everybody has left what it overwrites, and waited for before the next barrier. The
@@ -21,15 +22,19 @@
 // Loops over columns and over keys are not unrolled, so that a chunk's operands alone are in registers.
 //
 // Softmax, in base 2: p = 2^(s·c - m), c = scale · log2 e, m the row's maximum so far; what was summed is multiplied by the
-// power of what m grows by. m starts at a large finite value, so that -inf scores give p = 0; a row whose scores are all
-// -inf ends as 0 / 0, and a NaN in a row passes into its sum: both become NaN in y.
+// power of what m grows by. m is the same in the eight lanes of a query; each sums the weights of its own keys, and they add
+// up at the end. m starts at the lowest finite value, so that -inf scores give p = 0; a row whose scores are all -inf ends as
+// 0 / 0, and a NaN in a row passes into its sum: both become NaN in y. So does a score of +inf. A NaN or an inf in v reaches
+// its column of y, with `causal` also in queries of the block that do not see the key but share a turn with it, as 0 · inf.
 //
 // Edges: rows from S on (T for q) and columns from d on are zeros in shared memory; scores of keys that a query does not
 // see are -inf. Columns from d on and rows from T on of y are not stored. A copy that writes zeros touches no memory at its
 // address, which may lie outside.
-// Wants: pointers aligned to 16 bytes, d and the pitches multiples of 4, scale > 0; S > 0, and with `causal` S >= T.
-// Occupancy: the BLOCKS that are asked for are what registers allow. Shared memory, 64, 88, 73, 92 KB in the order of the
-// variants, allows as many on sm_90; on sm_80 two of the first and the third, one of the others; on sm_86 and sm_89 one.
+// Wants: pointers aligned to 16 bytes and not null, d <= D, d and the pitches multiples of 4, scale > 0; S > 0, and with
+// `causal` S >= T.
+// Occupancy: the BLOCKS that are asked for are what registers allow (at D = 80 those would allow four blocks of two warps; three
+// is what shared memory allows on sm_90). Shared memory, 64, 88, 73, 92 KB in the order of the variants, allows as many on
+// sm_90; on sm_80 two of the first and the third, one of the others; on sm_86 and sm_89 one.
 //
 // types: f32
 // variants: D=40 D=64 D=80 D=160

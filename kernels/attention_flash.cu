@@ -9,28 +9,33 @@
 // Waits: before the loop, wait<1> and a barrier make q visible, which is staged in stage 1 (k and v together). Each turn
 // waits for its stage, which was asked for a turn before, and then passes the turn's only barrier:
 // behind it everybody's copies of this stage are visible, and everybody has left the other stage, which is filled again
-// at once. The first turn's barrier frees stage 1 of q; after the last turn a further barrier frees the ring for y. There is
-// at least one turn: the room refuses S = 0, and more queries than keys with `causal`.
+// at once. The first turn's barrier frees stage 1 of q; after the last turn a further barrier frees the ring for y, which
+// lies in stage 0 in the layout of q; a warp writes and reads its own rows alone, with a barrier of the warp between. There is
+// at least one turn (see Wants).
 //
-// Shared memory: rows of PITCH chunks of 16 bytes, PITCH = 2^A · odd. Chunk c of row r lies at chunk r · PITCH + (c ^ x),
-// x = the A bits of r from bit 3 - A on (A at most 3). Without conflicts, since each eighth of a warp's access touches
-// each of the 8 chunk columns (mod 8) once:
+// Shared memory: rows of PITCH chunks of 16 bytes, PITCH = 2^A · odd, or 16 with A = 3 (D = 128), where each row has its own x
+// modulo 8 and the rest holds too. Chunk c of row r lies at chunk r · PITCH + (c ^ x), x = the A bits of r from bit 3 - A on.
+// Without conflicts, since each pass, eight lanes of 16 bytes, touches each of the 8 chunk columns (mod 8) once:
 //   ldmatrix reads chunk c of rows 8i … 8i+7. Rows with different x differ in the low A bits of c ^ x, to which r · PITCH,
 //   a multiple of 2^A, adds nothing; the 2^(3-A) consecutive rows of one x differ in odd · r mod 2^(3-A).
 //   cp_async and the rows of y move 8 chunks from a multiple of 8 on in the order of r · PITCH + c; the exclusive or
 //   permutes them within aligned groups of 2^A. The words of y are written as ldmatrix reads.
 //
 // Softmax, in base 2: p = 2^(s·c - m), c = scale · log2 e. m is the row's maximum at some time, and moves only when a
-// score passes it by more than 8: till then p stays below 2^8, which 16 bits hold, and the last division undoes any common
+// score passes it by more than 8: till then p does not pass 2^8, which 16 bits hold, and the last division undoes any common
 // factor. So most turns have neither shuffles nor a rescaling. What m does depends on its own row alone, so a row's result
-// has the same bits whatever its neighbours are, and in blocks of either size. m starts at a large finite value, so that
-// -inf scores give p = 0; a row whose scores are all -inf ends as 0 / 0, and a NaN in a row passes into its sum: both become
-// NaN in y.
+// has the same bits whatever its neighbours are, and in blocks of either size. m starts at the lowest finite value, so
+// that -inf scores give p = 0; a row whose scores are all -inf ends as 0 / 0, and a NaN in a row passes into its sum: both
+// become NaN in y, as does a score of +inf. This holds for finite v: an inf or a NaN there reaches its column of y in every
+// query that shares the turn, seen or not, as 0 · inf. The sum is of the weights before rounding; a lane sums its own keys, and
+// four lanes add up at the end.
 //
 // Edges: rows from S on (T for q) and columns from d on are zeros in shared memory; scores of keys that a query does not
-// see are -inf, set in those turns alone that have such keys. Columns from d on of y are not stored. A copy that writes zeros
+// see are -inf, set in those turns alone that have such keys. Columns from d on and rows from T on of y are not
+// stored. A copy that writes zeros
 // touches no memory at its address, which may lie outside.
-// Wants: pointers aligned to 16 bytes, pitches (ldy too) multiples of 8, scale > 0.
+// Wants: pointers aligned to 16 bytes and not null, d <= D, d and the pitches (ldy too) multiples of 8, scale > 0; S > 0, and with
+// `causal` S >= T.
 // Occupancy: the BLOCKS that are asked for are what registers allow; shared memory (16 to 48 KB) allows as many on sm_80 and
 // sm_90, and on sm_86 and sm_89 two where D is 80 or 96.
 //

@@ -3,14 +3,17 @@
 //
 // Who owns what. Grid: (ceil(M / BM), ceil(N / BN), splits); a block of 4 warps owns a BM×BN tile of y, or with several
 // splits a contiguous run of its k-blocks. Warps stand WARPS_M×WARPS_N over the tile; a warp's part is MT×NT products of
-// m16n8k16, held in float in registers (160 of them for the 128×160 tile). In the 64×80 tile they would be so low that their
-// operands, read from shared memory, cost more than the products: two groups of two warps each take the whole tile, and every
-// second k-block. Occupancy: registers limit a multiprocessor to two blocks, of the 64×80 tile to three, of the last two to
-// four and seven. Shared memory, 72, 64, 52, 56, 72, 32, 20 KB in the order of the variants, allows as many on sm_80 and
-// sm_90, but of the 64×80 tile two on sm_80; on sm_86 and sm_89 one block of the first five, three, four.
+// m16n8k16, held in float in registers (160 of them for the 128×160 tile). In the 64×80 tile four parts would be so small that
+// reading their operands from shared memory costs more than the products: two groups of two warps each take the whole tile, and
+// every second k-block.
+//
+// Occupancy: registers limit a multiprocessor to two blocks, of the 64×80 tile to three, of the last two to four and seven.
+// Shared memory, 72, 64, 52, 56, 72, 32, 20 KB in the order of the variants, allows as many on sm_80 and sm_90, but of the
+// 64×80 tile two on sm_80; on sm_86 and sm_89 one block of the first five, three, four.
 //
 // Segments of K. Segment 0 is x with its window of taps; up to two more add products of other inputs into the same sum: the
-// second half of a concatenation, or a 1×1 shortcut. A segment without a window (`flat`) reads pixel m for row m. With `part`
+// second half of a concatenation, or a 1×1 shortcut. A segment without a window (`flat`) reads pixel m for row m. A segment 1
+// with a window has that of segment 0, which then has one too; segment 2 never has one. With `part`
 // there is one segment, and the rows of three weights count as one below the other; a tile lies in one of them.
 //
 // Operands. A k-block of x (BM rows of BK channels) and of w (BN rows) lies in one slot of a ring of STAGES slots in shared
@@ -18,7 +21,8 @@
 // eight rows that ldmatrix reads at once, and the two rows that eight copying threads write, fall into all 32 banks. cp.async
 // writes zeros for pixels outside the image, channels beyond the segment, rows beyond M and N.
 //
-// Order. A turn takes the k-blocks of one slot. Each thread commits one group of copies per turn. At turn i it waits until
+// Order. A turn takes the k-blocks of one slot. Each thread commits one group of copies per turn, which may be empty, and
+// STAGES − 1 before the first. At turn i it waits until
 // its group i has landed; the barrier after that makes everybody's visible, and also says that all warps are done with turn i
 // − 1, whose slot is then filled for turn i + STAGES − 1. After the loop no copy is in flight and the ring becomes the
 // staging tile.
@@ -32,18 +36,22 @@
 // its float tile in `partial` and counts itself where the two meet, in `counters`; the one that comes second adds the
 // other's. The order of the additions is the tree's, and a + b is b + a, so the sum does not depend on who comes when, and
 // the counters are back at zero. The last block reads log2(splits) tiles rather than all. Then, 64 rows at a time, the sums
-// pass through shared memory in float (rows of BN + 8 words: writes meet in no bank; reads do in pairs with `glu` and in the
-// narrow tile), so that bias, time, activation and residual are applied once per element by threads that read and write rows
+// pass through shared memory in float (rows of BN + 8 words: writes meet in no bank; reads do in pairs with `glu`, in the
+// narrow tile, and with 80 columns where eight threads straddle two rows), so that bias, time, activation and residual are applied once per element by threads that read and write rows
 // of global memory; y is rounded once. With `glu` the columns of the tile alternate, eight values, eight gates, and y = value
 // · GELU(gate) has half as many. With `stats` mean and sum of squared deviations of the 64 stored rows are written per
 // channel.
 //
-// M is rows of y; N is O, with `glu` 2·O, with `part` that of the three weights. `counter` picks the row of `time`.
+// M is rows of y, O its columns; N is O (with `part` the rows of the three weights together), with `glu` 2·O. O may be any number:
+// threads take four columns at once where it is a multiple of 4, else one at a time. Rows beyond M and columns beyond N are
+// summed as zeros and not stored. `counter` picks the row of `time`. Null: what the struct says; x1 to w2 are not read without
+// their segment or `part`, partial and counters not without splits.
 //
 // Wants, and the room sees to it: pointers aligned to 16 bytes; C of every segment and row pitches multiples of 8 elements;
 // at most 2³¹ − 1 elements in each of x and w; out_h and out_w times the stride, and the padding, below 2^14 (a window's
-// corner is packed into two halves of a word). `glu`: O a multiple of 8, no time, activation, residual, statistics. `stats`:
-// M a multiple of SLAB. `phases`: no further segment.
+// corner is packed into two halves of a word). `glu`: O a multiple of 8, no time, activation, residual, statistics, `part`. `stats`:
+// M a multiple of SLAB, O of 4. `part`: one segment, a multiple of BN. `phases`: windows of 2×2, a small image whose pixels are a
+// multiple of BM, no `upsample`, `flat`, `glu`, `part` or further segment; stride, top and left are not read.
 // types: f16 bf16
 // variants: BM=128,BN=160 BM=128,BN=128 BM=128,BN=80 BM=64,BN=160 BM=64,BN=80 BM=64,BN=64 BM=64,BN=16
 #include "dev.cuh"
