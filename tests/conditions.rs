@@ -250,6 +250,26 @@ fn a_text_encoder_may_be_given() {
         assert!(frozen.join("checkpoints/step-00000002.safetensors").is_file());
         let o = diffusion(&first, &frozen, &[&own[..], &["steps=4", "--resume"]].concat());
         assert_eq!(o.code, 0, "{}", o.err);
+        // Another one in its place is none to go on with.
+        let (name, tensor) = match part {
+            "bert" => ("bert/model.safetensors", "model.layer_norm.bias"),
+            _ => ("text_encoder/model.safetensors", "text_model.final_layer_norm.bias"),
+        };
+        for entry in [part, "tokenizer"] {
+            fs::create_dir_all(f.path(entry)).unwrap();
+            for file in fs::read_dir(from.join(entry)).unwrap().map(|e| e.unwrap()) {
+                fs::copy(file.path(), f.path(entry).join(file.file_name())).unwrap();
+            }
+        }
+        let copied = format!("model.text_encoder.path={}", text(&f.path(part)));
+        let (run, own) =
+            (f.path(&format!("{part}-copied")), [&kind, &copied, "average.decay=0", "accumulate=2"]);
+        let o = diffusion(&first, &run, &[&own[..], &["steps=1"]].concat());
+        assert_eq!(o.code, 0, "{}", o.err);
+        f.fill(name, tensor, 0.5);
+        let o = diffusion(&first, &run, &[&own[..], &["steps=2", "--resume"]].concat());
+        let say = format!("{}: want the text encoder that the run began with", f.path(part).display());
+        assert!(o.code == 2 && o.err.contains(&say), "{}", o.err);
     }
     let path = format!("model.text_encoder.path={}", text(&folder::golden("ldm-tiny")));
     for (more, say) in [

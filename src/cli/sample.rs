@@ -34,7 +34,8 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "NAME|N", conflicts_with_all = ["prompt", "negative_prompt"])]
     class: Option<String>,
     /// A file with a prompt (or a class) a line, or a metadata.jsonl with captions: a picture of each, 0000.png, 0001.png, …,
-    /// in the folder --output; picture i has seed + i, and --batch-size of them are made together [default: 8]
+    /// in the folder --output; picture i has seed + i, and --batch-size of them are made together [default: 8, or fewer where
+    /// memory is short]
     #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "class", "init_img"])]
     from_file: Option<PathBuf>,
     /// What the picture does not show
@@ -204,9 +205,9 @@ fn from_file(a: &Arguments, list: &Path, seed: u64) -> Result<ExitCode> {
         fs::read_to_string(list).map_err(|e| invalid(list, format!("cannot be read as UTF-8 text: {e}")))?;
     let prompts = match list.extension() {
         Some(e) if e == "jsonl" => texts(&text).map_err(|what| invalid(list, what))?,
-        _ => text.lines().map(|line| line.trim().to_string()).collect(),
+        _ => text.lines().enumerate().map(|(i, line)| (i, line.trim().to_string())).collect(),
     };
-    let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
+    let (lines, prompts): (Vec<usize>, Vec<&str>) = prompts.iter().map(|(i, text)| (*i, &**text)).unzip();
     if prompts.is_empty() {
         return Err(invalid(list, "want a prompt a line; it is empty".into()));
     }
@@ -217,15 +218,22 @@ fn from_file(a: &Arguments, list: &Path, seed: u64) -> Result<ExitCode> {
     let device = a.device.open()?;
     let folder = ModelFolder::open(a.model()?)?;
     let blueprint = Blueprint::read(&folder)?;
-    let together: Vec<&[&str]> = prompts.chunks(a.batch_size.unwrap_or(TOGETHER).max(1)).collect();
-    let request = a.request(together[0], seed)?;
-    for (i, line) in prompts.iter().enumerate() {
+    for (i, words) in lines.iter().zip(&prompts) {
         let wrong = |e: Error| invalid(list, format!("line {}: {e}", i + 1));
-        blueprint.check_words(&a.request(&[line], seed)?).map_err(wrong)?;
+        blueprint.check_words(&a.request(&[words], seed)?).map_err(wrong)?;
     }
     let compute = Pipeline::compute_type(&folder, &device, dtype)?;
-    blueprint.check_memory(&request, compute, &device, Residency::Always, false)?;
-    let method = blueprint.choose(&request)?.0;
+    let fits = |n: usize| {
+        let request = a.request(&prompts[..n.min(prompts.len())], seed)?;
+        blueprint.check_memory(&request, compute, &device, Residency::Always, false)
+    };
+    let mut together = a.batch_size.unwrap_or(TOGETHER).max(1);
+    // Unasked, as many as there is memory for.
+    while a.batch_size.is_none() && together > 1 && fits(together).is_err() {
+        together /= 2;
+    }
+    fits(together)?;
+    let method = blueprint.choose(&a.request(&prompts[..1], seed)?)?.0;
     fs::create_dir_all(&a.output).map_err(|e| invalid(&a.output, format!("cannot be made: {e}")))?;
     check_output(&a.output.join("prompts.txt"))?;
     let pipeline = Pipeline::open(&folder, &device, dtype)?;
@@ -235,7 +243,7 @@ fn from_file(a: &Arguments, list: &Path, seed: u64) -> Result<ExitCode> {
     let digits = (prompts.len() - 1).to_string().len().max(4);
     let mut files = (0..).map(|i| a.output.join(format!("{i:0digits$}.png")));
     let mut made = 0;
-    for prompts in together {
+    for prompts in prompts.chunks(together) {
         // Warnings alone: a bar of each would be too much.
         let request = a.request(prompts, seed.wrapping_add(made))?;
         let pictures = pipeline.generate(&request, &mut Progress::new(true))?;
@@ -250,12 +258,12 @@ fn from_file(a: &Arguments, list: &Path, seed: u64) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The captions of a `metadata.jsonl`, as `ldm data` writes it.
-fn texts(lines: &str) -> std::result::Result<Vec<String>, String> {
+/// The captions of a `metadata.jsonl`, as `ldm data` writes it, each as one line, with the number of its own.
+fn texts(lines: &str) -> std::result::Result<Vec<(usize, String)>, String> {
     let text = |(i, line): (usize, &str)| {
         let value: Value =
             serde_json::from_str(line).map_err(|e| format!("line {}: not JSON: {e}", i + 1))?;
-        let text = value["text"].as_str().map(|t| t.trim().to_string());
+        let text = value["text"].as_str().map(|t| (i, t.split_whitespace().collect::<Vec<_>>().join(" ")));
         text.ok_or_else(|| format!("line {}: want a key `text`; got {line}", i + 1))
     };
     lines.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).map(text).collect()

@@ -23,7 +23,7 @@ pub(super) struct Arguments {
 enum What {
     /// An autoencoder, KL or VQ: pictures to latents and back
     Autoencoder(Flags),
-    /// A UNet with its text encoder or table of classes, on the latents of an autoencoder
+    /// A UNet with its text encoder or table of classes, or without a condition, on the latents of an autoencoder
     Diffusion(Flags),
 }
 

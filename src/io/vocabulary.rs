@@ -176,7 +176,11 @@ impl Vocabulary {
 /// # Errors
 /// [`Error::File`] when one cannot be read or written.
 pub fn copy(from: &Path, to: &Path) -> Result<()> {
-    ALL.iter().filter(|name| from.join(name).is_file()).try_for_each(|name| {
+    let held: Vec<_> = ALL.iter().filter(|name| from.join(name).is_file()).collect();
+    if !held.iter().any(|name| ["vocab.json", "vocab.txt", "tokenizer.json"].contains(name)) {
+        return Err(Error::file(from, "want the files of a tokenizer; there is no vocabulary"));
+    }
+    held.into_iter().try_for_each(|name| {
         let path = from.join(name);
         let bytes = fs::read(&path).map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?;
         atomic::write(to.join(name), &bytes)

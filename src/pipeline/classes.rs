@@ -34,12 +34,14 @@ impl Classes {
     /// # Errors
     /// [`Error::Invalid`] when the request names no class that there is, or wants what a class cannot have.
     pub(super) fn ids(&self, r: &Request) -> Result<Vec<i32>> {
-        let named = r.class.iter().chain(&r.prompts);
-        let classes = named.map(|class| Ok(self.labels.find(class)? as i32)).collect::<Result<Vec<_>>>()?;
+        let named = if r.prompts.is_empty() { r.class.as_slice() } else { &r.prompts };
+        let classes =
+            named.iter().map(|class| Ok(self.labels.find(class)? as i32)).collect::<Result<Vec<_>>>()?;
         if classes.is_empty() {
-            return Err(Error::invalid(
-                "this model draws classes, not texts: want --class NAME or its number; got a prompt",
-            ));
+            let got = if r.prompt.is_empty() { "neither" } else { "a prompt" };
+            return Err(Error::invalid(format!(
+                "this model draws classes, not texts: want --class NAME or its number; got {got}"
+            )));
         }
         if !r.prompt.is_empty() || !r.negative.is_empty() {
             return Err(Error::invalid(

@@ -5,7 +5,6 @@ use super::first_stage::{DISCRIMINATOR, initial_discriminator};
 use super::frozen::{give_back, reconstructed};
 use super::grid::Tiles;
 use super::initial;
-use super::perceptual::fingerprint;
 use super::run::{Task, Watch, note, rows};
 use super::settings::{AutoencoderSettings, Settings};
 use super::source::{Stream, Subject, normal};
@@ -43,7 +42,8 @@ impl Autoencoder {
         (step, notes): (usize, &HashMap<String, String>),
         watch: &mut dyn Watch,
     ) -> Result<Autoencoder> {
-        let lpips = own.lpips.as_deref().map(fingerprint).transpose()?;
+        let lpips =
+            own.lpips.as_ref().map(|file| Checkpoint::open(file)?.fingerprint(|_| true)).transpose()?;
         match (&own.lpips, &lpips) {
             (None, _) => watch.say("no LPIPS: loss.lpips.file names no weights of it"),
             (Some(path), Some(hash)) if step > 0 && note::<String>(notes, "lpips")? != *hash => {

@@ -60,7 +60,9 @@ impl Condition {
                 let words = folder.join("tokenizer");
                 learnt(*kind, config, *vocabulary, (subject, &words), watch)?
             }
-            Conditioned::Captions { kind, config, given: Some(given), .. } => begun(*kind, config, given)?,
+            Conditioned::Captions { kind, config, given: Some(given), .. } => {
+                begun(*kind, config, given, &folder.join("tokenizer"))?
+            }
             Conditioned::Classes { width } => classes(*width, subject)?,
             Conditioned::Nothing => Condition {
                 model: Conditioner::Nothing,
@@ -75,10 +77,13 @@ impl Condition {
         condition.notes = condition.stamp()?;
         for (key, value) in &condition.notes {
             if !notes.is_empty() && note::<String>(notes, key)? != *value {
-                let what = if key == CLASSES { "classes" } else { "text encoder" };
-                return Err(Error::invalid(format!(
-                    "{what}: want those that the run began with; they have changed since"
-                )));
+                return Err(Error::invalid(match &condition.given {
+                    Some(given) => format!(
+                        "{}: want the text encoder that the run began with; its weights have changed since",
+                        given.path.display()
+                    ),
+                    None => "classes: want those that the run began with; they have changed since".into(),
+                }));
             }
         }
         if let Words::Captions { tokenizer, .. } = &condition.words {
@@ -128,16 +133,24 @@ impl Condition {
         Ok(read.into_iter().map(|(name, value)| (format!("{}.{name}", self.model.part()), value)).collect())
     }
 
-    /// The step's input from ids of a batch (B·T): these (B,T), or a frozen encoder's context (B,T,E), or none.
+    /// The step's input from ids (B·T) of whole batches: these (B,T), or a frozen encoder's context (B,T,E), or none.
     pub(super) fn input(&mut self, ids: Vec<i32>) -> Result<Option<(&'static str, HostTensor)>> {
         if self.nothing.is_empty() {
             return Ok(None);
         }
-        let ids = HostTensor::i32([ids.len() / self.length(), self.length()], ids)?;
-        let Some(program) = &mut self.frozen else { return Ok(Some(("ids", ids))) };
-        program.write("ids", &ids)?;
-        program.run(&mut ())?;
-        Ok(Some(("context", program.read("context")?)))
+        let [rows, tokens] = [ids.len() / self.length(), self.length()];
+        let Some(program) = &mut self.frozen else {
+            return Ok(Some(("ids", HostTensor::i32([rows, tokens], ids)?)));
+        };
+        let batch = program.spec("ids")?;
+        let mut context = vec![];
+        for ids in ids.chunks(batch.shape.numel()) {
+            program.write("ids", &HostTensor::i32(batch.shape, ids.to_vec())?)?;
+            program.run(&mut ())?;
+            context.extend(program.read("context")?.to_f32());
+        }
+        let width = context.len() / (rows * tokens).max(1);
+        Ok(Some(("context", HostTensor::f32([rows, tokens, width], context)?)))
     }
 
     /// What a picture is said to show as ids (T).
@@ -304,11 +317,15 @@ fn learnt(
     with_captions(model, config, tokenizer, folder, None)
 }
 
-/// A text encoder that was trained before, with its own tokenizer.
-fn begun(kind: TextKind, config: &Value, given: &GivenEncoder) -> Result<Condition> {
+/// A text encoder that was trained before, with its own tokenizer, of which the run keeps a copy in `folder`.
+fn begun(kind: TextKind, config: &Value, given: &GivenEncoder, folder: &Path) -> Result<Condition> {
     let model = kind.model(&Config::from_value(given.path.join("config.json"), config.clone())?)?;
-    let tokenizer = Tokenizer::open(&given.tokenizer)?;
-    with_captions(model, config.clone(), tokenizer, &given.tokenizer, Some(given.clone()))
+    if !folder.join("tokenizer_config.json").is_file() {
+        Tokenizer::open(&given.tokenizer)?;
+        export::folder(folder)?;
+        vocabulary::copy(&given.tokenizer, folder)?;
+    }
+    with_captions(model, config.clone(), Tokenizer::open(folder)?, folder, Some(given.clone()))
 }
 
 fn with_captions(

@@ -1,5 +1,5 @@
 //! Runs of a latent diffusion model: Rombach et al. 2022, sections 3.2 and 3.3. The text encoder, or the table of
-//! classes, is trained with the UNet.
+//! classes, is trained with the UNet, unless it is given and stays as it is, or there is none.
 
 use super::condition::Condition;
 use super::export;
@@ -104,7 +104,7 @@ impl Diffusion {
             )));
         }
         let pictures = s.pictures();
-        let condition = Condition::start(&own.condition, &subject, (folder, pictures), notes, device, watch)?;
+        let condition = Condition::start(&own.condition, &subject, (folder, s.batch), notes, device, watch)?;
         condition.check(&s.sample.prompts)?;
         let options =
             Options { batch: pictures, seed: s.seed, threads: s.data.threads, ..Options::default() };

@@ -1,4 +1,4 @@
-//! The frozen first stage of a diffusion run: pictures to latents.
+//! A trained first stage: the frozen one of a diffusion run, pictures to latents; and pictures as it gives them back.
 
 use super::grid::bytes;
 use crate::error::{Error, Result};
@@ -125,7 +125,7 @@ impl FirstStage {
         }
     }
 
-    /// What stays the same as long as the encoder does: a hash of its weights' file names, sizes and bytes.
+    /// What stays the same as long as the encoder does: a hash of its weights' names and values.
     pub(super) fn fingerprint(&self) -> Result<String> {
         let encoder = |name: &str| name.starts_with("encoder.") || name.starts_with("quant_conv.");
         Checkpoint::open(&self.path)?.fingerprint(encoder)

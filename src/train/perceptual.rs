@@ -74,15 +74,6 @@ impl PerceptualTerm {
     }
 }
 
-/// What tells a file from others: a hash of its bytes.
-pub(super) fn fingerprint(path: &Path) -> Result<String> {
-    let bytes = std::fs::read(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
-    let hash = bytes
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325u64, |hash, b| (hash ^ u64::from(*b)).wrapping_mul(0x0000_0100_0000_01b3));
-    Ok(format!("{hash:016x}"))
-}
-
 /// The perceptual distance between pictures, in f32.
 pub struct PerceptualDistance {
     model: Lpips,

@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf};
 pub enum Kind {
     /// An autoencoder, KL- or VQ-regularised.
     Autoencoder,
-    /// A conditioned UNet with what makes its context.
+    /// A UNet with what makes its context, if it has one.
     Diffusion,
 }
 
