@@ -150,8 +150,8 @@ pub(super) fn read(
 fn given(own: &Config, kind: TextKind) -> Result<(Conditioned, usize, String)> {
     own.only(&["path", "train"])?;
     let given = Path::new(own.str("path")?);
-    let places = ["text_encoder", "bert", "export/text_encoder", "export/bert", ""].map(|p| given.join(p));
-    let found = places.into_iter().find(|p| p.join("config.json").is_file());
+    let places = ["text_encoder", "bert", "export/text_encoder", "export/bert"].map(|p| given.join(p));
+    let found = places.into_iter().chain([given.into()]).find(|p| p.join("config.json").is_file());
     let words =
         |p: &PathBuf| ["vocab.json", "vocab.txt", "tokenizer.json"].iter().any(|f| p.join(f).is_file());
     let beside = |p: &PathBuf| [p.with_file_name("tokenizer"), p.clone()].into_iter().find(words);
