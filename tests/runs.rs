@@ -108,8 +108,12 @@ fn an_autoencoder_learns_and_is_exported() {
     assert!(train("autoencoder", &run, &own).err.contains("--resume"));
     let o = train("autoencoder", &run, &["steps=32", "batch_size=3", "data.count=2", "--resume"]);
     assert!(o.code == 2 && o.err.contains("`batch_size` = 2; got 3"), "{}", o.err);
+    // What a killed run was writing goes away.
+    let left = ["checkpoints", "export/vae", "samples"].map(|part| run.join(part).join(".ldm-1-0.tmp"));
+    left.iter().for_each(|path| fs::write(path, "half").unwrap());
     let o = train("autoencoder", &run, &["steps=32", "data.count=2", "--resume"]);
     assert!(o.code == 0 && o.err.contains("goes on after step 30"), "{}", o.err);
+    assert!(left.iter().all(|path| !path.exists()));
     assert_eq!(losses(&run).last().unwrap().0, 32);
 }
 

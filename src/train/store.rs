@@ -75,7 +75,6 @@ impl Store {
             }
             _ => {}
         }
-        clean(&path.join("checkpoints"));
         clean(path);
         let text = serde_json::to_string_pretty(settings).unwrap_or_default() + "\n";
         atomic::write(&told, text.as_bytes())?;
@@ -149,11 +148,13 @@ impl Store {
     }
 }
 
-/// Removes what a killed process was writing.
+/// Removes what a killed process was writing, anywhere in the run.
 fn clean(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        if name.starts_with(".ldm-") && name.ends_with(".tmp") {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            clean(&entry.path());
+        } else if name.starts_with(".ldm-") && name.ends_with(".tmp") {
             let _ = fs::remove_file(entry.path());
         }
     }
