@@ -13,6 +13,7 @@ use common::on_cuda_with;
 use folder::Folder;
 use ldm::exec::Device;
 use ldm::io::{Checkpoint, png::read_rgb8};
+use ldm::train::Kind;
 use program::{Outcome, ldm, text};
 use runs::{check_kills, curve, diffusion, first_stage, losses, near};
 use serde_json::{Value, json};
@@ -324,33 +325,29 @@ fn settings_that_do_not_go_together_are_refused() {
     }
 }
 
+fn goes_on_bit_for_bit(more: &[&str]) {
+    let f = Folder::new();
+    check_kills(&f, &first_stage(&f), more);
+}
+
 #[test]
 fn a_killed_run_of_classes_goes_on_bit_for_bit() {
-    let f = Folder::new();
-    let first = first_stage(&f);
-    check_kills(&f, &first, CLASSES);
+    goes_on_bit_for_bit(CLASSES);
 }
 
 #[test]
 fn a_killed_run_with_the_text_encoder_of_2022_goes_on_bit_for_bit() {
-    let f = Folder::new();
-    let first = first_stage(&f);
-    check_kills(&f, &first, BERT);
+    goes_on_bit_for_bit(BERT);
 }
 
 #[test]
 fn a_killed_run_without_a_condition_goes_on_bit_for_bit() {
-    let f = Folder::new();
-    let first = first_stage(&f);
-    check_kills(&f, &first, NONE);
+    goes_on_bit_for_bit(NONE);
 }
 
 #[test]
 fn a_killed_run_with_a_frozen_text_encoder_goes_on_bit_for_bit() {
-    let f = Folder::new();
-    let first = first_stage(&f);
-    let path = format!("model.text_encoder.path={}", text(&folder::golden("sd15-tiny")));
-    check_kills(&f, &first, &[&path]);
+    goes_on_bit_for_bit(&[&format!("model.text_encoder.path={}", text(&folder::golden("sd15-tiny")))]);
 }
 
 /// The settings of a run of a moment on an emulated card.
@@ -406,10 +403,12 @@ fn conditions_on_cuda() {
             ),
         ),
     ];
-    let cpu = all.each_ref().map(|(name, own)| curve(own, &f.path(&format!("{name}-cpu")), &Device::Cpu));
+    let cpu = all
+        .each_ref()
+        .map(|(name, own)| curve(Kind::Diffusion, own, &f.path(&format!("{name}-cpu")), &Device::Cpu));
     on_cuda_with(&["order=forward;async=late"], |device| {
         for ((name, own), cpu) in all.iter().zip(&cpu) {
-            near(cpu, &curve(own, &f.path(&format!("{name}-cuda")), device));
+            near(cpu, &curve(Kind::Diffusion, own, &f.path(&format!("{name}-cuda")), device));
         }
     });
 }

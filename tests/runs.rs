@@ -4,6 +4,8 @@
 mod folder;
 #[path = "common/program.rs"]
 mod program;
+#[path = "common/runs.rs"]
+mod runs;
 
 mod common;
 
@@ -12,8 +14,9 @@ use folder::{Folder, golden};
 use ldm::exec::Device;
 use ldm::io::{Checkpoint, png::read_rgb8};
 use ldm::tensor::DType;
-use ldm::train::{Kind, Settings, Standing, Watch};
+use ldm::train::Kind;
 use program::{Outcome, ldm, text};
+use runs::{curve, near};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
@@ -477,24 +480,6 @@ fn a_picture_that_cannot_be_read_ends_no_run() {
     assert!(run.join("latents.safetensors").is_file(), "the moments are kept");
 }
 
-/// Losses by step.
-struct Losses(Vec<f64>);
-
-impl Watch for Losses {
-    fn step(&mut self, s: &Standing) -> ldm::Result<()> {
-        self.0.push(s.loss);
-        Ok(())
-    }
-    fn say(&mut self, _: &str) {}
-}
-
-fn curve(kind: Kind, settings: &Value, run: &Path, device: &Device) -> Vec<f64> {
-    let settings = Settings::read(kind, settings.clone(), "settings").unwrap();
-    let mut losses = Losses(vec![]);
-    ldm::train::run(&settings, run, false, device, &mut losses).unwrap();
-    losses.0
-}
-
 /// The emulated card takes the same steps as the CPU.
 #[test]
 fn runs_on_cuda() {
@@ -528,10 +513,6 @@ fn runs_on_cuda() {
     let cpu1 = curve(Kind::Autoencoder, &adversarial, &f.path("cpu1"), &Device::Cpu);
     let cpu2 = curve(Kind::Diffusion, &second, &f.path("cpu2"), &Device::Cpu);
     on_cuda_with(&["order=forward;async=late"], |device| {
-        let near = |cpu: &[f64], cuda: &[f64]| {
-            let close = cpu.iter().zip(cuda).all(|(a, b)| (a - b).abs() < 1e-3 * a.abs());
-            assert!(close && cpu.len() == cuda.len(), "{cpu:?}, {cuda:?}");
-        };
         near(&cpu, &curve(Kind::Autoencoder, &first, &f.path("cuda"), device));
         near(&cpu1, &curve(Kind::Autoencoder, &adversarial, &f.path("cuda1"), device));
         near(&cpu2, &curve(Kind::Diffusion, &second, &f.path("cuda2"), device));

@@ -155,9 +155,9 @@ impl Watch for Losses {
     fn say(&mut self, _: &str) {}
 }
 
-/// The losses of a diffusion run in this process.
-pub fn curve(settings: &Value, run: &Path, device: &Device) -> Vec<f64> {
-    let settings = Settings::read(Kind::Diffusion, settings.clone(), "settings").unwrap();
+/// The losses of a run in this process.
+pub fn curve(kind: Kind, settings: &Value, run: &Path, device: &Device) -> Vec<f64> {
+    let settings = Settings::read(kind, settings.clone(), "settings").unwrap();
     let mut losses = Losses(vec![]);
     ldm::train::run(&settings, run, false, device, &mut losses).unwrap();
     losses.0
