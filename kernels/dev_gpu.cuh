@@ -318,4 +318,4 @@ DEV float rcp_fast_f(float x) {
 // old = *p; *p = old >= limit ? 0 : old + 1. Relaxed: put `fence_gpu` around it where it orders other accesses.
 DEV unsigned atomic_inc_u32(unsigned* p, unsigned limit) { return atomicInc(p, limit); }
 // What this thread wrote before is seen by all blocks before what it writes after; and it reads anew.
-DEV void fence_gpu() { __threadfence(); }
+DEV void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }

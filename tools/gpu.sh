@@ -11,6 +11,7 @@
 #   ./gpu.sh probe       how fast the card's units, products and copies are at most, and what a kernel costs that does nothing
 #   ./gpu.sh sweep       the heaviest products of that step and of the decoder with every tile and number of splits, in bf16 and f32
 #   ./gpu.sh bench       every real shape of every room in bf16; of one room with `./gpu.sh bench conv2d`
+#   ./gpu.sh profile     what keeps the kernels of an evaluation waiting, by ncu where there is one
 #   ./gpu.sh torch       the UNet and the same shapes in PyTorch, eager and compiled, where python3 has it
 #   ./gpu.sh report      what there is, as a table and as results/results.json
 #   ./gpu.sh             all of that
@@ -66,14 +67,13 @@ stop() {
     exit 3
 }
 
-# once NAME COMMAND...: runs a command unless it has run before; its output goes to NAME.log. 0: done, now or before.
-once() {
+# attempt NAME COMMAND...: runs a command unless it has run before; its output goes to NAME.log. 0: done, now or before; 3: no
+# time for it in this call.
+attempt() {
     local name=$1 status=0
     shift
     [ -e "$out/done/$name" ] && return 0
-    if [ "$(left)" -lt 20 ]; then
-        stop "out of time before $name"
-    fi
+    [ "$(left)" -ge 20 ] || return 3
     timeout "$(left)" "$@" >"$out/$name.log" 2>&1 </dev/null || status=$?
     if [ "$status" = 124 ] && [ "$(left)" -lt 5 ]; then
         # With a whole call to itself it would take too long again.
@@ -81,25 +81,43 @@ once() {
             echo "$name: takes longer than $budget s" | tee -a "$out/$name.log"
         else
             touch "$out/late/$name"
-            stop "out of time in $name"
+            return 3
         fi
     fi
     echo "$status" >"$out/done/$name"
-    [ "$status" = 0 ] || { code=1; printf '%s: exit code %s\n' "$name" "$status"; tail -n 20 "$out/$name.log"; }
     return 0
 }
 
+# attempt, which says what failed, and ends the call where time is out.
+once() {
+    attempt "$@" || stop "out of time in $1"
+    local status
+    status=$(cat "$out/done/$1")
+    [ "$status" = 0 ] || { code=1; printf '%s: exit code %s\n' "$1" "$status"; tail -n 20 "$out/$1.log"; }
+}
+
+# Several at once: most of a test's time is its specification, on the processor.
 run_test() {
-    local bin name test only
+    local bin test only list=() jobs
     for bin in ops models attention norms replay; do
         # Of rooms and models, the tests on the GPU are those of this name.
         only=
         case $bin in ops | models) only=cuda ;; esac
         while read -r test; do
-            name=test-$bin-${test//::/-}
-            once "$name" "bin/tests-$bin" "$test" --exact --test-threads=1
-            printf '%-60s %s\n' "$bin $test" "$([ "$(cat "$out/done/$name")" = 0 ] && echo ok || echo FAILED)"
+            list+=("$bin $test")
         done < <("bin/tests-$bin" ${only:+"$only"} --list 2>/dev/null | sed -n 's/: test$//p')
+    done
+    jobs=$(($(nproc) / 2 + 1))
+    for test in "${list[@]}"; do
+        while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || true; done
+        bin=${test% *} test=${test#* }
+        attempt "test-$bin-${test//::/-}" "bin/tests-$bin" "$test" --exact --test-threads=1 &
+    done
+    while [ -n "$(jobs -rp)" ]; do wait -n || true; done
+    for test in "${list[@]}"; do
+        bin=${test% *} test=${test#* }
+        once "test-$bin-${test//::/-}" "bin/tests-$bin" "$test" --exact --test-threads=1
+        printf '%-60s %s\n' "$bin $test" "$([ "$(cat "$out/done/test-$bin-${test//::/-}")" = 0 ] && echo ok || echo FAILED)"
     done
 }
 
@@ -153,6 +171,16 @@ run_sweep() {
     done
 }
 
+# One line of CSV for each launch: its units' use, its stalls, its traffic. Of the kernels that a step spends its time in; the
+# first of them, since each is run again for every group of counters.
+run_profile() {
+    command -v ncu >/dev/null || { echo "no ncu: left out"; return 0; }
+    local sections=(SpeedOfLight WarpStateStats SchedulerStats LaunchStats Occupancy ComputeWorkloadAnalysis MemoryWorkloadAnalysis)
+    once profile env LDM_CUDA_GRAPH=off ncu --clock-control none "${sections[@]/#/--section=}" --page raw --csv --kill yes \
+        -k 'regex:mma|attention|norm|stats|edge' -c "${LDM_PROFILE_LAUNCHES:-120}" \
+        bin/ldm bench --preset sd15 --component unet -W 512 -H 512 --dtype bf16 --device cuda --warmup 0 --iterations 1
+}
+
 run_torch() {
     python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || { echo "no PyTorch with CUDA: left out"; return 0; }
     local mode dtype status
@@ -161,7 +189,7 @@ run_torch() {
     while read -r mode dtype; do
         once "torch-unet-$mode-$dtype" python3 gpu_unet.py --mode "$mode" --dtype "$dtype" --out "$out/torch-unet.jsonl"
         tail -n 1 "$out/torch-unet-$mode-$dtype.log"
-    done <<<$'eager bf16\ncompiled bf16\neager f32'
+    done <<<$'eager bf16\ncompiled bf16\nmax-autotune bf16\neager f32'
     for mode in eager compiled; do
         # It stops by itself, and goes on where it stopped.
         status=0
@@ -244,9 +272,9 @@ pack)
 probes)
     probes "${2:?a file to write}"
     ;;
-test | step | probe | sweep | bench | torch | report | all)
+test | step | probe | sweep | bench | profile | torch | report | all)
     prepare
-    for part in test step probe sweep bench torch; do
+    for part in test step probe sweep bench profile torch; do
         if [ "$what" = all ] || [ "$what" = $part ]; then "run_$part" "${2:-}"; fi
     done
     report

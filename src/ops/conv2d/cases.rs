@@ -199,8 +199,8 @@ pub(super) fn linear() -> Vec<Case> {
     small.extend([
         asked("BM=64,BN=80", 1, linear(&[70, 24], 90, bias.clone())),
         asked("BM=64,BN=80", 5, linear(&[66, 696], 80, bias.clone())),
-        asked("BM=64,BN=80", 2, linear(&[70, 264], 2 * 136, gates.clone())),
-        asked("BM=128,BN=80", 3, linear(&[140, 392], 2 * 48, gates.clone())),
+        asked("BM=64,BN=160", 2, linear(&[70, 264], 2 * 136, gates.clone())),
+        asked("BM=128,BN=128", 3, linear(&[140, 392], 2 * 48, gates.clone())),
         asked("BM=64,BN=80", 2, three(&[70, 256], 80)),
     ]);
     for (rows, c) in REAL_TOKENS {

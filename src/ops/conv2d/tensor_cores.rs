@@ -12,12 +12,15 @@ pub(super) use crate::kernels::conv2d_mma as k;
 pub(super) const TILES: [Tile; 7] = [
     tile("BM=128,BN=160", 128, 160),
     tile("BM=128,BN=128", 128, 128),
-    tile("BM=128,BN=80", 128, 80),
+    tile("BM=128,BN=80", 128, 80).without_gates(),
     tile("BM=64,BN=160", 64, 160),
-    tile("BM=64,BN=80", 64, 80),
+    tile("BM=64,BN=80", 64, 80).without_gates(),
     tile("BM=64,BN=64", 64, 64),
     tile("BM=64,BN=16", 64, 16),
 ];
+
+/// Blocks of channels that a part of a sum has at least.
+const LEAST: usize = 2;
 
 /// Microseconds that a product takes by a model of an H200: tensor cores at 470 TFLOP/s through `mma.sync`, 128 bytes of
 /// shared memory per clock and multiprocessor, 6153 bytes of operands per clock from the second-level cache, 4.3 TB/s of
@@ -25,8 +28,7 @@ pub(super) const TILES: [Tile; 7] = [
 pub(super) fn microseconds(tile: Tile, &Sums { m, n, blocks, .. }: &Sums, splits: usize) -> f64 {
     const SMS: f64 = launch::MULTIPROCESSORS as f64;
     const FMA: f64 = launch::MMA / 2.0 / SMS / launch::CLOCK; // per clock and multiprocessor
-    let [warps_m, warps_n, groups] =
-        [k::WARPS_M.of(tile.name), k::WARPS_N.of(tile.name), k::WARPS_K.of(tile.name)].map(|n| n as f64);
+    let [warps_m, warps_n] = [k::WARPS_M.of(tile.name), k::WARPS_N.of(tile.name)].map(|n| n as f64);
     let (left, added) = tile.additions(splits);
     let tiles = tile.count(m, n) as f64;
     let [bm, bn, bk, splits] = [tile.rows, tile.columns, k::BK, splits].map(|n| n as f64);
@@ -35,11 +37,10 @@ pub(super) fn microseconds(tile: Tile, &Sums { m, n, blocks, .. }: &Sums, splits
     let grid = tiles * splits;
     let each = (grid / SMS).ceil(); // blocks that one multiprocessor runs
     let alone = if each < 2.0 { 1.2 } else { 1.0 }; // nothing hides the latencies of a single one
-    let steps = ((blocks as f64 / splits).ceil() / groups).ceil() * groups;
+    let steps = (blocks as f64 / splits).ceil();
     let step = f64::max(bm * bn * bk / FMA, (read + write) / 128.0) * alone;
-    let exchange = if groups > 1.0 { bm * bn * 8.0 / 128.0 } else { 0.0 };
     let end = bm * bn * 8.0 / 128.0 * 1.5 + added;
-    let clocks = each * (steps * step + exchange + left) + (tiles / SMS).ceil() * end + 1500.0;
+    let clocks = each * (steps * step + left) + (tiles / SMS).ceil() * end + 1500.0;
     let clocks = f64::max(clocks, grid * steps * write / 6153.0);
     let bytes = (n * blocks) as f64 * bk * 2.0;
     f64::max(clocks / launch::CLOCK, bytes / launch::MEMORY) + launch::GAP
@@ -57,7 +58,7 @@ pub(super) fn conv(op: &Conv2d, x: &[Spec]) -> Option<Sums> {
     let (rows, taps) = if op.phases { (s.h * s.w, 4) } else { (m, s.kh * s.kw) };
     let sum = taps * blocks(s.c) + others.into_iter().map(blocks).sum::<usize>();
     let fits = fits && m * n > 0 && (!op.phases || rows % SLAB == 0);
-    fits.then_some(Sums { rows, ..Sums::new(m, n, sum) })
+    fits.then_some(Sums { rows, least: LEAST, ..Sums::new(m, n, sum) })
 }
 
 /// A matrix product as the kernel takes it; `None` for what it does not take.
@@ -69,7 +70,7 @@ pub(super) fn linear(op: &Linear, x: &[Spec]) -> Option<Sums> {
         && m * n * c > 0
         && (!op.epi.glu || n % 16 == 0)
         && (op.more == 0 || part % 16 == 0);
-    fits.then(|| Sums { part, ..Sums::new(m, n, c.div_ceil(k::BK)) })
+    fits.then(|| Sums { part, gates: op.epi.glu, least: LEAST, ..Sums::new(m, n, c.div_ceil(k::BK)) })
 }
 
 pub(super) fn launch_conv(product: &Tiled, op: &Conv2d, s: &ConvShape, io: &cuda::Call) -> Result<()> {
@@ -127,7 +128,7 @@ fn launch(product: &Tiled, epi: &Epi, io: &cuda::Call, mut p: k::Conv2dMma) -> R
     if product.splits > 1 {
         (p.partial, p.counters) = (io.scratch, io.counters()?);
     }
-    io.launch(k::CONV2D_MMA, io.y_spec(0).dtype, product.tile.name, product.grid(), k::BLOCK, p)
+    io.launch(k::CONV2D_MMA, io.y_spec(0).dtype, product.tile.name, product.grid(), k::BLOCK.of(product.tile.name), p)
 }
 
 /// Whether type and sizes suit the kernel, which counts elements with 32 bits.

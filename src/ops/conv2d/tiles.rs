@@ -109,7 +109,7 @@ impl Tiled {
         let plan = match self.engine {
             Engine::TensorCores => {
                 let k = tensor_cores::k::CONV2D_MMA;
-                LaunchPlan::new(k, dtype, name, grid, tensor_cores::k::BLOCK, time)
+                LaunchPlan::new(k, dtype, name, grid, tensor_cores::k::BLOCK.of(name), time)
             }
             Engine::Floats => {
                 LaunchPlan::new(floats::k::CONV2D_F32, dtype, name, grid, floats::k::BLOCK.of(name), time)
@@ -187,13 +187,19 @@ pub(super) struct Tile {
     pub name: &'static str,
     pub rows: usize,
     pub columns: usize,
+    /// Whether a warp has values and their gates.
+    pub gates: bool,
 }
 
 pub(super) const fn tile(name: &'static str, rows: usize, columns: usize) -> Tile {
-    Tile { name, rows, columns }
+    Tile { name, rows, columns, gates: true }
 }
 
 impl Tile {
+    pub(super) const fn without_gates(self) -> Tile {
+        Tile { gates: false, ..self }
+    }
+
     /// Tiles of m×n results.
     pub(super) fn count(self, m: usize, n: usize) -> usize {
         m.div_ceil(self.rows) * n.div_ceil(self.columns)
@@ -229,19 +235,25 @@ pub(super) struct Sums {
     pub part: usize,
     /// A tile's rows divide these, where they are not all.
     pub rows: usize,
+    /// Half of the columns are gates of the others.
+    pub gates: bool,
+    /// Blocks that a part of a sum has at least.
+    pub least: usize,
 }
 
 impl Sums {
     pub(super) fn new(m: usize, n: usize, blocks: usize) -> Sums {
-        Sums { m, n, blocks, part: n, rows: m }
+        Sums { m, n, blocks, part: n, rows: m, gates: false, least: 4 }
     }
 
     /// Every tile that suits, with every number of splits.
     pub(super) fn all(self, tiles: &'static [Tile]) -> impl Iterator<Item = (Tile, usize)> {
-        let Sums { m, n, blocks, part, rows } = self;
-        let whole = move |t: &Tile| (part == n || part % t.columns == 0) && (rows == m || rows % t.rows == 0);
+        let Sums { m, n, blocks, part, rows, gates, least } = self;
+        let whole = move |t: &Tile| {
+            (part == n || part % t.columns == 0) && (rows == m || rows % t.rows == 0) && (t.gates || !gates)
+        };
         let counted = move |t: Tile, splits| splits == 1 || t.count(m, n) * splits <= cuda::COUNTERS;
-        let splits = 1..=MOST_SPLITS.min(blocks / 4).max(1);
+        let splits = 1..=MOST_SPLITS.min(blocks / least).max(1);
         let each = move |t: Tile| splits.clone().filter(move |&s| counted(t, s)).map(move |s| (t, s));
         tiles.iter().copied().filter(whole).flat_map(each)
     }
