@@ -293,7 +293,29 @@ impl Context {
         // device memory only.
         let code = unsafe {
             let (arguments, smem, none) = (arguments.as_mut_ptr(), function.smem, ptr::null_mut());
-            sys::cuLaunchKernel(function.raw, x, y, z, block, 1, 1, smem, self.stream(on), arguments, none)
+            let stream = self.stream(on);
+            if function.overlaps {
+                let mut early = sys::CUlaunchAttribute {
+                    id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                    pad: [0; 4],
+                    value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+                };
+                let config = sys::CUlaunchConfig {
+                    gridDimX: x,
+                    gridDimY: y,
+                    gridDimZ: z,
+                    blockDimX: block,
+                    blockDimY: 1,
+                    blockDimZ: 1,
+                    sharedMemBytes: smem,
+                    hStream: stream,
+                    attrs: &mut early,
+                    numAttrs: 1,
+                };
+                sys::cuLaunchKernelEx(&config, function.raw, arguments, none)
+            } else {
+                sys::cuLaunchKernel(function.raw, x, y, z, block, 1, 1, smem, stream, arguments, none)
+            }
         };
         check("cuLaunchKernel", code)
     }
@@ -367,7 +389,7 @@ impl Module {
 
     /// The kernel of this name, to be launched with `smem` bytes of dynamic shared memory: at most what
     /// [`Context::shared_memory`] says.
-    pub(super) fn function(self: &Arc<Self>, name: &str, smem: usize) -> Result<Function> {
+    pub(super) fn function(self: &Arc<Self>, name: &str, smem: usize, overlaps: bool) -> Result<Function> {
         self.context.bind()?;
         let text = CString::new(name).map_err(|_| Error::invalid(format!("kernel `{name}`")))?;
         let mut raw = ptr::null_mut();
@@ -378,7 +400,7 @@ impl Module {
             // SAFETY: the function was found above, in a module that is loaded.
             check("cuFuncSetAttribute", unsafe { sys::cuFuncSetAttribute(raw, MOST, smem as c_int) })?;
         }
-        Ok(Function { raw, smem: smem as u32, _module: self.clone() })
+        Ok(Function { raw, smem: smem as u32, overlaps, _module: self.clone() })
     }
 }
 
@@ -396,6 +418,8 @@ pub(super) struct Function {
     raw: sys::CUfunction,
     /// Dynamic shared memory per block, bytes.
     smem: u32,
+    /// Whether it may be started while the kernel before it still runs: it waits by itself (`wait_for_inputs` of dev.cuh).
+    overlaps: bool,
     _module: Arc<Module>,
 }
 

@@ -31,6 +31,8 @@ struct Inner {
     patient: bool,
     /// Unless `LDM_CUDA_GRAPH=off`.
     graphs: bool,
+    /// Unless `LDM_CUDA_OVERLAP=off`.
+    overlap: bool,
     functions: Mutex<HashMap<(usize, &'static str), Function>>,
     modules: Mutex<HashMap<usize, Arc<Module>>>,
     counters: Mutex<Option<Memory>>,
@@ -78,6 +80,15 @@ impl fmt::Debug for Cuda {
     }
 }
 
+/// Whether an environment variable leaves something on.
+fn switch(name: &str) -> Result<bool> {
+    match std::env::var(name).as_deref() {
+        Ok("off") => Ok(false),
+        Ok("" | "on") | Err(_) => Ok(true),
+        Ok(other) => Err(Error::invalid(format!("{name}: want on or off; got `{other}`"))),
+    }
+}
+
 impl Cuda {
     /// Number of GPUs, at least one.
     ///
@@ -117,13 +128,7 @@ impl Cuda {
         let context = Arc::new(Context::open(ordinal)?);
         let (name, capability) = context.describe()?;
         let patient = std::env::var("LDM_CUDA_SYNC").is_ok_and(|v| !matches!(v.as_str(), "" | "0"));
-        let graphs = match std::env::var("LDM_CUDA_GRAPH").as_deref() {
-            Ok("off") => false,
-            Ok("" | "on") | Err(_) => true,
-            Ok(other) => {
-                return Err(Error::invalid(format!("LDM_CUDA_GRAPH: want on or off; got `{other}`")));
-            }
-        };
+        let (graphs, overlap) = (switch("LDM_CUDA_GRAPH")?, switch("LDM_CUDA_OVERLAP")?);
         let (functions, modules, counters) = Default::default();
         let inner = Inner {
             ordinal,
@@ -132,6 +137,7 @@ impl Cuda {
             driver,
             patient,
             graphs,
+            overlap,
             functions,
             modules,
             counters,
@@ -371,7 +377,9 @@ impl Cuda {
                 self.name()
             )));
         }
-        let function = module.function(name, unit.smem).map_err(named)?;
+        let overlaps = self.inner.overlap
+            && unit.image(self.inner.capability).is_some_and(|image| image.arch.waits_for_inputs());
+        let function = module.function(name, unit.smem, overlaps).map_err(named)?;
         lock(&self.inner.functions).insert((index, name), function.clone());
         Ok(function)
     }
