@@ -13,7 +13,7 @@ use crate::tensor::{DType, Spec};
 pub const MULTIPROCESSORS: usize = 132;
 
 /// Clocks in a microsecond, with busy tensor cores.
-pub(super) const CLOCK: f64 = 1755.0;
+pub(super) const CLOCK: f64 = 1720.0;
 
 /// FLOP in a microsecond by `mma.sync` on 16-bit types, on the whole card.
 pub const MMA: f64 = 470e6;

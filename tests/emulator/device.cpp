@@ -42,7 +42,7 @@ int attribute(int which) {
         case 78: return 1;          // stream priorities
         case 81: return 228 * 1024; // shared memory per multiprocessor
         case 82: return 65536;      // registers per multiprocessor
-        case 97: return SMEM_MOST;  // shared memory per block, on request
+        case 97: return int(settings.shared);  // shared memory per block, on request
         case 106: return 32;        // blocks per multiprocessor
         case 115: return 1;         // memory pools
         default: return 0;

@@ -58,6 +58,7 @@ struct Settings {
     bool uninitialised_is_error = true;
     unsigned threads = 0;              // OS threads that run blocks; 0: as many as the machine has, for large launches
     uint64_t memory = 16ull << 30;     // what the device says it has
+    uint64_t shared = SMEM_MOST;       // most shared memory that it says a block may ask for
     unsigned timeout = 300;            // seconds that one launch may take before the process is ended; 0: for ever
     std::string units;                 // folder of the compiled kernels
     bool banks = false;                // count bank conflicts

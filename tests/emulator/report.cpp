@@ -91,6 +91,7 @@ bool set(const std::string& key, const std::string& value) {
     if (key == "threads" && number(value, &n)) return settings.threads = unsigned(n), true;
     if (key == "timeout" && number(value, &n)) return settings.timeout = unsigned(n), true;
     if (key == "memory" && number(value, &n)) return settings.memory = n, true;
+    if (key == "shared" && number(value, &n)) return settings.shared = n, n <= SMEM_MOST;
     return key == "fail" && set_fail(value);
 }
 }  // namespace

@@ -33,6 +33,7 @@ struct Inner {
     graphs: bool,
     /// Unless `LDM_CUDA_OVERLAP=off`.
     overlap: bool,
+    multiprocessors: u32,
     functions: Mutex<HashMap<(usize, &'static str), Function>>,
     modules: Mutex<HashMap<usize, Arc<Module>>>,
     counters: Mutex<Option<Memory>>,
@@ -138,6 +139,7 @@ impl Cuda {
             patient,
             graphs,
             overlap,
+            multiprocessors: context.multiprocessors()?,
             functions,
             modules,
             counters,
@@ -243,6 +245,14 @@ impl Cuda {
     pub fn fill(&self, buffer: &Buffer, offset: usize, n: usize, byte: u8) -> Result<()> {
         let at = buffer.part("fill", offset, n)?;
         if n == 0 { Ok(()) } else { self.inner.context.fill(at, n, byte, self.on()) }
+    }
+
+    /// The most shared memory that a block may have, in bytes.
+    ///
+    /// # Errors
+    /// When the driver fails.
+    pub fn shared_memory(&self) -> Result<usize> {
+        Ok(self.inner.context.shared_memory()?)
     }
 
     /// Waits for all work that was asked for.
@@ -377,9 +387,8 @@ impl Cuda {
                 self.name()
             )));
         }
-        let overlaps = self.inner.overlap
-            && unit.image(self.inner.capability).is_some_and(|image| image.arch.waits_for_inputs());
-        let function = module.function(name, unit.smem, overlaps).map_err(named)?;
+        let waits = unit.image(self.inner.capability).is_some_and(|image| image.arch.waits_for_inputs());
+        let function = module.function(name, unit.smem, waits).map_err(named)?;
         lock(&self.inner.functions).insert((index, name), function.clone());
         Ok(function)
     }
@@ -389,7 +398,12 @@ impl Cuda {
         let name = P::KERNEL.name();
         let function = self.function(index, name)?;
         let context = &self.inner.context;
-        let mut done = context.launch(self.on(), &function, grid, block, params);
+        // Blocks that come early take the places that are free: few would crowd on the multiprocessors that the kernel before
+        // leaves idle, and leave others idle in turn (measured: a third slower with one block for each, 5 % faster with two).
+        let blocks: u64 = grid.iter().map(|&n| u64::from(n)).product();
+        let many = blocks >= 2 * u64::from(self.inner.multiprocessors);
+        let early = self.inner.overlap && function.waits && many;
+        let mut done = context.launch(self.on(), &function, grid, block, params, early);
         if self.inner.patient && self.recording.is_none() {
             done = done.and_then(|()| context.synchronize());
         }

@@ -108,7 +108,7 @@ pub(super) fn conv() -> Vec<Case> {
         asked("BM=128,BN=64", 2, &full(Act::None), [3, 8, 8, 16], 100),
         asked("BM=64,BN=64", 1, &down([1; 4]), [2, 16, 18, 36], 65),
     ]);
-    // And of the one for tensor cores: odd and even numbers of k-blocks for two groups of warps; three and four splits.
+    // And each of those for tensor cores; two, three and four splits; images of less and of more than a tile; sums of one k-block.
     let asked = |variant, splits, op, x, o| {
         conv(Conv2d { choice: Some(Choice { variant, splits }), ..op }, x, o, 3).only(SIXTEEN)
     };
@@ -119,6 +119,13 @@ pub(super) fn conv() -> Vec<Case> {
         asked("BM=64,BN=80", 4, full(Act::None), [2, 5, 7, 48], 88),
         asked("BM=128,BN=80", 1, full(Act::None), [3, 7, 9, 40], 88),
         asked("BM=128,BN=80", 2, stats(&same(3)), [3, 8, 8, 40], 160),
+        asked("BM=128,BN=160", 1, full(Act::Silu), [3, 7, 9, 72], 168),
+        asked("BM=128,BN=160", 2, stats(&same(3)), [3, 8, 8, 40], 320),
+        asked("BM=128,BN=160", 3, full(Act::None), [2, 8, 16, 48], 83),
+        asked("BM=128,BN=128", 1, full(Act::None), [2, 8, 16, 24], 132),
+        asked("BM=128,BN=128", 4, stats(&same(3)), [3, 8, 8, 40], 128),
+        asked("BM=64,BN=160", 2, full(Act::Gelu), [3, 5, 7, 72], 90),
+        asked("BM=64,BN=64", 3, full(Act::None), [2, 8, 8, 48], 88),
     ]);
     let real = |op, [b, side, c, o]: [usize; 4], k| conv(op, [b, side, side, c], o, k).weights(1..3).bench();
     for &(b, side, c, outs) in REAL {
@@ -189,7 +196,7 @@ pub(super) fn linear() -> Vec<Case> {
         three(&[2, 35, 48], 48),
         three(&[3, 70, 64], 320),
     ];
-    // Tiles that small sizes do not take by themselves; one k-block for two groups of warps, and many in five splits.
+    // Tiles that small sizes do not take by themselves; one k-block, and many in five splits.
     let asked = |variant, splits, mut case: Case| {
         if let Op::Linear(op) = &mut case.op {
             op.choice = Some(Choice { variant, splits });
@@ -202,6 +209,9 @@ pub(super) fn linear() -> Vec<Case> {
         asked("BM=64,BN=160", 2, linear(&[70, 264], 2 * 136, gates.clone())),
         asked("BM=128,BN=128", 3, linear(&[140, 392], 2 * 48, gates.clone())),
         asked("BM=64,BN=80", 2, three(&[70, 256], 80)),
+        asked("BM=128,BN=160", 1, linear(&[140, 72], 2 * 88, gates.clone())),
+        asked("BM=128,BN=160", 2, three(&[140, 256], 160)),
+        asked("BM=64,BN=64", 1, linear(&[70, 72], 2 * 40, gates.clone())),
     ]);
     for (rows, c) in REAL_TOKENS {
         // Output and queries; queries, keys and values at once; the two of the feed-forward.

@@ -4,6 +4,7 @@ use super::super::prelude::*;
 use super::tiles::{Sums, Tile, Tiled, corners_fit, operands, tile, windows};
 use super::{Conv2d, Epi, Linear, SLAB};
 use crate::backend::cpu::gemm::ConvShape;
+use crate::kernels;
 pub(super) use crate::kernels::conv2d_mma as k;
 
 /// 160 divides the channels of the Stable Diffusion family, 128 those of the autoencoders; half of 160 gives twice as many
@@ -22,27 +23,45 @@ pub(super) const TILES: [Tile; 7] = [
 /// Blocks of channels that a part of a sum has at least.
 const LEAST: usize = 2;
 
-/// Microseconds that a product takes by a model of an H200: tensor cores at 470 TFLOP/s through `mma.sync`, 128 bytes of
-/// shared memory per clock and multiprocessor, 6153 bytes of operands per clock from the second-level cache, 4.3 TB/s of
-/// memory, and a wave of blocks as long as its slowest. Not measured: it orders the choices.
+/// How fast a tile is, in clocks of a multiprocessor of an H100.
+struct Speed {
+    /// FLOP per clock with one, two, … blocks beside each other; as many as fit.
+    beside: &'static [f64],
+    /// What comes after the sums: rounding, residual, statistics, the way to memory.
+    end: f64,
+    /// What one level of the tree of splits takes.
+    level: f64,
+}
+
+/// Measured (an H100 80GB HBM3 at 1.72 GHz under load, `clock64` around the parts of the kernel, shapes of Stable Diffusion 1.5).
+fn speed(tile: Tile) -> Speed {
+    let (beside, end, level): (&'static [f64], f64, f64) = match (tile.rows, tile.columns) {
+        (128, 160) => (&[1610.0], 5000.0, 8000.0),
+        (128, 128) => (&[1470.0, 1950.0], 5800.0, 7000.0),
+        (128, _) => (&[1270.0, 1600.0], 4400.0, 5000.0),
+        (64, 160) => (&[1200.0, 1490.0], 4400.0, 5000.0),
+        (64, 80) => (&[917.0, 1250.0, 1490.0], 2900.0, 4000.0),
+        (64, 64) => (&[840.0, 1150.0, 1410.0], 2700.0, 3500.0),
+        _ => (&[400.0, 700.0, 900.0, 1000.0], 1500.0, 1500.0),
+    };
+    Speed { beside, end, level }
+}
+
+/// Microseconds that a product takes: every multiprocessor runs its share of the blocks, as many at a time as fit beside each
+/// other, and those that began together end together.
 pub(super) fn microseconds(tile: Tile, &Sums { m, n, blocks, .. }: &Sums, splits: usize) -> f64 {
-    const SMS: f64 = launch::MULTIPROCESSORS as f64;
-    const FMA: f64 = launch::MMA / 2.0 / SMS / launch::CLOCK; // per clock and multiprocessor
-    let [warps_m, warps_n] = [k::WARPS_M.of(tile.name), k::WARPS_N.of(tile.name)].map(|n| n as f64);
-    let (left, added) = tile.additions(splits);
-    let tiles = tile.count(m, n) as f64;
-    let [bm, bn, bk, splits] = [tile.rows, tile.columns, k::BK, splits].map(|n| n as f64);
-    let read = warps_m * warps_n * (bm / warps_m + bn / warps_n) * bk * 2.0;
-    let write = (bm + bn) * bk * 2.0;
-    let grid = tiles * splits;
-    let each = (grid / SMS).ceil(); // blocks that one multiprocessor runs
-    let alone = if each < 2.0 { 1.2 } else { 1.0 }; // nothing hides the latencies of a single one
-    let steps = (blocks as f64 / splits).ceil();
-    let step = f64::max(bm * bn * bk / FMA, (read + write) / 128.0) * alone;
-    let end = bm * bn * 8.0 / 128.0 * 1.5 + added;
-    let clocks = each * (steps * step + left) + (tiles / SMS).ceil() * end + 1500.0;
-    let clocks = f64::max(clocks, grid * steps * write / 6153.0);
-    let bytes = (n * blocks) as f64 * bk * 2.0;
+    // Until the first operands are there.
+    const START: f64 = 3000.0;
+    let Speed { beside, end, level } = speed(tile);
+    let levels = f64::from(splits.next_power_of_two().ilog2());
+    let each = (tile.count(m, n) * splits).div_ceil(launch::MULTIPROCESSORS);
+    let work = (2 * tile.rows * tile.columns * k::BK) as f64 * (blocks as f64 / splits as f64).ceil();
+    let together = |count: usize| match count {
+        0 => 0.0,
+        _ => START + count as f64 * work / beside[count - 1] + levels * level + end,
+    };
+    let clocks = (each / beside.len()) as f64 * together(beside.len()) + together(each % beside.len());
+    let bytes = (n * blocks * k::BK * 2) as f64;
     f64::max(clocks / launch::CLOCK, bytes / launch::MEMORY) + launch::GAP
 }
 
@@ -128,7 +147,24 @@ fn launch(product: &Tiled, epi: &Epi, io: &cuda::Call, mut p: k::Conv2dMma) -> R
     if product.splits > 1 {
         (p.partial, p.counters) = (io.scratch, io.counters()?);
     }
-    io.launch(k::CONV2D_MMA, io.y_spec(0).dtype, product.tile.name, product.grid(), k::BLOCK.of(product.tile.name), p)
+    let product = product.on(io.device.shared_memory()?, io.y_spec(0).dtype)?;
+    let name = product.tile.name;
+    io.launch(k::CONV2D_MMA, io.y_spec(0).dtype, name, product.grid(), k::BLOCK.of(name), p)
+}
+
+impl Tiled {
+    /// The same product where blocks have so much shared memory. The largest tile wants more than cards of sm_86, sm_89 and
+    /// sm_120 have: there each is two of the tile of half its rows, which suits what it suits, and needs no more memory for
+    /// sums in parts.
+    fn on(&self, shared: usize, dtype: DType) -> Result<Tiled> {
+        let unit = kernels::find("conv2d_mma", dtype.name(), self.tile.name)?;
+        let halved = TILES.iter().find(|t| t.columns == self.tile.columns && 2 * t.rows == self.tile.rows);
+        let mut product = *self;
+        if let Some(&tile) = halved.filter(|_| kernels::UNITS[unit].smem > shared) {
+            product.tile = tile;
+        }
+        Ok(product)
+    }
 }
 
 /// Whether type and sizes suit the kernel, which counts elements with 32 bits.

@@ -252,7 +252,8 @@ impl Sums {
         let whole = move |t: &Tile| {
             (part == n || part % t.columns == 0) && (rows == m || rows % t.rows == 0) && (t.gates || !gates)
         };
-        let counted = move |t: Tile, splits| splits == 1 || t.count(m, n) * splits <= cuda::COUNTERS;
+        // Twice: where a card has no room for a tile, it is two of half its rows.
+        let counted = move |t: Tile, splits| splits == 1 || 2 * t.count(m, n) * splits <= cuda::COUNTERS;
         let splits = 1..=MOST_SPLITS.min(blocks / least).max(1);
         let each = move |t: Tile| splits.clone().filter(move |&s| counted(t, s)).map(move |s| (t, s));
         tiles.iter().copied().filter(whole).flat_map(each)
