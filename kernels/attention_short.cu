@@ -75,14 +75,33 @@ DEV int chunk(int r, int c) {
     return (r * PITCH + (c & ~LOW) + ((c ^ (r >> (3 - A))) & LOW)) * 8;
 }
 
-// Starts the copy of ROWS rows by so many threads; rows from `rows` on and columns from d on become zeros.
-template <int ROWS, int THREADS>
-DEV void copy_rows(T* to, const T* from, int rows, int ld, int d, int thread) {
+// Starts the copy of the 16 rows of a warp's slot; rows from `rows` on and columns from d on become zeros.
+DEV void copy_queries(T* to, const T* from, int rows, int ld, int d) {
     UNROLL
-    for (int i = 0; i < ROWS * PITCH; i += THREADS) {
-        const int at = i + thread, r = at / PITCH, c = at % PITCH;
-        if (ROWS * PITCH % THREADS != 0 && at >= ROWS * PITCH) break;
+    for (int i = 0; i < ALL; i++) {
+        const int at = i * WARP + int(lane()), r = at / PITCH, c = at % PITCH;
         cp_async(to + chunk(r, c), from + r * ld + c * 8, r < rows && c * 8 < d);
+    }
+}
+
+// Starts the copies of keys and values by the block. A thread stays in one column of chunks, so that a copy costs few
+// instructions: with a block's one turn or two they would be as many as those of the products.
+DEV void copy_keys(ShortSmem& s, const AttentionShortFwd& p, int head) {
+    constexpr int ROWS = BLOCK / PITCH;  // of a turn of the block
+    const int c = thread_x() % PITCH, in = c * 8 < p.d ? p.s : 0;
+    int r = thread_x() / PITCH;
+    if (r >= ROWS) return;
+    const T* k = p.k + ((long long)block_z() * p.s + r) * p.ldk + head + c * 8;
+    const T* v = p.v + ((long long)block_z() * p.s + r) * p.ldv + head + c * 8;
+    UNROLL
+    for (int i = 0; i < ceil_div(KEYS, ROWS); i++) {
+        if ((i + 1) * ROWS <= KEYS || r < KEYS) {
+            cp_async(s.k + chunk(r, c), k, r < in);
+            cp_async(s.v + chunk(r, c), v, r < in);
+        }
+        r += ROWS;
+        k += ROWS * p.ldk;
+        v += ROWS * p.ldv;
     }
 }
 
@@ -95,9 +114,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) attention_short_fwd(
     const T* q = p.q + ((long long)block_z() * p.t + first + own) * p.ldq + head;
     T* y = p.y + ((long long)block_z() * p.t + first + own) * p.ldy + head;
 
-    copy_rows<16, WARP>(s.slot[warp()][0], q, p.t - first - own, p.ldq, p.d, l);
-    copy_rows<KEYS, BLOCK>(s.k, p.k + (long long)block_z() * p.s * p.ldk + head, p.s, p.ldk, p.d, thread_x());
-    copy_rows<KEYS, BLOCK>(s.v, p.v + (long long)block_z() * p.s * p.ldv + head, p.s, p.ldv, p.d, thread_x());
+    copy_queries(s.slot[warp()][0], q, p.t - first - own, p.ldq, p.d);
+    copy_keys(s, p, head);
     cp_async_commit();
     cp_async_wait<0>();
     sync_block();
@@ -106,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) attention_short_fwd(
         T* slot = s.slot[warp()][turn];
         if (at + BM < end) {
             q += (long long)BM * p.ldq;
-            copy_rows<16, WARP>(s.slot[warp()][turn ^ 1], q, p.t - at - BM - own, p.ldq, p.d, l);
+            copy_queries(s.slot[warp()][turn ^ 1], q, p.t - at - BM - own, p.ldq, p.d);
             cp_async_commit();
         }
         unsigned qf[STEPS][4], qh[2];
