@@ -4,6 +4,7 @@
 
 constexpr int BLOCK = 256;
 constexpr int COLUMNS = 24;
+constexpr int TERMS = 8;  // slots that a row may sum
 
 // Columns of the table.
 enum { TIMESTEP, SCALE_IN, DX, DM, CLIP, CM, CD, CZ, C0, X_SLOT = 16, NEXT, KEEP_M, KEEP_D, NOISE, GUIDANCE };
@@ -52,28 +53,38 @@ extern "C" __global__ void __launch_bounds__(BLOCK) advance_fwd(const __grid_con
     // Blocks of this launch may have marked row k already.
     const int bad = load(p.counter + 2);
     const bool stopped = bad != 0 && bad != k + 1;
-    const float* row = p.table + (long long)k * COLUMNS;
     if (i < p.n) {
+        // The whole row at once, then all that it names at once: otherwise each column would be waited for in turn.
+        float row[COLUMNS];
+        UNROLL
+        for (int c = 0; c < COLUMNS; c += 4) {
+            const Vec<float, 4> part = load<4>(p.table + (long long)k * COLUMNS + c);
+            UNROLL
+            for (int e = 0; e < 4; e++) row[c + e] = part[e];
+        }
         float m = to_float(load(p.model + i));
-        if (p.copies == 2) m = fma_f(load(row + GUIDANCE), to_float(load(p.model + p.n + i)) - m, m);
+        if (p.copies == 2) m = fma_f(row[GUIDANCE], to_float(load(p.model + p.n + i)) - m, m);
         store(p.guided + i, m);
         if (stopped) return;
         if (!is_finite_f(m)) atomic_or_u32((unsigned*)p.counter + 2, unsigned(k + 1));
-        const float x = load(p.slots + (long long)load(row + X_SLOT) * p.n + i);
-        float d = load(row + DX) * x + load(row + DM) * m;
-        const float clip = load(row + CLIP);
-        if (clip > 0.0f) d = min_f(max_f(d, -clip), clip);
-        float next = load(row + CM) * m + load(row + CD) * d;
-        for (int s = 0; s < p.count; s++) {
-            const float c = load(row + C0 + s);
-            if (c != 0.0f) next += c * load(p.slots + s * p.n + i);
+        const float x = load(p.slots + (long long)row[X_SLOT] * p.n + i);
+        float term[TERMS] = {};
+        UNROLL
+        for (int s = 0; s < TERMS; s++) {
+            if (s < p.count && row[C0 + s] != 0.0f) term[s] = load(p.slots + s * p.n + i);
         }
-        const float z = load(row + NOISE);
-        if (z >= 0.0f) next += load(row + CZ) * load(p.noise + (long long)z * p.n + i);
-        const float keep_m = load(row + KEEP_M), keep_d = load(row + KEEP_D);
-        if (keep_m >= 0.0f) store(p.slots + (long long)keep_m * p.n + i, m);
-        if (keep_d >= 0.0f) store(p.slots + (long long)keep_d * p.n + i, d);
-        store(p.slots + (long long)load(row + NEXT) * p.n + i, next);
+        const float z = row[NOISE] >= 0.0f ? load(p.noise + (long long)row[NOISE] * p.n + i) : 0.0f;
+        float d = row[DX] * x + row[DM] * m;
+        if (row[CLIP] > 0.0f) d = min_f(max_f(d, -row[CLIP]), row[CLIP]);
+        float next = row[CM] * m + row[CD] * d;
+        UNROLL
+        for (int s = 0; s < TERMS; s++) {
+            if (s < p.count && row[C0 + s] != 0.0f) next += row[C0 + s] * term[s];
+        }
+        if (row[NOISE] >= 0.0f) next += row[CZ] * z;
+        if (row[KEEP_M] >= 0.0f) store(p.slots + (long long)row[KEEP_M] * p.n + i, m);
+        if (row[KEEP_D] >= 0.0f) store(p.slots + (long long)row[KEEP_D] * p.n + i, d);
+        store(p.slots + (long long)row[NEXT] * p.n + i, next);
     }
     if (i == 0 && !stopped) store(p.counter + 1, k + 1);
 }
