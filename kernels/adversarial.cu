@@ -41,7 +41,6 @@ struct LogitSmem {
 
 // Grid: at most 1024; block b adds up the costs of elements b · BLOCK + t, + grid · BLOCK, ….
 extern "C" __global__ void __launch_bounds__(BLOCK) logit_loss_fwd(const __grid_constant__ LogitLossFwd p) {
-    wait_for_inputs();
     LogitSmem& s = smem<LogitSmem>();
     float sum = 0.0f;
     for (long long i = (long long)block_x() * BLOCK + thread_x(); i < p.n; i += (long long)grid_x() * BLOCK) {
@@ -60,7 +59,6 @@ struct LogitLossMean {
 
 // y = the sum of the partial sums / n. Grid: 1.
 extern "C" __global__ void __launch_bounds__(BLOCK) logit_loss_mean(const __grid_constant__ LogitLossMean p) {
-    wait_for_inputs();
     LogitSmem& s = smem<LogitSmem>();
     float sum = 0.0f;
     for (int i = thread_x(); i < p.count; i += BLOCK) sum += load(p.partial + i);
@@ -78,7 +76,6 @@ struct LogitLossGrad {
 
 // dx = dloss · slope(x) / n. Grid: ceil(n / BLOCK); a thread owns one element.
 extern "C" __global__ void __launch_bounds__(BLOCK) logit_loss_grad(const __grid_constant__ LogitLossGrad p) {
-    wait_for_inputs();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const float share = load(p.dloss) / float(p.n);
@@ -98,7 +95,6 @@ struct AdaptiveWeightFwd {
 
 // weight = times · min(√likely / (√judged + 1e-4 scale), most); share = factor · weight. Grid: 1; its first thread works.
 extern "C" __global__ void __launch_bounds__(BLOCK) adaptive_weight_fwd(const __grid_constant__ AdaptiveWeightFwd p) {
-    wait_for_inputs();
     if (thread_x() != 0) return;
     const float below = fma_f(1e-4f, load(p.scale), sqrt_f(load(p.judged)));
     const float quotient = sqrt_f(load(p.likely)) / below;
@@ -116,7 +112,6 @@ struct ScaleFwd {
 
 // y = s · x. Grid: ceil(n / BLOCK); a thread owns one element. y may be x's memory.
 extern "C" __global__ void __launch_bounds__(BLOCK) scale_fwd(const __grid_constant__ ScaleFwd p) {
-    wait_for_inputs();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i < p.n) store(p.y + i, from_float<T>(load(p.s) * to_float(load(p.x + i))));
 }

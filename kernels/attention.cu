@@ -31,7 +31,6 @@ struct AttentionTile {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 2) attention_fwd(const __grid_constant__ AttentionFwd p) {
-    wait_for_inputs();
     typedef AttentionTile<D> Tile;
     constexpr int BM = Tile::BM, BN = Tile::BN, LANES = Tile::LANES, OWN = D / LANES;
     Tile::Smem& s = smem<Tile::Smem>();

@@ -22,7 +22,6 @@ struct BatchNormGradSmem {
 
 // Grid: (ceil(C / COLUMNS), parts); a block owns COLUMNS channels of a part, as in batch_norm_stats.
 extern "C" __global__ void __launch_bounds__(BLOCK) batch_norm_grad_sums(const __grid_constant__ BatchNormGradSums p) {
-    wait_for_inputs();
     BatchNormGradSmem& s = smem<BatchNormGradSmem>();
     const int lane_c = thread_x() % COLUMNS, r = thread_x() / COLUMNS, c = block_x() * COLUMNS + lane_c;
     const int first = block_y() * p.each, end = first + p.each, last = end < p.rows ? end : p.rows;
@@ -58,7 +57,6 @@ struct BatchNormGradTotal {
 
 // Grid: ceil(C / BLOCK); a thread owns a channel.
 extern "C" __global__ void __launch_bounds__(BLOCK) batch_norm_grad_total(const __grid_constant__ BatchNormGradTotal p) {
-    wait_for_inputs();
     const int c = block_x() * BLOCK + thread_x();
     if (c >= p.c) return;
     float dw = 0.0f, dbias = 0.0f;
@@ -87,7 +85,6 @@ struct BatchNormGradApply {
 
 // Grid: ceil(n / BLOCK); a thread owns one element.
 extern "C" __global__ void __launch_bounds__(BLOCK) batch_norm_grad_apply(const __grid_constant__ BatchNormGradApply p) {
-    wait_for_inputs();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const int c = int(i % p.c);

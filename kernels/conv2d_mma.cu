@@ -476,7 +476,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 256 / BLOCK) conv2d_mma(cons
     const int rows_left = p.glu ? p.o - (n / 16 * 8 + n % 8) : (p.part ? p.part : p.o) - row;
 
     place_rows(p, s.rows, m0);
-    wait_for_inputs();
     Terms terms;
     load_terms(terms, p, m0, n0);
     sync_block();

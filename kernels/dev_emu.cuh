@@ -47,9 +47,6 @@ DEV unsigned block_dim_x() { return ldm_thread.block_dim; }
 DEV unsigned lane() { return ldm_thread.lane; }
 DEV unsigned warp() { return ldm_thread.warp; }
 
-// Kernels run one after the other here.
-DEV void wait_for_inputs() {}
-
 DEV unsigned float_bits(float x) {
     unsigned b;
     __builtin_memcpy(&b, &x, 4);

@@ -12,14 +12,6 @@ DEV unsigned block_dim_x() { return blockDim.x; }
 DEV unsigned lane() { return threadIdx.x & 31u; }
 DEV unsigned warp() { return threadIdx.x >> 5; }
 
-// Every kernel calls it once, before it reads or writes anything in memory. From sm_90 on a kernel may be started while the one
-// before it still runs: this lets the next one start, and waits until all that was asked for before is done and seen.
-DEV void wait_for_inputs() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 DEV unsigned float_bits(float x) { return __float_as_uint(x); }
 DEV float bits_float(unsigned b) { return __uint_as_float(b); }
 

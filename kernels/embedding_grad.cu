@@ -13,7 +13,6 @@ struct EmbeddingGrad {
 
 // table[v] = the sum of dy over the tokens whose id is v. Grid: V.
 extern "C" __global__ void __launch_bounds__(BLOCK) embedding_grad(const __grid_constant__ EmbeddingGrad p) {
-    wait_for_inputs();
     const int v = block_x();
     for (int c = thread_x(); c < p.c; c += BLOCK) {
         float sum = 0.0f;
@@ -32,7 +31,6 @@ struct PositionsGrad {
 
 // positions[t] = the sum of dy[b,t] over b; zero for t >= T. Grid: P.
 extern "C" __global__ void __launch_bounds__(BLOCK) positions_grad(const __grid_constant__ PositionsGrad p) {
-    wait_for_inputs();
     const int t = block_x();
     for (int c = thread_x(); c < p.c; c += BLOCK) {
         float sum = 0.0f;

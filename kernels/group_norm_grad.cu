@@ -45,7 +45,6 @@ struct GroupNormGradSmem {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_grad(const __grid_constant__ GroupNormGrad p) {
-    wait_for_inputs();
     GroupNormGradSmem& s = smem<GroupNormGradSmem>();
     const int thread = thread_x(), cpg = p.c / p.groups, first = block_x() * cpg, n = p.hw * cpg;
     const long long base = (long long)block_y() * p.hw * p.c + first;
@@ -123,7 +122,6 @@ struct GroupNormGradParams {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_grad_params(const __grid_constant__ GroupNormGradParams p) {
-    wait_for_inputs();
     const int c = block_x() * BLOCK + thread_x();
     if (c >= p.c) return;
     float dw = 0.0f, dbias = 0.0f;

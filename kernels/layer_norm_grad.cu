@@ -22,7 +22,6 @@ struct LayerNormGrad {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) layer_norm_grad(const __grid_constant__ LayerNormGrad p) {
-    wait_for_inputs();
     const int row = block_x() * (BLOCK / WARP) + warp();
     if (row >= p.rows) return;  // a whole warp leaves
     const T* x = p.x + (long long)row * p.c;
@@ -74,7 +73,6 @@ struct ParamsSmem {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) layer_norm_grad_params(const __grid_constant__ LayerNormGradParams p) {
-    wait_for_inputs();
     ParamsSmem& s = smem<ParamsSmem>();
     const int column = thread_x() % COLUMNS, r = thread_x() / COLUMNS, c = block_x() * COLUMNS + column;
     const int first = block_y() * p.each, last = first + p.each < p.rows ? first + p.each : p.rows;

@@ -27,7 +27,6 @@ struct MaxPoolFwd {
 
 // Grid: ceil(n / BLOCK); a thread owns one element of y.
 extern "C" __global__ void __launch_bounds__(BLOCK) max_pool_fwd(const __grid_constant__ MaxPoolFwd p) {
-    wait_for_inputs();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const long long pixel = i / p.c, row = pixel / (p.w / 2), image = row / (p.h / 2);
@@ -47,7 +46,6 @@ struct MaxPoolGrad {
 
 // dx = dy where x was the largest, else 0. Grid: ceil(n / BLOCK); a thread owns one element of dx.
 extern "C" __global__ void __launch_bounds__(BLOCK) max_pool_grad(const __grid_constant__ MaxPoolGrad p) {
-    wait_for_inputs();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const long long pixel = i / p.c, row = pixel / p.w, image = row / p.h;

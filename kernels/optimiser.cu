@@ -20,7 +20,6 @@ struct AdamFwd {
 
 // Grid: ceil(n / BLOCK); a thread owns one weight.
 extern "C" __global__ void __launch_bounds__(BLOCK) adam_fwd(const __grid_constant__ AdamFwd p) {
-    wait_for_inputs();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     const float factor = load(p.factor);
     if (i >= p.n || !is_finite_f(factor)) return;
@@ -56,7 +55,6 @@ struct SumSmem {
 
 // Grid: at most 1024; block b adds up the squares of elements b · BLOCK + t, + grid · BLOCK, ….
 extern "C" __global__ void __launch_bounds__(BLOCK) square_sum_fwd(const __grid_constant__ SquareSumFwd p) {
-    wait_for_inputs();
     SumSmem& s = smem<SumSmem>();
     float sum = 0.0f;
     for (long long i = (long long)block_x() * BLOCK + thread_x(); i < p.n; i += (long long)grid_x() * BLOCK) {
@@ -76,7 +74,6 @@ struct SquareSumAdd {
 
 // y = before + the sum of the partial sums. Grid: 1.
 extern "C" __global__ void __launch_bounds__(BLOCK) square_sum_add(const __grid_constant__ SquareSumAdd p) {
-    wait_for_inputs();
     SumSmem& s = smem<SumSmem>();
     float sum = 0.0f;
     for (int i = thread_x(); i < p.count; i += BLOCK) sum += load(p.partial + i);
@@ -96,7 +93,6 @@ struct ClipFwd {
 
 // Grid: 1; its first thread works.
 extern "C" __global__ void __launch_bounds__(BLOCK) clip_fwd(const __grid_constant__ ClipFwd p) {
-    wait_for_inputs();
     if (thread_x() != 0) return;
     const float scale = load(p.scale), norm = sqrt_f(load(p.squares)) * scale;
     float factor = scale;
@@ -115,7 +111,6 @@ struct AccumulateFwd {
 
 // sum = g, or sum + g. Grid: ceil(n / BLOCK); a thread owns one element.
 extern "C" __global__ void __launch_bounds__(BLOCK) accumulate_fwd(const __grid_constant__ AccumulateFwd p) {
-    wait_for_inputs();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const float g = load(p.g + i);

@@ -31,7 +31,6 @@ struct PerceptualSmem {
 
 // Grid: (parts, B); warp w of part p takes pixels p · WARPS + w, + parts · WARPS, ….
 extern "C" __global__ void __launch_bounds__(BLOCK) perceptual_fwd(const __grid_constant__ PerceptualFwd p) {
-    wait_for_inputs();
     PerceptualSmem& s = smem<PerceptualSmem>();
     constexpr int WARPS = BLOCK / WARP;
     float total = 0.0f;
@@ -61,7 +60,6 @@ struct PerceptualMean {
 
 // loss = the mean over images of weight · (sum of the parts) / pixels. Grid: 1; its first thread works.
 extern "C" __global__ void __launch_bounds__(BLOCK) perceptual_mean(const __grid_constant__ PerceptualMean p) {
-    wait_for_inputs();
     if (thread_x() != 0) return;
     float loss = 0.0f;
     for (int b = 0; b < p.batch; b++) {
@@ -85,7 +83,6 @@ struct PerceptualGrad {
 // With n = |a|, m = n + eps and g = 2 s w (a / m - b / m(b)), s = dloss · weight / rows: da = g / m - a (sum g a) / (n m^2), and
 // 0 where n is 0. Grid: ceil(rows / (BLOCK / WARP)); a warp owns one pixel.
 extern "C" __global__ void __launch_bounds__(BLOCK) perceptual_grad(const __grid_constant__ PerceptualGrad p) {
-    wait_for_inputs();
     const int row = block_x() * (BLOCK / WARP) + warp();
     if (row >= p.rows) return;
     const long long at = (long long)row * p.c;
@@ -115,7 +112,6 @@ struct StandardizeFwd {
 
 // y = (x - shift) / scale by channel, or without the shift. Grid: ceil(n / BLOCK); a thread owns one element. y may be x's memory.
 extern "C" __global__ void __launch_bounds__(BLOCK) standardize_fwd(const __grid_constant__ StandardizeFwd p) {
-    wait_for_inputs();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const int c = int(i % 3);

@@ -13,7 +13,6 @@ struct PhaseWeightsFwd {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) phase_weights_fwd(const __grid_constant__ PhaseWeightsFwd p) {
-    wait_for_inputs();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const long long row = i / p.c;  // phase, output channel, tap

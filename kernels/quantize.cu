@@ -13,7 +13,6 @@ struct QuantizeFwd {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) quantize_fwd(const __grid_constant__ QuantizeFwd p) {
-    wait_for_inputs();
     const int row = block_x() * BLOCK + thread_x();
     if (row >= p.rows) return;
     const T* z = p.z + (long long)row * p.c;

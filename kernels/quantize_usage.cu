@@ -17,7 +17,6 @@ struct UsageSmem {
 
 // Grid: ceil(V / BLOCK); a thread owns one entry of the codebook, which it counts.
 extern "C" __global__ void __launch_bounds__(BLOCK) code_usage_fwd(const __grid_constant__ CodeUsageFwd p) {
-    wait_for_inputs();
     UsageSmem& s = smem<UsageSmem>();
     const int v = block_x() * BLOCK + thread_x();
     int count = 0;
@@ -39,7 +38,6 @@ struct CodeUsageTotal {
 
 // Grid: 1; its first thread works.
 extern "C" __global__ void __launch_bounds__(BLOCK) code_usage_total(const __grid_constant__ CodeUsageTotal p) {
-    wait_for_inputs();
     if (thread_x() != 0) return;
     float sum = 0.0f, used = 0.0f;
     for (int i = 0; i < p.parts; i++) {

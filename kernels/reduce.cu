@@ -20,7 +20,6 @@ struct SumRowsSmem {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) sum_rows_fwd(const __grid_constant__ SumRowsFwd p) {
-    wait_for_inputs();
     SumRowsSmem& s = smem<SumRowsSmem>();
     const int lane_c = thread_x() % COLUMNS, r = thread_x() / COLUMNS, c = block_x() * COLUMNS + lane_c;
     const int group = block_z(), first = block_y() * p.each;
@@ -54,7 +53,6 @@ struct SumParts {
 
 // Grid: ceil(n / BLOCK); a thread owns one element of y.
 extern "C" __global__ void __launch_bounds__(BLOCK) sum_parts(const __grid_constant__ SumParts p) {
-    wait_for_inputs();
     const int i = block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const int group = i / p.c;

@@ -12,7 +12,6 @@ struct SumPoolFwd {
 
 // y = the sum of the four pixels of x that doubling made of one.
 extern "C" __global__ void __launch_bounds__(BLOCK) sum_pool_fwd(const __grid_constant__ SumPoolFwd p) {
-    wait_for_inputs();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const long long pixel = i / p.c, row = pixel / p.w;
@@ -32,7 +31,6 @@ struct DilateFwd {
 
 // y = x on every stride-th pixel, zeros between.
 extern "C" __global__ void __launch_bounds__(BLOCK) dilate_fwd(const __grid_constant__ DilateFwd p) {
-    wait_for_inputs();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const long long pixel = i / p.c, row = pixel / p.out_w, image = row / p.out_h;

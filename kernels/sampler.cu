@@ -20,7 +20,6 @@ struct PrepareFwd {
 
 // x = scale_in · X, once per copy; the next row comes into use. Nobody but the first thread touches counter[0] here.
 extern "C" __global__ void __launch_bounds__(BLOCK) prepare_fwd(const __grid_constant__ PrepareFwd p) {
-    wait_for_inputs();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     const int k = load(p.counter + 1);
     const float* row = p.table + (long long)k * COLUMNS;
@@ -47,7 +46,6 @@ struct AdvanceFwd {
 // m = u + guidance · (c - u); d = clamp(dx · X + dm · m); next = sum c_s slots_s + cm m + cd d + cz noise. After a row with a
 // non-finite m, slots and counter stay as that row left them: whoever looks later can repeat it.
 extern "C" __global__ void __launch_bounds__(BLOCK) advance_fwd(const __grid_constant__ AdvanceFwd p) {
-    wait_for_inputs();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     const int k = load(p.counter);
     // Blocks of this launch may have marked row k already.

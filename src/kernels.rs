@@ -111,11 +111,6 @@ pub enum Arch {
 }
 
 impl Arch {
-    /// Whether `wait_for_inputs` of kernels/dev.cuh does something in it, so that a kernel may be started early.
-    pub fn waits_for_inputs(self) -> bool {
-        matches!(self, Arch::Cubin(90..) | Arch::CubinA(90..) | Arch::Ptx(90..) | Arch::None)
-    }
-
     /// How well an image suits hardware of version `(major, minor)`; `None` if it does not run there.
     fn fit(self, (major, minor): (u32, u32)) -> Option<u32> {
         let have = major * 10 + minor;

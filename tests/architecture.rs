@@ -271,24 +271,6 @@ fn device_words(path: &str, text: &str) -> Vec<String> {
     complaints
 }
 
-/// Kernels that do not wait, once, for what the kernels before them do, before they touch memory themselves: on a card of
-/// sm_90 or later they are started before those have ended.
-fn kernels_that_do_not_wait(path: &str, text: &str) -> Vec<String> {
-    let of_memory = |t: &&Token| {
-        matches!(t.text, "load" | "store" | "cp_async" | "load_terms" | "fetch")
-            || t.text.starts_with("atomic_")
-    };
-    let kernels = text.split("extern \"C\" __global__").enumerate().skip(1);
-    let bad = kernels.filter(|(_, body)| {
-        let all = tokens(body);
-        let waits: Vec<usize> = (0..all.len()).filter(|&i| all[i].text == "wait_for_inputs").collect();
-        let [first] = waits[..] else { return true };
-        all[..first].iter().any(|t| of_memory(&t))
-    });
-    bad.map(|(i, _)| format!("{path}: kernel {i}: want `wait_for_inputs();` once, before memory is touched"))
-        .collect()
-}
-
 /// Rooms that launch and kernel files, which must be the same: `kernels/x.cu`, and `kernels/x_what.cu` beside it, are of
 /// room `x`. `launches` says whether a room names a kernel file.
 fn pairs(rooms: &[&str], kernels: &[&str], launches: impl Fn(&str, &str) -> bool) -> Vec<String> {
@@ -362,16 +344,6 @@ fn kernels_keep_to_dev_cuh() {
 }
 
 #[test]
-fn kernels_wait_for_their_inputs() {
-    none(
-        sources(&["kernels"], &["cu"])
-            .iter()
-            .flat_map(|f| kernels_that_do_not_wait(&f.path, &f.text))
-            .collect(),
-    );
-}
-
-#[test]
 fn each_kernel_file_has_its_room() {
     let rooms: BTreeSet<&str> = ROOMS.iter().map(|r| r.stem).collect();
     let files = sources(&["kernels"], &["cu"]);
@@ -433,18 +405,6 @@ mod the_rules_themselves {
         assert!(
             arrows("src/ops/a.rs", "\n\nuse crate::cli;")[0].starts_with("src/ops/a.rs:3: `ops` may not")
         );
-    }
-
-    #[test]
-    fn a_kernel_that_does_not_wait_is_found() {
-        let kernel = |body: &str| format!("extern \"C\" __global__ void k(P p) {{ {body} }}");
-        for bad in ["store(p.y, load(p.x));", "const T x = load(p.x); wait_for_inputs(); store(p.y, x);"] {
-            assert_eq!(kernels_that_do_not_wait("kernels/add.cu", &kernel(bad)).len(), 1, "{bad}");
-        }
-        let twice = kernel("wait_for_inputs(); wait_for_inputs();");
-        assert_eq!(kernels_that_do_not_wait("kernels/add.cu", &twice).len(), 1);
-        let good = kernel("const int i = thread_x(); wait_for_inputs(); store(p.y, load(p.x));");
-        assert_eq!(kernels_that_do_not_wait("kernels/add.cu", &[&good[..], &good].concat()), [""; 0]);
     }
 
     #[test]

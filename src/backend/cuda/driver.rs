@@ -197,11 +197,6 @@ impl Context {
         check("cuDeviceGetAttribute", code).map(|()| value.max(0) as u32)
     }
 
-    /// Multiprocessors of the device.
-    pub(super) fn multiprocessors(&self) -> std::result::Result<u32, Failure> {
-        self.attribute(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-    }
-
     /// The most shared memory that a block may ask for, in bytes.
     pub(super) fn shared_memory(&self) -> std::result::Result<usize, Failure> {
         use sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as MOST;
@@ -281,8 +276,7 @@ impl Context {
     }
 
     /// Starts a kernel: grid of blocks of `block` threads, each block with the dynamic shared memory that the function was
-    /// looked up for. The sizes must be within the device's limits. With `early` it may start while the kernel before it
-    /// still runs: it must wait by itself (`wait_for_inputs` of dev.cuh).
+    /// looked up for. The sizes must be within the device's limits.
     pub(super) fn launch<P: Params>(
         &self,
         on: Option<&Recording>,
@@ -290,7 +284,6 @@ impl Context {
         [x, y, z]: [u32; 3],
         block: u32,
         params: &P,
-        early: bool,
     ) -> std::result::Result<(), Failure> {
         self.bind()?;
         let mut arguments = [ptr::from_ref(params).cast_mut().cast()];
@@ -300,29 +293,7 @@ impl Context {
         // device memory only.
         let code = unsafe {
             let (arguments, smem, none) = (arguments.as_mut_ptr(), function.smem, ptr::null_mut());
-            let stream = self.stream(on);
-            if early {
-                let mut serial = sys::CUlaunchAttribute {
-                    id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-                    pad: [0; 4],
-                    value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-                };
-                let config = sys::CUlaunchConfig {
-                    gridDimX: x,
-                    gridDimY: y,
-                    gridDimZ: z,
-                    blockDimX: block,
-                    blockDimY: 1,
-                    blockDimZ: 1,
-                    sharedMemBytes: smem,
-                    hStream: stream,
-                    attrs: &mut serial,
-                    numAttrs: 1,
-                };
-                sys::cuLaunchKernelEx(&config, function.raw, arguments, none)
-            } else {
-                sys::cuLaunchKernel(function.raw, x, y, z, block, 1, 1, smem, stream, arguments, none)
-            }
+            sys::cuLaunchKernel(function.raw, x, y, z, block, 1, 1, smem, self.stream(on), arguments, none)
         };
         check("cuLaunchKernel", code)
     }
@@ -396,7 +367,7 @@ impl Module {
 
     /// The kernel of this name, to be launched with `smem` bytes of dynamic shared memory: at most what
     /// [`Context::shared_memory`] says.
-    pub(super) fn function(self: &Arc<Self>, name: &str, smem: usize, waits: bool) -> Result<Function> {
+    pub(super) fn function(self: &Arc<Self>, name: &str, smem: usize) -> Result<Function> {
         self.context.bind()?;
         let text = CString::new(name).map_err(|_| Error::invalid(format!("kernel `{name}`")))?;
         let mut raw = ptr::null_mut();
@@ -407,7 +378,7 @@ impl Module {
             // SAFETY: the function was found above, in a module that is loaded.
             check("cuFuncSetAttribute", unsafe { sys::cuFuncSetAttribute(raw, MOST, smem as c_int) })?;
         }
-        Ok(Function { raw, smem: smem as u32, waits, _module: self.clone() })
+        Ok(Function { raw, smem: smem as u32, _module: self.clone() })
     }
 }
 
@@ -425,8 +396,6 @@ pub(super) struct Function {
     raw: sys::CUfunction,
     /// Dynamic shared memory per block, bytes.
     smem: u32,
-    /// Whether its machine code waits by itself for what was asked for before.
-    pub(super) waits: bool,
     _module: Arc<Module>,
 }
 

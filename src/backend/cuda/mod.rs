@@ -31,9 +31,6 @@ struct Inner {
     patient: bool,
     /// Unless `LDM_CUDA_GRAPH=off`.
     graphs: bool,
-    /// Unless `LDM_CUDA_OVERLAP=off`.
-    overlap: bool,
-    multiprocessors: u32,
     functions: Mutex<HashMap<(usize, &'static str), Function>>,
     modules: Mutex<HashMap<usize, Arc<Module>>>,
     counters: Mutex<Option<Memory>>,
@@ -129,7 +126,7 @@ impl Cuda {
         let context = Arc::new(Context::open(ordinal)?);
         let (name, capability) = context.describe()?;
         let patient = std::env::var("LDM_CUDA_SYNC").is_ok_and(|v| !matches!(v.as_str(), "" | "0"));
-        let (graphs, overlap) = (switch("LDM_CUDA_GRAPH")?, switch("LDM_CUDA_OVERLAP")?);
+        let graphs = switch("LDM_CUDA_GRAPH")?;
         let (functions, modules, counters) = Default::default();
         let inner = Inner {
             ordinal,
@@ -138,8 +135,6 @@ impl Cuda {
             driver,
             patient,
             graphs,
-            overlap,
-            multiprocessors: context.multiprocessors()?,
             functions,
             modules,
             counters,
@@ -387,8 +382,7 @@ impl Cuda {
                 self.name()
             )));
         }
-        let waits = unit.image(self.inner.capability).is_some_and(|image| image.arch.waits_for_inputs());
-        let function = module.function(name, unit.smem, waits).map_err(named)?;
+        let function = module.function(name, unit.smem).map_err(named)?;
         lock(&self.inner.functions).insert((index, name), function.clone());
         Ok(function)
     }
@@ -398,12 +392,7 @@ impl Cuda {
         let name = P::KERNEL.name();
         let function = self.function(index, name)?;
         let context = &self.inner.context;
-        // Blocks that come early take the places that are free: few would crowd on the multiprocessors that the kernel before
-        // leaves idle, and leave others idle in turn (measured: a third slower with one block for each, 5 % faster with two).
-        let blocks: u64 = grid.iter().map(|&n| u64::from(n)).product();
-        let many = blocks >= 2 * u64::from(self.inner.multiprocessors);
-        let early = self.inner.overlap && function.waits && many;
-        let mut done = context.launch(self.on(), &function, grid, block, params, early);
+        let mut done = context.launch(self.on(), &function, grid, block, params);
         if self.inner.patient && self.recording.is_none() {
             done = done.and_then(|()| context.synchronize());
         }

@@ -49,9 +49,10 @@ impl Choice {
         }
     }
 
-    /// The model: products by `mma.sync`, and seven tenths of the exponentials, 16 in a clock, which the products do not
-    /// hide; as long as the multiprocessor with most blocks takes, and no shorter than `bytes` do. Of the instructions of the
-    /// f32 kernel, eight tenths are products; with four queries to a lane, operands from shared memory leave two thirds.
+    /// The model: products by `mma.sync`, at three quarters of what long products reach, and seven tenths of the exponentials, 16
+    /// in a clock, which the products do not hide; as long as the multiprocessor with most blocks takes, 2 µs to begin and to
+    /// end, and no shorter than `bytes` do. The float units reach 64 %, with four queries to a lane 52 %. Shares are measured
+    /// (H100: heads of 40 and 80 of the flash kernel, of 512 of the wide one, of 40 and 80 in f32).
     pub(super) fn microseconds(
         &self,
         blocks: usize,
@@ -64,14 +65,15 @@ impl Choice {
         let keys = if causal { (s - t) as f64 + t as f64 / 2.0 } else { keys };
         let rate = match self.kernel {
             Kernel::Plain => launch::PLAIN,
-            Kernel::Floats => launch::FFMA * if floats::RM.of(self.variant) == 8 { 0.8 } else { 0.66 },
-            _ => launch::MMA,
+            Kernel::Floats => launch::FFMA * if floats::RM.of(self.variant) == 8 { 0.64 } else { 0.52 },
+            Kernel::Wide => 0.44 * launch::MMA,
+            _ => 0.75 * launch::MMA,
         };
         let scores = self.queries as f64 * keys;
         let products = 2.0 * scores * columns / (rate / launch::MULTIPROCESSORS as f64);
         let each = blocks.div_ceil(launch::MULTIPROCESSORS) as f64;
         let exponentials = 0.7 * scores / 16.0 / launch::CLOCK;
-        f64::max(each * (products + exponentials) + launch::GAP, launch::streaming(bytes, blocks))
+        f64::max(each * (products + exponentials) + 2.0, launch::streaming(bytes, blocks)) + launch::GAP
     }
 }
 
