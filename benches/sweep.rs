@@ -9,18 +9,13 @@ mod sweep;
 
 use ldm::Result;
 use ldm::backend::Device;
-use ldm::diffusion::{Settings, evaluation_graph};
-use ldm::graph::Graph;
-use ldm::pipeline::Parts;
-use ldm::presets::Preset;
-use ldm::samplers::Method;
 use ldm::tensor::DType;
 use serde_json::Value;
 use std::fs::{File, read_to_string};
 use std::io::Write;
 use std::process::exit;
 use std::time::{Duration, Instant};
-use sweep::{Effort, heaviest};
+use sweep::{Effort, graphs, heaviest};
 
 /// Choices that the model puts further behind its own are left out.
 const NEAR: f64 = 3.0;
@@ -72,17 +67,4 @@ fn ok<T>(result: Result<T>) -> T {
 fn fail(why: &str) -> ! {
     eprintln!("error: {why}");
     exit(2)
-}
-
-/// Steps of a picture.
-const STEPS: usize = 30;
-
-fn graphs(dtype: DType) -> Result<Vec<(Graph, f64)>> {
-    let parts = Parts::preset(Preset::find("sd15")?)?;
-    let Some((class, schedule)) = &parts.schedule else { fail("a preset without a schedule") };
-    let method: Method = class.parse()?;
-    let ladder = method.ladder(schedule, STEPS, 0)?;
-    let settings = Settings { batch: 1, size: [64, 64], tokens: 77, guidance: 7.5, dtype };
-    let step = evaluation_graph(parts.unet()?, &method.table(&ladder)?, &settings)?;
-    Ok(vec![(step, STEPS as f64), (parts.vae()?.decode_graph([1, 64, 64], dtype)?, 1.0)])
 }

@@ -3,10 +3,14 @@
 
 use ldm::Result;
 use ldm::backend::Device;
+use ldm::diffusion::{Settings, evaluation_graph};
 use ldm::exec::{Program, Weights};
 use ldm::graph::{Graph, Target, fuse};
 use ldm::ops::{Arg, Case, Fill, Op, Ty, launch};
+use ldm::pipeline::Parts;
+use ldm::presets::Preset;
 use ldm::rng::Small;
+use ldm::samplers::Method;
 use ldm::tensor::{DType, HostTensor, Spec};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
@@ -53,7 +57,7 @@ pub fn heaviest(graphs: &[(Graph, f64)], most: usize) -> Result<Vec<Subject>> {
 
 impl Subject {
     /// As the benches name a case.
-    fn title(&self) -> String {
+    pub fn title(&self) -> String {
         let ty = |t| if t == DType::I32 { Ty::I32 } else { Ty::T };
         let arg = |s: &Spec| Arg { shape: s.shape, ty: ty(s.dtype), fill: Fill::Normal(0.0, 1.0) };
         let args = self.x.iter().map(arg).collect();
@@ -158,4 +162,18 @@ pub fn sweep(
         }
     }
     Ok(true)
+}
+
+/// Steps of a picture.
+const STEPS: usize = 30;
+
+/// A step of Stable Diffusion 1.5 at 512×512 with guidance, which runs so many times for a picture, and its decoder.
+pub fn graphs(dtype: DType) -> Result<Vec<(Graph, f64)>> {
+    let parts = Parts::preset(Preset::find("sd15")?)?;
+    let (class, schedule) = parts.schedule.as_ref().expect("Stable Diffusion has a schedule");
+    let method: Method = class.parse()?;
+    let ladder = method.ladder(schedule, STEPS, 0)?;
+    let settings = Settings { batch: 1, size: [64, 64], tokens: 77, guidance: 7.5, dtype };
+    let step = evaluation_graph(parts.unet()?, &method.table(&ladder)?, &settings)?;
+    Ok(vec![(step, STEPS as f64), (parts.vae()?.decode_graph([1, 64, 64], dtype)?, 1.0)])
 }
