@@ -33,16 +33,16 @@
 // rows and columns of y (see `phase_weights.cu`). Rows m then run over images, phases, pixels of the small image; a tile lies
 // in one phase, and only the last step scatters its rows to the pixels of y.
 //
-// End. With splits, the blocks of a tile add up in pairs, pairs of pairs, and so on: each leaves
-// its float tile in `partial` and counts itself where the two meet, in `counters`; the one that comes second adds the
-// other's. The order of the additions is the tree's, and a + b is b + a, so the sum does not depend on who comes when, and
-// the counters are back at zero. The last block reads log2(splits) tiles rather than all. What is added to a whole column (bias,
-// time of the image that the tile lies in) was loaded before the first copies and is added in registers. What needs much code for
-// each element (activations, gates, times of several images in a tile) goes through shared memory, in a loop. The residual is
-// copied to where y will stand in the staging tile (rows of BN + 8 elements: fragments meet in no bank), added in float, and y
-// is rounded once, in its place; whole rows of 16 bytes then go to memory. With `glu` the columns of the tile alternate, eight
-// values, eight gates, both in one thread, and y = value · GELU(gate) has half as many. With `stats` mean and sum of squared
-// deviations of each 64 stored rows are written per channel.
+// End. With splits, the blocks of a tile add up in pairs, pairs of pairs, and so on: each leaves its float tile in `partial`
+// and counts itself where the two meet, in `counters`; the one that comes second adds the other's. The order of the additions
+// is the tree's, and a + b is b + a, so the sum does not depend on who comes when, and the counters are back at zero. The last
+// block reads log2(splits) tiles rather than all. What is added to a whole column (bias, time of the image that the tile lies
+// in) was loaded before the first copies and is added in registers. What needs much code for each element (activations, gates,
+// times of several images in a tile) goes through shared memory, in a loop. The residual is copied to where y will stand in the
+// staging tile (rows of BN + 8 elements: fragments meet in no bank), added in float, and y is rounded once, in its place; whole
+// rows of 16 bytes then go to memory. With `glu` the columns of the tile alternate, eight values, eight gates, both in one
+// thread, and y = value · GELU(gate) has half as many. With `stats` mean and sum of squared deviations of each 64 stored rows
+// are written per channel.
 //
 // M is rows of y, O its columns; N is O (with `part` the rows of the three weights together), with `glu` 2·O. O may be any number:
 // threads take eight columns at once where it is a multiple of 8, else one at a time. Rows beyond M and columns beyond N are
@@ -52,8 +52,9 @@
 // Wants, and the room sees to it: pointers aligned to 16 bytes; C of every segment and row pitches multiples of 8 elements;
 // at most 2³¹ − 1 elements in each of x and w; out_h and out_w times the stride, and the padding, below 2^14 (a window's
 // corner is packed into two halves of a word). `glu`: O a multiple of 8, a warp's columns of 16 (BN not 80), no time,
-// activation, residual, statistics, `part`. `stats`: M a multiple of SLAB, O of 4. `part`: one segment, a multiple of BN. `phases`: windows of 2×2, a small image whose pixels are a
-// multiple of BM, no `upsample`, `flat`, `glu`, `part` or further segment; stride, top and left are not read.
+// activation, residual, statistics, `part`. `stats`: M a multiple of SLAB, O of 4. `part`: one segment, a multiple of BN.
+// `phases`: windows of 2×2, a small image whose pixels are a multiple of BM, no `upsample`, `flat`, `glu`, `part` or further
+// segment; stride, top and left are not read.
 // types: f16 bf16
 // variants: BM=128,BN=160 BM=128,BN=128 BM=128,BN=80 BM=64,BN=160 BM=64,BN=80 BM=64,BN=64 BM=64,BN=16
 #include "dev.cuh"
