@@ -24,7 +24,7 @@
 // Softmax, in base 2: p = 2^(s·c - m), c = scale · log2 e. m is the row's maximum at some time, and moves only when a
 // score passes it by more than 8: till then p does not pass 2^8, which 16 bits hold, and the last division undoes any common
 // factor. So most turns have neither shuffles nor a rescaling. What m does depends on its own row alone, so a row's result
-// has the same bits whatever its neighbours are, and in blocks of either size. m starts at the lowest finite value, so
+// has the same bits whatever its neighbours are. m starts at the lowest finite value, so
 // that -inf scores give p = 0; a row whose scores are all -inf ends as 0 / 0, and a NaN in a row passes into its sum: both
 // become NaN in y, as does a score of +inf. This holds for finite v: an inf or a NaN there reaches its column of y in every
 // query that shares the turn, seen or not, as 0 · inf. The sum is of the weights before rounding; a lane sums its own keys, and
@@ -40,7 +40,7 @@
 // sm_90, and on sm_86 and sm_89 two where D is 80 or 96.
 //
 // types: f16 bf16
-// variants: BM=64,D=32 BM=64,D=40 BM=64,D=64 BM=64,D=80 BM=64,D=96 BM=64,D=128 BM=64,D=160 BM=128,D=40 BM=128,D=64
+// variants: BM=64,D=32 BM=64,D=40 BM=64,D=64 BM=64,D=80 BM=64,D=96 BM=64,D=128 BM=64,D=160
 #include "dev.cuh"
 
 constexpr int WARPS = 4;
@@ -51,7 +51,7 @@ constexpr int STEPS = D / 16;               // steps of 16 columns of q kᵀ
 constexpr int HALF = D % 16 / 8;            // and of 8
 constexpr int PITCH = 2 * (STEPS + HALF);   // chunks in a row
 constexpr int A = PITCH % 8 == 0 ? 3 : PITCH % 4 == 0 ? 2 : 1;
-constexpr int BLOCKS = BM == 128 || D > 128 ? 2 : D < 64 ? 4 : 3;  // on a multiprocessor
+constexpr int BLOCKS = D > 128 ? 2 : D < 64 ? 4 : 3;  // on a multiprocessor
 // Instructions of a turn, which a test counts in the machine code.
 constexpr int LOOP_HMMA = TILES * ((STEPS + HALF) * BN / 8 + BN / 16 * D / 8), LOOP_LDGSTS = 2 * BN * PITCH / BLOCK;
 constexpr int LOOP_LDSM = BN / 16 * (STEPS + STEPS + HALF) + HALF * BN / 32;

@@ -7,20 +7,21 @@ use ldm::exec::run_op;
 use ldm::ops::{Array, Attention, Case, Op, t};
 use ldm::tensor::{DType, HostTensor};
 
-/// Types, head sizes (two heads) and keys that take, in turn, the kernels on tensor cores, the plain one, that in f32 twice, and the
-/// plain one again. With `causal`
+/// Types, heads, their size, and keys that take, in turn, the kernels on tensor cores, the plain one, that in f32 twice, the
+/// plain one again, and that for many queries. With `causal`
 /// the second and third take what any number of keys takes.
-const KERNELS: [(DType, usize, usize); 10] = [
-    (DType::F16, 40, 150),
-    (DType::BF16, 64, 77),
-    (DType::F16, 80, 83),
-    (DType::BF16, 64, 130),
-    (DType::BF16, 160, 83),
-    (DType::F16, 168, 83),
-    (DType::BF16, 36, 83),
-    (DType::F32, 40, 83),
-    (DType::F32, 80, 130),
-    (DType::F32, 42, 83),
+const KERNELS: [(DType, usize, usize, usize); 11] = [
+    (DType::F16, 2, 40, 150),
+    (DType::BF16, 2, 64, 77),
+    (DType::F16, 2, 80, 83),
+    (DType::BF16, 2, 64, 130),
+    (DType::BF16, 2, 160, 83),
+    (DType::F16, 2, 168, 83),
+    (DType::BF16, 2, 36, 83),
+    (DType::F32, 2, 40, 83),
+    (DType::F32, 2, 80, 130),
+    (DType::F32, 2, 42, 83),
+    (DType::BF16, 264, 40, 260),
 ];
 const QUERIES: usize = 70;
 
@@ -31,9 +32,9 @@ struct Run {
 }
 
 impl Run {
-    fn new(dtype: DType, d: usize, keys: usize, causal: bool) -> Run {
-        let (q, kv) = ([1, QUERIES, 2 * d], [1, keys, 2 * d]);
-        let case = Case::new(Attention { heads: 2, causal, joined: false }, [t(q), t(kv), t(kv)]);
+    fn new(dtype: DType, heads: usize, d: usize, keys: usize, causal: bool) -> Run {
+        let (q, kv) = ([1, QUERIES, heads * d], [1, keys, heads * d]);
+        let case = Case::new(Attention { heads, causal, joined: false }, [t(q), t(kv), t(kv)]);
         let x = case.inputs(dtype, 5);
         Run { case, dtype, x }
     }
@@ -55,15 +56,15 @@ impl Run {
 #[test]
 fn a_nan_reaches_all_that_depends_on_it_and_nothing_else() {
     common::on_cuda(|device| {
-        for (dtype, d, keys) in KERNELS {
-            let run = Run::new(dtype, d, keys, false);
+        for (dtype, heads, d, keys) in KERNELS {
+            let run = Run::new(dtype, heads, d, keys, false);
             let good = run.result(device, &[], 0.0);
             assert!(good.iter().all(|v| v.is_finite()));
-            // All in the first of two heads: a query's whole row; with a key all queries; with a value one column.
+            // All in the first head: a query's whole row; with a key all queries; with a value one column.
             let check = |what: (usize, usize, usize), hit: &dyn Fn(usize, usize) -> bool| {
                 let got = run.result(device, &[what], f64::NAN);
                 for (i, (got, good)) in got.iter().zip(&good).enumerate() {
-                    let (row, column) = (i / (2 * d), i % (2 * d));
+                    let (row, column) = (i / (heads * d), i % (heads * d));
                     let as_wanted = if hit(row, column) { got.is_nan() } else { got == good };
                     assert!(
                         as_wanted,
@@ -82,15 +83,15 @@ fn a_nan_reaches_all_that_depends_on_it_and_nothing_else() {
 #[test]
 fn a_nan_in_a_key_does_not_reach_the_queries_before_it() {
     common::on_cuda(|device| {
-        for (dtype, d, keys) in KERNELS {
-            let run = Run::new(dtype, d, keys, true);
+        for (dtype, heads, d, keys) in KERNELS {
+            let run = Run::new(dtype, heads, d, keys, true);
             let good = run.result(device, &[], 0.0);
             assert!(good.iter().all(|v| v.is_finite()), "{dtype:?}, d = {d}: no row without keys");
             // Query i sees keys up to i + keys − 70.
             for key in [0, keys - QUERIES, 50, keys - 1] {
                 let got = run.result(device, &[(1, key, 2)], f64::NAN);
                 for (i, (got, good)) in got.iter().zip(&good).enumerate() {
-                    let (row, column) = (i / (2 * d), i % (2 * d));
+                    let (row, column) = (i / (heads * d), i % (heads * d));
                     let hit = column < d && key <= row + keys - QUERIES;
                     let as_wanted = if hit { got.is_nan() } else { got == good };
                     assert!(
@@ -106,12 +107,12 @@ fn a_nan_in_a_key_does_not_reach_the_queries_before_it() {
 #[test]
 fn scores_that_overflow_are_no_weights() {
     common::on_cuda(|device| {
-        for (dtype, d, keys) in KERNELS {
+        for (dtype, heads, d, keys) in KERNELS {
             // Beyond f32: -inf for all keys, or +inf for some. f16 holds no such operands.
             if dtype == DType::F16 {
                 continue;
             }
-            let run = Run::new(dtype, d, keys, false);
+            let run = Run::new(dtype, heads, d, keys, false);
             let all: Vec<_> = (0..keys).map(|key| (1, key, 0)).chain([(0, 4, 0)]).collect();
             let mut x = run.x.clone();
             for &(input, token, column) in &all {
@@ -121,11 +122,14 @@ fn scores_that_overflow_are_no_weights() {
             let run = Run { x, ..run };
             let got = run.result(device, &[], 0.0);
             assert!(
-                got[4 * 2 * d..][..d].iter().all(|v| v.is_nan()),
+                got[4 * heads * d..][..d].iter().all(|v| v.is_nan()),
                 "{dtype:?}, d = {d}: all scores are -inf"
             );
             let got = run.result(device, &[(1, 50, 0)], -1e30);
-            assert!(got[4 * 2 * d..][..d].iter().all(|v| v.is_nan()), "{dtype:?}, d = {d}: one score is inf");
+            assert!(
+                got[4 * heads * d..][..d].iter().all(|v| v.is_nan()),
+                "{dtype:?}, d = {d}: one score is inf"
+            );
         }
     });
 }
@@ -134,7 +138,7 @@ fn scores_that_overflow_are_no_weights() {
 fn shared_memory_has_no_bank_conflicts() {
     // Every variant, by (heads, head size, keys), in whole and partial blocks.
     let any = [32, 40, 64, 80, 96, 128, 160, 256, 384, 512].map(|d| (1, d, 130));
-    let large = [(264, 40, 130), (264, 64, 130)];
+    let large = [(264, 40, 260), (264, 64, 260)];
     let few = [40, 64, 80, 160].map(|d| (1, d, 77));
     let more = [40, 64, 80].map(|d| (1, d, 120));
     let sizes: Vec<(usize, usize, usize)> = [&any[..], &large, &few, &more].concat();

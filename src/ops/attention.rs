@@ -1,9 +1,9 @@
 //! y = softmax(scale · q kᵀ) v per head, without the score matrix in memory.
 //!
 //! Flash attention (Dao et al. 2022): blocks of keys pass by while maximum, sum and result are kept per query.
-//! PyTorch: `F.scaled_dot_product_attention`. Kernels: `kernels/attention_flash.cu`, `kernels/attention_wide.cu` and, for the
-//! few keys of a text, `kernels/attention_short.cu` on tensor cores, `kernels/attention_f32.cu` by float units,
-//! `kernels/attention.cu` for all that those do not take.
+//! PyTorch: `F.scaled_dot_product_attention`. Kernels: on tensor cores `kernels/attention_flash.cu`, `kernels/attention_long.cu`
+//! for many queries, `kernels/attention_wide.cu` for large heads and `kernels/attention_short.cu` for the few keys of a text;
+//! `kernels/attention_f32.cu` by float units, `kernels/attention.cu` for all that those do not take.
 mod choice;
 mod grad;
 
@@ -13,6 +13,7 @@ use super::prelude::*;
 use crate::kernels::attention as plain;
 use crate::kernels::attention_f32 as floats;
 use crate::kernels::attention_flash as flash;
+use crate::kernels::attention_long as long;
 use crate::kernels::attention_short as short;
 use crate::kernels::attention_wide as wide;
 use choice::{Choice, Kernel, choose};
@@ -216,6 +217,11 @@ impl Operation for Attention {
                 let p = flash::AttentionFlashFwd { y, q, k, v, t, s, d, ldq, ldk, ldv, ldy, scale, causal };
                 io.launch(flash::ATTENTION_FLASH_FWD, dtype, variant, grid, flash::BLOCK, p)
             }
+            Kernel::Long => {
+                let scale = (self.scale(d as usize) * LOG2_E) as f32;
+                let p = long::AttentionLongFwd { y, q, k, v, t, s, d, ldq, ldk, ldv, ldy, scale, causal };
+                io.launch(long::ATTENTION_LONG_FWD, dtype, variant, grid, long::BLOCK, p)
+            }
             Kernel::Short => {
                 let scale = (self.scale(d as usize) * LOG2_E) as f32;
                 let walk = io.int(queries / short::BM)?;
@@ -256,6 +262,9 @@ impl Operation for Attention {
             }
             Kernel::Flash => {
                 LaunchPlan::new(flash::ATTENTION_FLASH_FWD, dtype, variant, grid, flash::BLOCK, time)
+            }
+            Kernel::Long => {
+                LaunchPlan::new(long::ATTENTION_LONG_FWD, dtype, variant, grid, long::BLOCK, time)
             }
             Kernel::Short => {
                 LaunchPlan::new(short::ATTENTION_SHORT_FWD, dtype, variant, grid, short::BLOCK, time)
@@ -340,8 +349,8 @@ impl Operation for Attention {
             heads(1, 256, 1, 65, 64, false),
             heads(1, 320, 1, 30, 50, true),
             heads(1, 512, 1, 70, 72, false),
-            heads(44, 40, 3, 130, 70, false).only(&SIXTEEN),
-            heads(66, 64, 2, 160, 160, true).only(&SIXTEEN),
+            heads(44, 40, 3, 130, 260, false).only(&SIXTEEN),
+            of(heads(66, 64, 2, 160, 300, true).only(&SIXTEEN), |q| q.normal(0.0, 30.0)),
             // In f32: every variant, in tails and whole blocks of queries (128, 64) and of keys (64, 32), with columns that
             // are zeros; and heads for the plain kernel in every type.
             heads(2, 40, 1, 130, 150, false).only(&[DType::F32]),

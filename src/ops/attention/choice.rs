@@ -4,6 +4,7 @@ use super::super::prelude::*;
 use super::SIXTEEN;
 use crate::kernels::attention_f32 as floats;
 use crate::kernels::attention_flash as flash;
+use crate::kernels::attention_long as long;
 use crate::kernels::attention_short as short;
 use crate::kernels::attention_wide as wide;
 
@@ -16,6 +17,8 @@ pub(super) enum Kernel {
     Floats,
     /// 16 bits, heads of up to 160.
     Flash,
+    /// 16 bits, heads of 33 to 64, many queries and keys.
+    Long,
     /// 16 bits, heads of up to 160, 65 to 128 keys.
     Short,
     /// 16 bits, heads of up to 512.
@@ -44,15 +47,17 @@ impl Choice {
             Kernel::Flash => {
                 [s.next_multiple_of(flash::BN.of(self.variant)), tensor_cores(flash::D.of(self.variant))]
             }
+            Kernel::Long => [s.next_multiple_of(long::BN), tensor_cores(long::D.of(self.variant))],
             Kernel::Short => [short::KEYS.of(self.variant), tensor_cores(short::D.of(self.variant))],
             Kernel::Wide => [s.next_multiple_of(wide::BN), tensor_cores(wide::D.of(self.variant))],
         }
     }
 
-    /// The model: products by `mma.sync`, at three quarters of what long products reach, and seven tenths of the exponentials, 16
-    /// in a clock, which the products do not hide; as long as the multiprocessor with most blocks takes, 2 µs to begin and to
-    /// end, and no shorter than `bytes` do. The float units reach 64 %, with four queries to a lane 52 %. Shares are measured
-    /// (H100: heads of 40 and 80 of the flash kernel, of 512 of the wide one, of 40 and 80 in f32).
+    /// The model: products by `mma.sync`, at three quarters of what long products reach (nine tenths where they overlap with
+    /// exponentials), and seven tenths of the exponentials, 16 in a clock, which the products do not hide; as long as the
+    /// multiprocessor with most blocks takes, 2 µs to begin and to end, and no shorter than `bytes` do. The float units reach
+    /// 64 %, with four queries to a lane 52 %. Shares are measured (H100: heads of 40 and 80 of the flash kernel, of 40 of the
+    /// long one, of 512 of the wide one, of 40 and 80 in f32).
     pub(super) fn microseconds(
         &self,
         blocks: usize,
@@ -67,6 +72,7 @@ impl Choice {
             Kernel::Plain => launch::PLAIN,
             Kernel::Floats => launch::FFMA * if floats::RM.of(self.variant) == 8 { 0.64 } else { 0.52 },
             Kernel::Wide => 0.44 * launch::MMA,
+            Kernel::Long => 0.9 * launch::MMA,
             _ => 0.75 * launch::MMA,
         };
         let scores = self.queries as f64 * keys;
@@ -86,7 +92,7 @@ pub(super) fn choose(dtype: DType, d: usize, [t, s]: [usize; 2], n: usize, causa
     }
     match few_keys(d, [t, s], n) {
         Some(choice) if tensor_cores && !causal => choice,
-        _ => any_keys(d, t, n, tensor_cores),
+        _ => any_keys(d, [t, s], n, tensor_cores),
     }
 }
 
@@ -127,15 +133,16 @@ fn few_keys(d: usize, [t, s]: [usize; 2], n: usize) -> Option<Choice> {
 }
 
 /// The kernel for any number of keys.
-fn any_keys(d: usize, t: usize, n: usize, tensor_cores: bool) -> Choice {
+fn any_keys(d: usize, [t, s]: [usize; 2], n: usize, tensor_cores: bool) -> Choice {
     // Large blocks read keys and values half as often, if there are enough to give each multiprocessor of the largest
-    // cards (132) the two that its registers hold.
-    let many = n * t.div_ceil(128) >= 2 * 132;
+    // cards (132) the two that its registers hold; and the first scores and the last products, which nothing overlaps with, want
+    // some turns between them.
+    let many = n * t.div_ceil(128) >= 2 * 132 && s >= 4 * long::BN;
     let (kernel, variant, queries) = match d {
         ..=32 if tensor_cores => (Kernel::Flash, "BM=64,D=32", 64),
-        ..=40 if tensor_cores && many => (Kernel::Flash, "BM=128,D=40", 128),
+        ..=40 if tensor_cores && many => (Kernel::Long, "BM=128,D=40", 128),
         ..=40 if tensor_cores => (Kernel::Flash, "BM=64,D=40", 64),
-        ..=64 if tensor_cores && many => (Kernel::Flash, "BM=128,D=64", 128),
+        ..=64 if tensor_cores && many => (Kernel::Long, "BM=128,D=64", 128),
         ..=64 if tensor_cores => (Kernel::Flash, "BM=64,D=64", 64),
         ..=80 if tensor_cores => (Kernel::Flash, "BM=64,D=80", 64),
         ..=96 if tensor_cores => (Kernel::Flash, "BM=64,D=96", 64),
@@ -167,6 +174,7 @@ mod tests {
                 Kernel::Plain => plain::VARIANTS,
                 Kernel::Floats => floats::VARIANTS,
                 Kernel::Flash => flash::VARIANTS,
+                Kernel::Long => long::VARIANTS,
                 Kernel::Short => short::VARIANTS,
                 Kernel::Wide => wide::VARIANTS,
             };
@@ -196,16 +204,17 @@ mod tests {
 
     #[test]
     fn what_the_models_run() {
-        use Kernel::{Flash, Floats, Plain, Wide};
+        use Kernel::{Flash, Floats, Long, Plain, Wide};
         // Heads × images, head size, queries; to themselves.
         let table = [
-            ("SD 1.5, 64×64", 16, 40, 4096, Flash, "BM=128,D=40"),
+            ("SD 1.5, 64×64", 16, 40, 4096, Long, "BM=128,D=40"),
             ("SD 1.5, 32×32", 16, 80, 1024, Flash, "BM=64,D=80"),
             ("SD 1.5, 16×16", 16, 160, 256, Flash, "BM=64,D=160"),
             ("SD 1.5, 8×8", 16, 160, 64, Flash, "BM=64,D=160"),
-            ("SDXL, 64×64", 20, 64, 4096, Flash, "BM=128,D=64"),
-            ("SDXL, 32×32", 40, 64, 1024, Flash, "BM=128,D=64"),
+            ("SDXL, 64×64", 20, 64, 4096, Long, "BM=128,D=64"),
+            ("SDXL, 32×32", 40, 64, 1024, Long, "BM=128,D=64"),
             ("LDM 1.45B, 32×32", 16, 40, 1024, Flash, "BM=64,D=40"),
+            ("many of few tokens", 2000, 64, 192, Flash, "BM=64,D=64"),
             ("LDM with heads of 32", 14, 32, 4096, Flash, "BM=64,D=32"),
             ("LDM on ImageNet, one head", 2, 384, 1024, Wide, "D=384"),
             ("LDM on ImageNet, one head", 2, 960, 64, Plain, "D=1024"),
@@ -226,7 +235,7 @@ mod tests {
             (Plain, Plain),
             "no whole chunks"
         );
-        assert_eq!(choose(DType::F16, 64, [77, 77], 24, true), any_keys(64, 77, 24, true), "CLIP");
+        assert_eq!(choose(DType::F16, 64, [77, 77], 24, true), any_keys(64, [77, 77], 24, true), "CLIP");
     }
 
     #[test]
