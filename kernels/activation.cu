@@ -1,4 +1,5 @@
-// y = act(x), elementwise. Grid: ceil(n / (BLOCK · 16 bytes)) blocks; a thread owns 16 bytes of y, or fewer at the end.
+// y = act(x), elementwise. Grid: ceil(n / (BLOCK · N)); a thread owns N elements, 16 bytes of y, or fewer at the
+// end. Wants: pointers aligned to 16 bytes.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;
@@ -7,7 +8,7 @@ struct ActivationFwd {
     T* y;        // (n)
     const T* x;  // (n)
     long long n;
-    int act;     // 0 none, 1 SiLU, 2 GELU, 3 quick GELU, 4 GELU by tanh, 5 ReLU, 6 leaky ReLU
+    int act;     // 0 none, 1 SiLU, 2 GELU, 3 quick GELU, 4 GELU by tanh, 5 ReLU, 6 leaky ReLU (0.2)
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) activation_fwd(const __grid_constant__ ActivationFwd p) {

@@ -2,13 +2,13 @@
 // the rows.
 //
 // Everything is computed in f32 and rounded once. Sums take two launches: actnorm_sums adds up parts of `each` rows, actnorm_total
-// adds the parts; the order of both is fixed, so that the bits are. In actnorm_sums a warp stands on 32 neighbouring channels
-// of a row, so that it reads them together, and takes every 8th row of the part. Its sums go through shared memory (2 KB; a row
-// of 32 words per warp, no conflicts) to warp 0: the one barrier makes them visible. Threads beyond C read nothing but reach
-// the barrier.
+// adds the parts; the order of both is fixed, so that the result always has the same bits. In actnorm_sums a warp stands on
+// 32 neighbouring channels of a row, so that it reads them together, and takes every 8th row of the part. Its sums go through
+// shared memory (2 KB; a row of 32 words per warp, no conflicts) to warp 0: the one barrier makes them visible. Threads beyond C
+// read nothing but reach the barrier.
 //
 // Edges: the last part may be short or empty (zeros). Wants: elements aligned to their own size, no null pointer, C > 0; rows +
-// each below 2^31, at most 65535 parts.
+// each below 2^31, at most 65535 parts. Occupancy: by registers and threads.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

@@ -1,4 +1,5 @@
-// y = a + b, elementwise. Grid: ceil(n / (BLOCK · 16 bytes)) blocks; a thread owns 16 bytes of y, or fewer at the end.
+// y = a + b, elementwise. Grid: ceil(n / (BLOCK · N)); a thread owns N elements, 16 bytes of y, or fewer at the
+// end. Wants: pointers aligned to 16 bytes.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

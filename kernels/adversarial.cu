@@ -1,4 +1,5 @@
-// Losses of a discriminator's logits and their gradient, the weight that balances them, and the product with it.
+// Losses of a discriminator's logits and their gradient; the weight that balances the generator's loss against the distance of the
+// reconstruction (VQGAN, Esser et al. 2021, eq. 7); and the product of a tensor with a number.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;
@@ -7,7 +8,8 @@ constexpr int BLOCK = 256;
 DEV float softplus(float x) { return max_f(x, 0.0f) + log_f(1.0f + exp_f(-abs_f(x))); }
 DEV float sigmoid(float x) { return 1.0f / (1.0f + exp_f(-x)); }
 
-// 0 -x, 1 max(0, 1 - x), 2 max(0, 1 + x), 3 softplus(-x), 4 softplus(x).
+// 0: -x, the generator's. Hinge: 1, of real pictures, max(0, 1 - x); 2, of made ones, max(0, 1 + x). Vanilla: 3, of real ones,
+// softplus(-x); 4, of made ones, softplus(x). A NaN stays one.
 DEV float cost(int kind, float x) {
     switch (kind) {
         case 0: return -x;
@@ -85,12 +87,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK) logit_loss_grad(const __grid
 struct AdaptiveWeightFwd {
     float* weight;        // (1)
     float* share;         // (1)
-    const float* likely;  // (1): the sum of squares of one gradient
-    const float* judged;  // (1): that of the other
-    const float* scale;   // (1): of both gradients
-    const float* factor;  // (1)
+    const float* likely;  // (1): the sum of squares of the distance's gradient at the last layer
+    const float* judged;  // (1): that of the generator's loss
+    const float* scale;   // (1): what both gradients are multiplied by, the scale of the loss
+    const float* factor;  // (1): 0 before the discriminator's first step
     float most;           // of the quotient
-    float times;
+    float times;          // the weight that was asked for
 };
 
 // weight = times · min(√likely / (√judged + 1e-4 scale), most); share = factor · weight. Grid: 1; its first thread works.

@@ -1,7 +1,16 @@
 // y = softmax(scale · q kᵀ) v per head, in one pass over blocks of keys: running maximum m, sum l and result o per query.
 // Grid: (ceil(T / BM), N, B); a block owns BM queries of one head, a group of LANES threads one query: each thread of the
-// group computes some of its scores and keeps some of the elements of its result. Two blocks per multiprocessor are asked
-// for, so that the compiler does not spill registers to make room for more of them.
+// group computes some of its scores and keeps some of the elements of its result. T is the number of queries here, in the
+// code the type of an element.
+//
+// Operands: q stays in shared memory as f32, times scale; BN keys, and then their values, pass through one buffer there. Rows
+// are not padded: with 32 queries in a block reads of k conflict.
+// Barriers of a turn: the first makes the keys (and q) visible; the second the scores, and says that the keys are read; the third
+// the weights and values; the fourth says that those are read.
+// Edges: rows from S on (T for q) are zeros; keys that a query does not see have the score -inf; rows from T on and columns from d
+// on are not stored. Wants: S > 0 and, with `causal`, S >= T, so that each query sees a key.
+// Occupancy: two blocks a multiprocessor are asked for, that is at most 128 registers for each thread; left alone, the compiler
+// takes fewer and spills. Shared memory is 24, 48, 32 and 44 KB in the order of the variants.
 // variants: D=64 D=160 D=512 D=1024
 #include "dev.cuh"
 
@@ -20,7 +29,7 @@ struct AttentionFwd {
 template <int SIZE>
 struct AttentionTile {
     static constexpr int BM = SIZE <= 160 ? 32 : 8;             // queries
-    static constexpr int BN = SIZE <= 160 ? 32 : SIZE <= 512 ? 8 : 3;  // keys: what 48 KB leave
+    static constexpr int BN = SIZE <= 160 ? 32 : SIZE <= 512 ? 8 : 3;  // keys: 48 KB hold them, q and the scores
     static constexpr int LANES = BLOCK / BM;
     struct Smem {
         float q[BM][SIZE];
@@ -68,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) attention_fwd(const __gri
         sync_block();
         float top = m;
         for (int n = 0; n < BN; n++) top = max_f(top, s.scores[row][n]);
-        // Every query sees a key of the first block, so top is -inf only where all scores are NaN, which stay NaN.
+        // Every query sees key 0, so top is -inf only where all scores so far are NaN, which stay NaN, or -inf.
         const float rescale = top == -FLOAT_INF ? 1.0f : exp_f(m - top);
         for (int n = own; n < BN; n += LANES) {
             const float score = s.scores[row][n];

@@ -8,7 +8,7 @@
 //
 // Operands. q lies in shared memory throughout, a block of keys in one tile and its values in another, in rows of PITCH floats.
 // A lane reads at once four columns of a row of q or k, VEC columns of a row of v (eight lanes side by side), four keys of a row
-// of p. Eight lanes read two rows of q and four of k: rows are four banks apart, modulo 8, so they meet in none; and as each
+// of p. Eight lanes read two rows of q and four of k: rows begin an odd multiple of four banks apart, so eight of them meet in none; and as each
 // address is also that of lane ^ 1 or of lane ^ 2, the hardware may serve sixteen lanes in a pass. Copies take a chunk of 16
 // bytes of eight rows, for the same reason. The weights p pass through shared memory, 32 keys at a time, in rows of P_PITCH
 // floats that one warp alone writes and reads; four queries' rows are eight banks apart, as the writes of 8 keys each want it.
@@ -32,8 +32,8 @@
 // address, which may lie outside.
 // Wants: pointers aligned to 16 bytes and not null, d <= D, d and the pitches multiples of 4, scale > 0; S > 0, and with
 // `causal` S >= T.
-// Occupancy: the BLOCKS that are asked for are what registers allow (at D = 80 those would allow four blocks of two warps; three
-// is what shared memory allows on sm_90). Shared memory, 64, 88, 73, 92 KB in the order of the variants, allows as many on
+// Occupancy: the BLOCKS that are asked for are what registers allow; but at D = 80 those would allow four blocks of two warps, and
+// three is what shared memory allows on sm_90. Shared memory, 64, 88, 73, 92 KB in the order of the variants, allows as many on
 // sm_90; on sm_80 two of the first and the third, one of the others; on sm_86 and sm_89 one.
 //
 // types: f32
@@ -64,7 +64,7 @@ struct AttentionF32Fwd {
     const T* v;  // (B,S,N·d)
     int t, s, d;        // d <= D, a multiple of 4
     int ldq, ldk, ldv;  // elements from a token to the next, multiples of 4
-    int ldy;
+    int ldy;            // the same of y
     float scale;        // c: of the scores, times log2 e
     int causal;         // query i sees keys up to i + S − T
 };

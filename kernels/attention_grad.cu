@@ -3,13 +3,15 @@
 // tiles of TILE×TILE whose inner products pass through shared memory CHUNK elements at a time; thread (row, column) owns one.
 //
 // attention_grad_q, grid: (ceil(T / TILE) · parts, N, B): a block owns TILE queries. A first pass over the keys gives the logarithm of
-// the sum of exponentials, left in `stats` with delta; a second one dq, of which thread (row, l) owns elements l, l + LANES, … of the part.
+// the sum of exponentials, left in `stats` with delta; a second one dq, of which thread (row, column) owns elements column,
+// column + LANES, … of the part.
 // attention_grad_kv, grid: (ceil(S / TILE) · parts, N, B): a block owns TILE keys, a thread its elements of dk and dv, in order of the
 // queries. Nothing is added up by two blocks. It runs after attention_grad_q, whose blocks of part 0 write `stats`.
 // Heads wider than D are served in parts of D elements, each by blocks of its own that make the scores again.
 //
 // Operands: q, k, v and dy are read into shared memory for the scores, as f32; for dq, dk and dv their rows are read again from
-// global memory, that is the caches. p and ds of a tile pass through shared memory, as a thread's sums want those of all.
+// global memory, that is the caches. p (in the first pass the scores) and ds of a tile pass through shared memory,
+// as a thread's sums want those of all.
 //
 // Barriers: for each chunk one makes it visible, and one says that it is read. Behind the products one makes p and ds of the
 // tile visible, and one at the end of a turn says that they are read. Between the passes one makes `lse` and `delta` visible;
@@ -29,6 +31,7 @@ constexpr int TILE = 16;
 constexpr int CHUNK = 32;
 constexpr int LANES = 16;
 constexpr int OWN = D / LANES;
+static_assert(LANES == TILE && BLOCK == TILE * TILE, "a thread for each score");
 
 struct TileSmem {
     float a[2][TILE][CHUNK + 1];  // rows of the block: of q and dy, or of k and v

@@ -15,7 +15,7 @@
 // writes y over it; and a lane copies the next q over those chunks of y alone that it has stored itself.
 //
 // Shared memory: rows of PITCH chunks of 16 bytes, PITCH = 2^A · odd. Chunk c of row r lies at chunk r · PITCH + (c ^ x),
-// x = the A bits of r from bit 3 - A on (A at most 3). Without conflicts, since each eighth of a warp's access touches
+// x = the A bits of r from bit 3 - A on (A at most 3). Without conflicts, since each eight lanes of an access, 16 bytes each, touch
 // each of the 8 chunk columns (mod 8) once: eight rows of one ldmatrix either differ in x, or in odd · r mod 2^(3-A); copies
 // and the reads of y take chunks in their order, which x permutes within aligned groups of 2^A.
 //
@@ -25,7 +25,8 @@
 // Edges: rows from S on (T for q) and columns from d on are zeros in shared memory; scores of keys from S on are -inf. S is
 // more than FEWEST, so that the first scores are not looked at. Columns from d on and rows from T on of y are not stored. A
 // copy that writes zeros touches no memory at its address, which may lie outside.
-// Wants: FEWEST < S <= KEYS, d <= D, a multiple of 8; pointers aligned to 16 bytes, pitches multiples of 8, scale > 0.
+// Wants: FEWEST < S <= KEYS, d <= D, a multiple of 8; pointers aligned to 16 bytes, pitches multiples of 8, scale > 0. Every query
+// sees every key.
 // Occupancy: registers allow the BLOCKS that are asked for. Shared memory (27 to 90 KB) allows as many on sm_90; on sm_80 one
 // where D is 160 and two where KEYS is 128 and D 80; on sm_86 and sm_89 one in these two variants, three of KEYS=80,D=40, and
 // two of the others.
@@ -36,7 +37,7 @@
 
 constexpr int BLOCK = 128;
 constexpr int BM = 64;                        // queries of a tile
-constexpr int FEWEST = KEYS == 80 ? 64 : 80;  // keys that are always there
+constexpr int FEWEST = KEYS == 80 ? 64 : 80;  // keys that are always there: S is more
 constexpr int STEPS = D / 16;                 // steps of 16 columns of q kᵀ
 constexpr int HALF = D % 16 / 8;              // and of 8
 constexpr int ALL = STEPS + HALF;

@@ -10,29 +10,30 @@
 // before the first piece of v, half 1 before the second, so that the one who writes is always the one who read last.
 //
 // Barrier 1 of the first turn also makes q visible; the one after the loop exchanges the halves' sums, and y then takes q's place.
-// There is at least one turn: the room refuses S = 0, and more queries than keys with `causal`.
+// There is at least one turn (see Wants).
 //
-// Waits and barriers of a turn, each also making the copies visible that landed before it:
+// Barriers of a turn. Before all but the fourth each thread waits for its copies, which the barrier makes visible to all:
 //   1  columns of k are there; slot 1 is free (v of the last turn is used up)          copies the other columns into it
 //   2  the other columns are there; slot 0 is free                                     copies the first keys of v
 //   3  the first keys of v are there, and each half's maxima; slot 1 is free           copies the other keys of v
 //   4  half 0's weights are there
 //   5  the other keys of v and half 1's weights are there; slot 0 is free              copies k of the next turn
 //
-// Shared memory: rows of 8i chunks of 16 bytes; chunk c of row r lies at chunk c ^ (r & 7) of its row. ldmatrix reads a
+// Shared memory: rows are a multiple of 8 chunks of 16 bytes; chunk c of row r lies at chunk c ^ (r & 7) of its row. ldmatrix reads a
 // chunk of rows 8i … 8i+7, which the exclusive or puts into 8 different chunk columns; a copy's 8 chunks in a row
 // are permuted among themselves: no conflicts.
 //
 // Softmax, in base 2: p = 2^(s·c - m), c = scale · log2 e. m is the row's maximum at some time, and moves only when a
 // score passes it by more than 8: till then p stays below 2^8, which 16 bits hold, and the last division undoes any common
-// factor. What m does depends on its own row alone. m starts at a large finite value, so that -inf scores give p = 0; a row
-// whose scores are all -inf ends as 0 / 0, and a NaN in a row passes into its sum: both become NaN in y.
+// factor. What m does depends on its own row alone. m starts at the lowest finite value, so that -inf scores give p = 0; a row
+// whose scores are all -inf ends as 0 / 0, and a NaN in a row passes into its sum: both become NaN in y, as does a score of +inf.
 //
 // Edges: rows from S on (T for q) and columns from d on are zeros in shared memory; scores of keys that a query does not
-// see are -inf. Columns from d on of y are not stored.
-// Wants: pointers aligned to 16 bytes, pitches (ldy too) multiples of 8, scale > 0.
-// Occupancy: one block a multiprocessor, by registers (207 or more, 256 threads); on sm_80 at D = 512, on sm_86 and sm_89 from 384
-// on, also by shared memory: 50.5, 74.5 and 98.5 KB.
+// see are -inf. Columns from d on and rows from T on of y are not stored.
+// Wants: pointers aligned to 16 bytes, d <= D, d and the pitches (ldy too) multiples of 8, scale > 0; S > 0, and with `causal`
+// S >= T.
+// Occupancy: one block a multiprocessor, by registers (207 or more, 256 threads); on sm_80 at D = 512, on sm_86 and sm_89 at any D,
+// also by shared memory: 50.5, 74.5 and 98.5 KB.
 //
 // types: f16 bf16
 // variants: D=256 D=384 D=512

@@ -1,5 +1,7 @@
 // Batch normalisation of x (rows,C): mean and biased variance of each channel, y = (x - mean) * rstd * w + bias, and averages of
-// such statistics over batches. Parts of the rows are summed by themselves and merged in order.
+// such statistics over batches. Parts of the rows are summed by themselves and merged in order: batch_norm_stats, batch_norm_merge,
+// batch_norm_apply, in this order; running_fwd averages.
+// Occupancy: by registers and threads; shared memory is 3 KB. Wants: every part has a row.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;
@@ -17,7 +19,7 @@ struct BatchNormSmem {
 };
 
 // Grid: (ceil(C / COLUMNS), parts); a block owns COLUMNS channels of a part: thread t takes channel t % COLUMNS of rows
-// t / COLUMNS, + ROWS, …, as differences from the first of them; the first COLUMNS threads merge.
+// t / COLUMNS, + ROWS, …, as differences from the first of them; behind the one barrier the first COLUMNS threads merge.
 extern "C" __global__ void __launch_bounds__(BLOCK) batch_norm_stats(const __grid_constant__ BatchNormStats p) {
     BatchNormSmem& s = smem<BatchNormSmem>();
     const int lane_c = thread_x() % COLUMNS, r = thread_x() / COLUMNS, c = block_x() * COLUMNS + lane_c;
@@ -92,7 +94,7 @@ struct RunningFwd {
     float* state;        // (n), updated
     const float* value;  // (n)
     int n;
-    float momentum, factor;
+    float momentum, factor;  // factor: of the value; a variance counts as rows / (rows - 1) times itself, a mean once
 };
 
 // state += momentum · (factor · value - state). Grid: ceil(n / BLOCK); a thread owns one element.

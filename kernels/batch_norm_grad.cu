@@ -1,5 +1,7 @@
 // Gradients of batch_norm.cu. With n = (x - mean) * rstd: dbias = sum dy and dw = sum dy * n over the rows, and
-// dx = w * rstd * (dy - dbias / rows - n * dw / rows), or w * rstd * dy where the statistics are given.
+// dx = w * rstd * (dy - dbias / rows - n * dw / rows), or w * rstd * dy where the statistics are given
+// (all of x and dy finite). batch_norm_grad_sums, batch_norm_grad_total, batch_norm_grad_apply, in this order.
+// Occupancy: by registers and threads; shared memory is 2 KB. Wants: rows > 0.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;
@@ -20,7 +22,8 @@ struct BatchNormGradSmem {
     float dw[ROWS][COLUMNS], dbias[ROWS][COLUMNS];
 };
 
-// Grid: (ceil(C / COLUMNS), parts); a block owns COLUMNS channels of a part, as in batch_norm_stats.
+// Grid: (ceil(C / COLUMNS), parts); a block owns COLUMNS channels of a part: thread t takes channel t % COLUMNS of rows
+// t / COLUMNS, + ROWS, …; behind the one barrier the first COLUMNS threads add the ROWS sums in order.
 extern "C" __global__ void __launch_bounds__(BLOCK) batch_norm_grad_sums(const __grid_constant__ BatchNormGradSums p) {
     BatchNormGradSmem& s = smem<BatchNormGradSmem>();
     const int lane_c = thread_x() % COLUMNS, r = thread_x() / COLUMNS, c = block_x() * COLUMNS + lane_c;

@@ -4,11 +4,11 @@
 constexpr int BLOCK = 256;
 
 struct ConcatFwd {
-    T* y;         // (rows,A+C)
+    T* y;         // (rows,A+B)
     const T* a;   // (rows,A)
-    const T* b;   // (rows,C)
-    long long n;  // rows·(A+C)
-    int a_len, b_len;
+    const T* b;   // (rows,B)
+    long long n;  // rows·(A+B)
+    int a_len, b_len;  // A, B
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) concat_fwd(const __grid_constant__ ConcatFwd p) {

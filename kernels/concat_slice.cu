@@ -1,4 +1,4 @@
-// y = columns start … start + len of x. Grid: ceil(n / BLOCK); a thread owns one element of y.
+// y = columns start … start + len - 1 of x. Grid: ceil(n / BLOCK); a thread owns one element of y.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

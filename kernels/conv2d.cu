@@ -1,6 +1,11 @@
 // y = act(conv(x, w) + bias + time) + residual as implicit GEMM: rows m are output pixels, columns o output channels, the
 // sum runs over k = (kh·KW + kw)·C + c. Grid: (ceil(M / BM), ceil(O / BN)); a block owns a BM×BN tile of y, a thread a
-// 4×4 part of it. Tiles of x and w pass through shared memory as f32; pixels outside the image are zero.
+// 4×4 part of it. Tiles of x and w pass through shared memory as f32, BK of the sum at a time.
+//
+// Barriers: in a turn the first makes both tiles visible, the second says that they are read.
+// Edges: k from KH·KW·C on, rows from M on, columns from O on and pixels outside the image are zeros in the tiles; rows and
+// columns beyond are not stored.
+// Occupancy: by registers and threads (eight blocks of 256 at most); shared memory is 17 KB.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;
@@ -22,11 +27,11 @@ struct Conv2dFwd {
     int stride, top, left;
     int upsample;       // x counts as doubled by nearest neighbour
     int time_rows;      // 1, or one per image; any number with a counter
-    int act;
+    int act;            // by the numbers of activate_f
 };
 
 struct ConvSmem {
-    float x[BK][BM + 4];
+    float x[BK][BM + 4];  // four more, so that rows stay aligned to 16 bytes: a thread reads four columns at once
     float w[BK][BN + 4];
 };
 

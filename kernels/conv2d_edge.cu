@@ -3,8 +3,8 @@
 //
 // Grid: (ceil(M / (BM · walk)), ceil(O / BN)). A block holds the weights of BN channels and walks over up to `walk` tiles of
 // BM pixels. Four warps stand 2×2 over a tile; a warp's part is 2×4 products of m16n8k16, in float in registers (`acc`).
-// Operands: w passes through shared memory once and stays in registers (`wf`, right operands), as does the bias of the
-// lane's columns. Two threads gather the patch of one pixel, even and odd chunks of 8 numbers, k = (kh·3 + kw)·C + c; the
+// Operands: w passes through shared memory once and stays in registers (`wf`, right operands); the bias of the lane's columns
+// goes to registers at once. Two threads gather the patch of one pixel, even and odd chunks of 8 numbers, k = (kh·3 + kw)·C + c; the
 // next tile's patches are on their way in registers (`next`) while this one is multiplied.
 //
 // Barriers: one makes w visible. In a turn the first makes the patches visible, the second y as it was rounded, which also says
@@ -12,13 +12,13 @@
 // 16 rows each visible, which 64 threads merge.
 //
 // Shared memory: patches and w in rows of CHUNKS chunks of 16 bytes, CHUNKS = 2^A · odd; chunk c of row r lies at chunk
-// r · CHUNKS + (c ^ x), x = the A bits of r from bit 3 - A on. So each eighth of a warp's access meets every bank once, whether
+// r · CHUNKS + (c ^ x), x = the A bits of r from bit 3 - A on. So each eight lanes of an access, 128 bytes, meet every bank once, whether
 // it takes one chunk of eight rows (ldmatrix, patches) or chunks in order (w). y in rows of 8 chunks, c ^ (r % 8).
 //
 // Edges: pixels outside the image, rows from M on, channels from O on and k from 9·C on are zeros; what lies beyond M and O
 // is not stored.
 // `stats`: of each BM rows and each channel the mean of y as it was rounded, and the sum of squared deviations from it.
-// Wants: y aligned to 16 bytes, x and w to WIDTH elements; O a multiple of 8, window and y of stride 1; with `stats` M a
+// Wants: y aligned to 16 bytes, x and w to WIDTH elements; O a multiple of 8, stride 1; with `stats` M a
 // multiple of BM; fewer than 2³¹ elements in x and w.
 // Occupancy: the BLOCKS that are asked for are what registers allow; shared memory (18 to 34 KB) allows as many on sm_80 and
 // sm_90, and on sm_86 and sm_89 five, four, three, two, in the order of the variants.

@@ -1,25 +1,25 @@
 // y = act(conv(x, w) + bias + time) + residual in f32 throughout: an implicit matrix product by float units, whose rows m are
 // output pixels, whose columns n are output channels, and whose sum runs over blocks of BK channels of one tap.
 //
-// Who owns what. Grid: (ceil(M / BM), ceil(N / BN), splits); a block owns a BM×BN tile of y, or with several splits a
+// Who owns what. Grid: (ceil(M / BM), ceil(O / BN), splits); a block owns a BM×BN tile of y, or with several splits a
 // contiguous run of its k-blocks. A thread holds TM×TN sums in registers: rows LM apart, columns in runs of four. 64 sums, 32
 // values of w and four of x are what a thread needs at once (32, 16 and four in the narrow tile, BN = 16), and 128 registers
 // for 512 threads are what limits a multiprocessor: to two, four, eight blocks of 256, 128, 64 threads. Shared memory, 49, 37,
 // 25 KB a block, allows as many on sm_90, six of the eight on sm_80, and two, two, three on sm_86 and sm_89. The narrow tile
-// has 28 KB a block and is limited by them: to seven, five, three on sm_90, sm_80, and sm_86 and sm_89.
+// takes 28 KB a block; shared memory limits it to seven blocks on sm_90, five on sm_80, three on sm_86 and sm_89.
 //
 // Operands. A k-block of x (BM rows of BK channels) and of w (BN rows) lies in one slot of a ring of STAGES slots in shared
 // memory, in rows of 64 bytes; chunk c of 16 bytes of a row of w stands at c ^ (row / 2 % (LN / 2)), those of x in their order. A
 // thread reads four channels of a row at once. The lanes of a warp stand LM×LN over its part of the tile, the lowest bit and
 // the highest ones of their number along m, those between along n: eight lanes read two neighbouring rows of x, or four of w,
 // which fall into different banks. And as each address is also that of lane ^ 1 or of lane ^ 2, the hardware may serve
-// sixteen lanes in a pass. For that, row j·LN + l of w in a slot is the column that lanes at place l along n, of LN, have as
-// their j-th (`column`).
-// cp.async writes zeros for pixels outside the image, channels beyond C, rows beyond M and N. Where the window of each row
+// sixteen lanes in a pass. For that lanes side by side along n read rows side by side: row j·LN + l of a warp's part of w in a slot
+// is the j-th column of the lanes at place l along n, of LN (`column`).
+// cp.async writes zeros for pixels outside the image, channels beyond C, rows beyond M and O. Where the window of each row
 // begins is in shared memory too, as it is wanted at a new tap only.
 //
-// The loop over the four chunks of a k-block is not unrolled: the compiler would fetch the next chunk's w beside this one's
-// and move registers for a sixth of its instructions. The other warps hide what a chunk waits for.
+// The loop over the four chunks of a k-block is not unrolled: else the compiler reads the next chunk's w early, and a sixth of
+// the instructions move registers. The other warps hide what a chunk waits for.
 //
 // Order. A barrier before the first copy makes the windows visible. Each thread commits one group of copies per k-block. At
 // k-block i it waits until its group i has landed; the barrier after that makes everybody's visible, and also says that all
@@ -36,10 +36,10 @@
 // bias, time, activation and residual are one piece of code. Nobody else reads them, so there is no barrier. The LN lanes
 // beside each other along n write 16·LN bytes of a row of y.
 //
-// `counter` picks the row of `time`. Wants, and the room sees to it: pointers aligned to 16 bytes; C a multiple of 4; at most
-// 2³¹ − 1 elements in each of x and w; out_h and out_w times the stride, and the padding, below 2^14 (a window's corner is
-// packed into two halves of a word). O is any number: where 4 does not divide it, y is written element by element. `phases`:
-// BM divides h·w_, O rows of w for each phase.
+// `counter` picks the row of `time`. Wants, and the caller checks: pointers aligned to 16 bytes; C and w_row multiples of 4; `flat`
+// with windows of 1×1 only; at most 2³¹ − 1 elements in each of x and w; out_h and out_w times the stride, and the padding, below
+// 2^14 (a window's corner is packed into two halves of a word). O is any number: where 4 does not divide it, y is written element
+// by element. `phases`: windows of 2×2, BM divides h·w_, O rows of w for each phase, no `upsample`, not `flat`; stride, top and left are not read.
 // types: f32
 // variants: BM=128,BN=128 BM=128,BN=64 BM=64,BN=64 BM=128,BN=16
 #include "dev.cuh"
@@ -81,7 +81,7 @@ struct Conv2dF32 {
     int flat;            // no window: row m reads pixel m
     int blocks;          // k-blocks in all
     int time_rows;       // 1, or one per image; any number with a counter
-    int act;
+    int act;  // by the numbers of activate_f
     int phases;          // w (4,O,2,2,C): x is doubled in four phases
 };
 
@@ -121,7 +121,8 @@ DEV long long pixel_of(const Conv2dF32& p, int m) {
     return ((long long)image * p.out_h + 2 * row + phase(p) / 2) * p.out_w + 2 * (rest - row * p.w_) + phase(p) % 2;
 }
 
-// The first tap of row m's window: row << 16 | column, each biased by 2^14; or -1 beyond M. Before it, its image's pixels.
+// Two numbers for row m: the pixels of x before its image; and its window's first tap, row << 16 | column, each biased by 2^14,
+// or -1 beyond M.
 DEV Vec<int, 2> corner(const Conv2dF32& p, int m) {
     if (p.phases) {
         const int small = p.h * p.w_, rest = m % small, y = rest / p.w_;

@@ -3,16 +3,17 @@
 //
 // Who owns what. Grid: (ceil(M / BM), ceil(N / BN), splits); a block owns a BM×BN tile of y, or with several splits a contiguous
 // run of its k-blocks: four warps, for the 128×160 tile eight. Warps stand WARPS_M×WARPS_N over the tile; a warp's part is MT×NT
-// products of m16n8k16, held in float in registers (128 of them for the 128×128 tile, 80 for the 128×160 and the 128×80 one).
+// products of m16n8k16, held in float in registers (128 of a thread for the 128×128 tile, 80 for those of 128×160, 128×80 and
+// 64×160, fewer for the rest).
 //
-// Occupancy on sm_90: registers limit a multiprocessor to one block of the 128×160 tile, two of the next three; shared memory,
-// 111, 99, 81, 87, 75, 67, 43 KB in the order of the variants, to three, three and five of the last three. On sm_80, with 164 KB,
-// to one of the first, second, fourth, two of the third, fifth, sixth; on sm_86 and sm_89, with 100 KB, to one of all but the
-// first, which they cannot hold, and the last.
+// Occupancy. A block takes 111, 99, 81, 86, 74, 66, 42 KB of shared memory, in the order of the variants, and the driver 1 KB more
+// for each. So on a multiprocessor stand, in that order, on sm_90 (228 KB) 1, 2, 2, 2, 3, 3, 5 blocks, of the first four no more by
+// their registers either; on sm_80 (164 KB) 1, 1, 2, 1, 2, 2, 3; on sm_86 and sm_89 (100 KB) none of the first, which does not fit,
+// one of the others, two of the last.
 //
 // Segments of K. Segment 0 is x with its window of taps; up to two more add products of other inputs into the same sum: the
-// second half of a concatenation, or a 1×1 shortcut. A segment without a window (`flat`) reads pixel m for row m. A segment 1
-// with a window has that of segment 0, which then has one too; segment 2 never has one. With `part`
+// second half of a concatenation, or a 1×1 shortcut. A segment without a window (`flat`) reads pixel m for row m. Segment 1
+// may have a window where segment 0 has one; it is the same, over an image of the same size. Segment 2 never has one. With `part`
 // there is one segment, and the rows of three weights count as one below the other; a tile lies in one of them.
 //
 // Operands. A k-block of x (BM rows of BK channels) and of w (BN rows) lies in one slot of a ring of STAGES slots in shared
@@ -22,16 +23,17 @@
 // out once, a row by each thread, and kept in shared memory.
 //
 // Order. Each thread commits one group of copies per k-block, STAGES − 1 of them before the first. The products of a k-block are
-// four steps of 16 channels; fragments of x are read a step ahead, those of w a pair of products ahead, and the copies of the
+// four steps of 16 channels; fragments of x are read a step ahead, those of w a pair ahead (16 of the warp's columns), and the copies of the
 // k-block STAGES − 1 further on begin in three of the steps, between products: address arithmetic, shared memory and tensor
-// cores work side by side even where a scheduler has a single warp. Before its last pair of products, by when all of this slot
+// cores work side by side even where a scheduler has a single warp. Before its last pair, by when all of this slot
 // is in registers, a thread waits until its group of the next slot has landed; the barrier after that makes everybody's visible,
 // and also says that nobody reads this slot any more: it is filled from the next k-block on. Copies beyond the end write zeros
-// into slots that nobody reads, which have landed behind the last wait; then the ring becomes the staging tile.
+// into slots whose values nobody multiplies (behind the last k-block the first fragments of one are read and dropped); the last
+// wait and barrier see them landed, then the ring becomes the staging tile.
 //
 // Phases. A 3×3 convolution behind a nearest upsampling comes as four of 2×2 on the small image, one for each parity of the
 // rows and columns of y (see `phase_weights.cu`). Rows m then run over images, phases, pixels of the small image; a tile lies
-// in one phase, and only the last step scatters its rows to the pixels of y.
+// in one phase, and its rows are scattered only where the residual is read and y is written.
 //
 // End. With splits, the blocks of a tile add up in pairs, pairs of pairs, and so on: each leaves its float tile in `partial`
 // and counts itself where the two meet, in `counters`; the one that comes second adds the other's. The order of the additions
@@ -49,7 +51,7 @@
 // summed as zeros and not stored. `counter` picks the row of `time`. Null: what the struct says; x1 to w2 are not read without
 // their segment or `part`, partial and counters not without splits.
 //
-// Wants, and the room sees to it: pointers aligned to 16 bytes; C of every segment and row pitches multiples of 8 elements;
+// Wants, and the caller checks: pointers aligned to 16 bytes; C of every segment, w_row and w_tap multiples of 8 elements;
 // at most 2³¹ − 1 elements in each of x and w; out_h and out_w times the stride, and the padding, below 2^14 (a window's
 // corner is packed into two halves of a word). `glu`: O a multiple of 8, a warp's columns of 16 (BN not 80), no time,
 // activation, residual, statistics, `part`. `stats`: M a multiple of SLAB, O of 4. `part`: one segment, a multiple of BN.
@@ -71,11 +73,11 @@ constexpr int PITCH = BN + 8;
 constexpr int CHUNKS = BK / 8;
 constexpr int LOAD_ROWS = BLOCK / CHUNKS;  // rows that one round of copies covers: eight threads, eight chunks to a row
 constexpr int A_LOADS = BM / LOAD_ROWS, B_LOADS = BN / LOAD_ROWS;
-constexpr int STEPS = BK / 16, PAIRS = (NT + 1) / 2;
+constexpr int STEPS = BK / 16, PAIRS = (NT + 1) / 2;  // a pair: two products' columns of a warp; the last may be a single one's
 constexpr int THIRDS = 3;  // the copies of a k-block are begun in three of its four steps
 constexpr int ROUNDS = BM * BN / 8 / BLOCK;  // in which the block moves the tile, 16 bytes to a thread
 constexpr int AT_ONCE = ROUNDS % 5 == 0 ? 5 : ROUNDS % 4 == 0 ? 4 : 1;
-constexpr int TERMS = (BN + BLOCK - 1) / BLOCK;
+constexpr int TERMS = (BN + BLOCK - 1) / BLOCK;  // columns of the tile whose terms a thread loads
 constexpr int SMEM_BYTES = STAGES * (BM + BN) * BK * 2 + BM * 16 + 1024;
 // Instructions of the main loop's body, which a test counts in the machine code.
 constexpr int LOOP_HMMA = MT * NT * STEPS, LOOP_LDSM = (MT + PAIRS) * STEPS;
@@ -111,7 +113,7 @@ struct Conv2dMma {
     int blocks;          // k-blocks in all
     int part;            // 0, or rows of each of w, w1, w2, which then stand one below the other; a multiple of BN
     int time_rows;       // 1, or one per image; any number with a counter
-    int act;
+    int act;  // by the numbers of activate_f
     int glu;             // w and bias have 2·O rows: values, then gates
     int phases;          // w (4,O,2,2,C): x is doubled in four phases; h·w_ is a multiple of BM
 };
@@ -263,10 +265,10 @@ DEV bool combine(float (&acc)[MT][NT][4], const Conv2dMma& p, unsigned* met) {
     return true;
 }
 
-// What stands in column n of the weights' rows for column n of the tile: with gates, eight of each alternate.
+// The row of the weights that column n of the tile takes: with gates, eight rows of values and eight of gates alternate.
 DEV int weight_row(const Conv2dMma& p, int n) { return p.glu ? n / 16 * 8 + n % 8 + (n / 8 % 2) * p.o : n; }
 
-// Which of the four this tile belongs to.
+// Which of the four phases this tile belongs to.
 DEV int phase(const Conv2dMma& p) { return int(block_x() * BM) / (p.h * p.w_) % 4; }
 
 // Whether the rows of a tile belong to images with times of their own.
@@ -472,6 +474,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 256 / BLOCK) conv2d_mma(cons
     const int warp_m = warp() / WARPS_N, warp_n = warp() % WARPS_N;
     const int n = n0 + thread_x() / CHUNKS;  // first row of w that this thread copies
     const int part = p.part ? n0 / p.part : 0;
+    // Its row in the weights, and how far down the next one is.
     const int row = weight_row(p, n - part * p.part), step = p.glu ? LOAD_ROWS / 2 : LOAD_ROWS;
     // Rows of w from there on: of values, or of gates.
     const int rows_left = p.glu ? p.o - (n / 16 * 8 + n % 8) : (p.part ? p.part : p.o) - row;

@@ -1,6 +1,6 @@
 // y[i,kh,kw,o] = w[o,KH-1-kh,KW-1-kw,i]: weights of the convolution that carries a gradient back to the input. Grid:
 // (ceil(I / 32), ceil(O / 32), KH·KW); a block turns a 32×32 tile of one window position through shared memory, whose rows
-// are one longer so that its columns lie in different banks.
+// are one longer, so that the 32 elements of a column lie in 32 banks. The one barrier makes the tile visible.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;
@@ -9,7 +9,7 @@ constexpr int TILE = 32;
 struct Conv2dTranspose {
     T* y;        // (I,KH,KW,O)
     const T* w;  // (O,KH,KW,I)
-    int o, i, windows;
+    int o, i, windows;  // O, I, KH·KW
 };
 
 struct TransposeSmem {

@@ -5,7 +5,8 @@
 //
 // Barriers: in a turn the first makes both tiles visible, the second says that they are read.
 // Edges: pixels from the part's end on, rows from O on and columns from K on are zeros in the tiles and are not stored.
-// Occupancy: by registers, 40 on sm_80 and 46 on sm_90, six and five blocks on a multiprocessor; shared memory is 17 KB.
+// Occupancy: by registers, 40 on sm_80 and 46 on sm_90, six and five blocks on a multiprocessor; shared memory, 17 KB, allows five
+// on sm_86 and sm_89.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;
@@ -17,7 +18,7 @@ struct Conv2dWeightGrad {
     float* dw;    // (splits,O,K)
     const T* x;   // (B,H,W,C)
     const T* dy;  // (B,OUT_H,OUT_W,O) = (M,O)
-    int m, o, each;  // each: pixels of a part
+    int m, o, each;  // each: pixels of a part; one without any writes zeros
     int h, w_, c;    // size of x in memory
     int kh, kw, out_h, out_w;
     int stride, top, left;
@@ -25,7 +26,7 @@ struct Conv2dWeightGrad {
 };
 
 struct WeightGradSmem {
-    float dy[BK][BM + 4];
+    float dy[BK][BM + 4];  // four more, so that rows stay aligned to 16 bytes: a thread reads four columns at once
     float x[BK][BN + 4];
 };
 
@@ -34,7 +35,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) conv2d_weight_grad(const __g
     const int thread = thread_x(), k0 = block_x() * BN, o0 = block_y() * BM;
     const int k_total = p.kh * p.kw * p.c, up = p.upsample ? 1 : 0;
     const int first = block_z() * p.each, last = first + p.each < p.m ? first + p.each : p.m;
-    // A thread loads one column of both tiles, for pixels lr, lr + 4, …
+    // A thread loads one column of both tiles, which are as wide as each other, for pixels lr, lr + 4, …
+    static_assert(BM == BN, "one column of both");
     const int column = thread % BN, lr = thread / BN;
     constexpr int STEP = BLOCK / BN;
     const int k = k0 + column, window = k / p.c, c = k - window * p.c;

@@ -11,7 +11,7 @@ struct EmbeddingGrad {
     int tokens, c;
 };
 
-// table[v] = the sum of dy over the tokens whose id is v. Grid: V.
+// table[v] = the sum of dy over the tokens whose id is v; an id outside the table adds nothing. Grid: V.
 extern "C" __global__ void __launch_bounds__(BLOCK) embedding_grad(const __grid_constant__ EmbeddingGrad p) {
     const int v = block_x();
     for (int c = thread_x(); c < p.c; c += BLOCK) {

@@ -1,5 +1,5 @@
-// z = scale · (mean + exp(logvar / 2) · noise), logvar held within -30 … 20. Grid: ceil(n / BLOCK); a thread owns one
-// element of z.
+// y = scale · (mean + exp(logvar / 2) · noise), logvar held within -30 … 20. Grid: ceil(n / BLOCK); a thread owns one
+// element of y.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;
@@ -9,7 +9,7 @@ struct GaussianFwd {
     const T* moments;    // (rows,2Z): mean, logvar
     const float* noise;  // (rows,Z)
     long long n;         // rows·Z
-    int z;
+    int z;  // Z
     float scale;
 };
 

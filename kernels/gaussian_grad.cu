@@ -1,11 +1,11 @@
-// dmean = scale · dz, dlogvar = scale · dz · noise · exp(logvar / 2) / 2 where logvar is within -30…20, else 0. Grid:
+// dmean = scale · dz, dlogvar = scale · dz · noise · exp(logvar / 2) / 2 where logvar is within -30…20, else (NaN too) 0. Grid:
 // ceil(n / BLOCK); a thread owns one element of z, and the two of moments that it comes from.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;
 
 struct GaussianGrad {
-    T* dx;               // (rows,2Z)
+    T* dx;               // (rows,2Z): dmean, dlogvar
     const T* moments;    // (rows,2Z)
     const float* noise;  // (rows,Z)
     const float* dz;     // (rows,Z)

@@ -1,7 +1,11 @@
 // y = act(((x - mean) * rstd * w + bias) * (1 + scale) + shift), statistics over the pixels and channels of a group, scale and
-// shift (zeros without `film`) of an image and channel. Grid: (G, B); a block owns
-// one group of one image, in three passes: mean, variance about it, result. Sums are of x - pivot, with the group's first
-// element as pivot, so that a mean far from zero costs no digits; the mean is kept as a pair for the same reason.
+// shift (zeros without `film`) of an image and channel. Grid: (groups, B); a block owns one group of one image, in three passes that
+// the caches serve: mean, variance about it, result. Sums are of x - pivot, with the group's first element as pivot, so that a mean
+// far from zero costs no digits; the mean is kept as a pair for the same reason.
+//
+// Barriers: those of block_sum, one before it reads `scratch` and one after, so that it may be used again.
+// Occupancy: by registers and threads; shared memory is 32 bytes.
+// Wants: groups divide C; HW > 0; fewer than 2^31 elements in a group; the counter a row of `film`.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;
@@ -16,7 +20,7 @@ struct GroupNormFwd {
     int film_rows;       // 1, or one per image; any number with a counter
     int hw, c, groups;
     float eps;
-    int act;
+    int act;  // by the numbers of activate_f
 };
 
 struct GroupNormSmem {

@@ -1,4 +1,4 @@
-// y = act((x - mean) * rstd * w + bias), from x and its channel statistics. x may come as two tensors that lie side by side
+// y = act((x - mean) * rstd * w + bias), act SiLU or none, from x and its channel statistics. x may come as two tensors that lie side by side
 // along the channels, x0 (C0) and x1 (C1); groups may straddle the seam. y is written as one tensor of C = C0 + C1. With `film`,
 // before act, · (1 + scale) + shift of the image and channel, folded into the factors.
 // Grid: (ceil(C / STRIP), ceil(HW / rows), B). A block owns `rows` pixels of STRIP channels of one image.
@@ -16,9 +16,9 @@
 //
 // Barriers: one makes the shares and the groups' first means visible, the next the groups' results.
 //
-// Wants: HW = count · each; groups divide C0 + C1; pointers aligned to 16 bytes. C0 and C1 must be multiples of 8, so that no
-// vector crosses the seam or an end. Threads past the last channel or pixel
-// only help to merge. Two blocks per multiprocessor: 64 registers.
+// Wants: HW = count · each; groups divide C0 + C1; pointers aligned to 16 bytes; C0 and C1 multiples of 8, so that no vector
+// crosses the seam or an end. Threads past the last channel or pixel only help to merge. Two blocks on a multiprocessor: 64
+// registers.
 #include "dev.cuh"
 
 constexpr int BLOCK = 512;
@@ -42,7 +42,7 @@ struct GroupNormApply {
     int each;   // pixels of a slab
     int film_rows;  // 1, or one per image; any number with a counter
     float eps;
-    int silu;  // 1: SiLU after it
+    int silu;  // act: 1 SiLU, 0 none
 };
 
 constexpr int V = vec_width<T>, ACROSS = STRIP / V, DOWN = BLOCK / ACROSS;
@@ -55,7 +55,7 @@ struct GroupNormApplySmem {
 
 // The entry of slab `slab`, counted over all images, channel c of C0 + C1.
 DEV const float* entry(const GroupNormApply& p, int slab, int c) {
-    return c < p.c0 ? p.stats0 + (slab * p.c0 + c) * 2ll : p.stats1 + (slab * p.c1 + c - p.c0) * 2ll;
+    return c < p.c0 ? p.stats0 + ((long long)slab * p.c0 + c) * 2 : p.stats1 + ((long long)slab * p.c1 + c - p.c0) * 2;
 }
 
 // Mean and reciprocal deviation of the groups that the channels from `first` to `last` belong to.

@@ -4,10 +4,13 @@
 // dbias = sum (1 + scale) * dz; over the pixels of each image dscale = sum dz * (w0 * n + b0) and dshift = sum dz.
 //
 // group_norm_grad, grid: (G, B): a block owns one group of one image, in passes that the caches serve: mean, variance, sums by
-// channel, dx. The mean is that of x minus a pivot, the group's first element. For the sums the group's cpg channels are taken
+// channel, dx. The mean is the group's first element, a pivot, and the mean of x - pivot. For the sums the group's cpg channels are taken
 // in runs of `width`, BLOCK or what is left of them: thread t takes channel t % width of every (BLOCK / width)-th pixel, and
 // the sums of a channel are added in order. They are left in `sums`, from which group_norm_grad_params, grid:
 // ceil(C / BLOCK), a thread a channel, adds up the images, and makes the gradients of scale and shift of each.
+//
+// Barriers: one makes the sums of a run visible to the threads that add them, one says that they are read; block_sum has its own.
+// Occupancy: by registers and threads; shared memory is 2 KB. Wants: groups divide C; HW > 0; fewer than 2^31 elements in a group.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;
@@ -22,7 +25,7 @@ struct GroupNormGrad {
     const T* film;   // (B,2C) or null: scales, shifts
     int hw, c, groups;
     float eps;
-    int act;
+    int act;  // by the numbers of activate_f
 };
 
 // The factor and the bias of channel c of image b.
@@ -46,24 +49,24 @@ struct GroupNormGradSmem {
 
 extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_grad(const __grid_constant__ GroupNormGrad p) {
     GroupNormGradSmem& s = smem<GroupNormGradSmem>();
-    const int thread = thread_x(), cpg = p.c / p.groups, first = block_x() * cpg, n = p.hw * cpg;
+    const int thread = thread_x(), cpg = p.c / p.groups, first = block_x() * cpg, count = p.hw * cpg;
     const long long base = (long long)block_y() * p.hw * p.c + first;
     const float pivot = to_float(load(p.x + base));
 
     float sum = 0.0f;
-    for (int i = thread; i < n; i += BLOCK) {
+    for (int i = thread; i < count; i += BLOCK) {
         const int pixel = i / cpg;
         sum += to_float(load(p.x + base + (long long)pixel * p.c + (i - pixel * cpg))) - pivot;
     }
-    const Pair mean = two_sum(pivot, block_sum<BLOCK>(sum, s.scratch) / float(n));
+    const Pair mean = two_sum(pivot, block_sum<BLOCK>(sum, s.scratch) / float(count));
 
     float square = 0.0f;
-    for (int i = thread; i < n; i += BLOCK) {
+    for (int i = thread; i < count; i += BLOCK) {
         const int pixel = i / cpg;
         const float d = to_float(load(p.x + base + (long long)pixel * p.c + (i - pixel * cpg))) - mean.high - mean.low;
         square = fma_f(d, d, square);
     }
-    const float rstd = rsqrt_f(block_sum<BLOCK>(square, s.scratch) / float(n) + p.eps);
+    const float rstd = rsqrt_f(block_sum<BLOCK>(square, s.scratch) / float(count) + p.eps);
 
     // Of the group: sum g, sum g * n, by the threads that add up channels.
     float g_sum = 0.0f, gn_sum = 0.0f;
@@ -97,10 +100,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_grad(const __grid
         }
         sync_block();
     }
-    g_sum = block_sum<BLOCK>(g_sum, s.scratch) / float(n);
-    gn_sum = block_sum<BLOCK>(gn_sum, s.scratch) / float(n);
+    g_sum = block_sum<BLOCK>(g_sum, s.scratch) / float(count);
+    gn_sum = block_sum<BLOCK>(gn_sum, s.scratch) / float(count);
 
-    for (int i = thread; i < n; i += BLOCK) {
+    for (int i = thread; i < count; i += BLOCK) {
         const int pixel = i / cpg, c = i - pixel * cpg;
         const long long at = base + (long long)pixel * p.c + c;
         const float v = (to_float(load(p.x + at)) - mean.high - mean.low) * rstd;

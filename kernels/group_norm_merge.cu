@@ -1,8 +1,10 @@
 // Channel statistics of slabs to those of fewer, larger slabs: `fan` neighbours become one. For images of so many slabs that
 // each block of group_norm_apply would spend its time on them. Grid: (ceil((C0 + C1) / 32), count, B); a block owns 32
-// channels of one new slab: a lane a channel, a warp every eighth of the old slabs, whose shares one warp then merges in
-// order. Both tensors of group_norm_apply are served by one launch. An entry is the mean of a channel's pixels and the sum
-// of squares about it; means are taken less the channel's first one, so that a mean far from zero costs no digits.
+// channels of one new slab: a lane a channel; warp w takes old slabs w, w + 8, …. The shares of the eight go through shared memory
+// (3 KB), the one barrier makes them visible, and warp 0 merges them in order. Both tensors of group_norm_apply are served by one
+// launch. An entry is the mean of a channel's pixels and the sum of squares about it; means are taken less that of the channel's
+// first old slab, so that a mean far from zero costs no digits.
+// Wants: fan > 0, pointers aligned to 8 bytes; x1 and y1 are not touched if C1 is 0. Lanes beyond C0 + C1 only reach the barrier.
 // types: f32
 #include "dev.cuh"
 

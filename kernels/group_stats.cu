@@ -1,12 +1,13 @@
 // Channel statistics of slabs of ROWS pixels: for each channel the mean of its ROWS values and the sum of squares about it,
-// of the values as they are stored. Grid: slabs · ceil(C / STRIP); a block owns STRIP channels of one slab,
+// of the values as they are stored, that is rounded to T. Grid: slabs · ceil(C / STRIP); a block owns STRIP channels of one slab,
 // neighbouring blocks the strips of the same slab.
 //
 // A thread owns one 16-byte vector of channels in every DOWN-th row; all of its loads are in flight together, and x is
-// read once. Values are taken less the channel's value in the slab's first row, so that a mean far from zero costs no
-// digits; sets of equal size are merged pairwise, first the thread's rows, then by shuffles the rows of its warp, then
-// through shared memory those of all warps, always in the same order. C must be a multiple of 8; threads past the last
-// channel hold nothing, and no set mixes channels. Registers limit the blocks of a multiprocessor.
+// read once (the slab's first row again, from the caches). Values are taken less the channel's value in that row, so that a mean
+// far from zero costs no digits. A thread takes mean and sum of squares of its own rows; shuffles merge sets of equal size in pairs,
+// those of a warp; then, behind the one barrier, a thread for each channel merges those of the eight warps from shared memory
+// (4 KB). The order is fixed. Threads past the last channel hold nothing, and no set mixes channels. Registers limit the
+// blocks of a multiprocessor. Wants: C a multiple of 8, x aligned to 16 bytes.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

@@ -6,8 +6,9 @@
 //
 // Mean first, then the variance about it. Sums are of x - pivot, with the row's first element as pivot, and the mean is
 // kept as a pair, so that a mean far from zero costs no digits. No shared memory, no barrier: rows do not wait for each
-// other. Registers limit the warps in flight: N · (vector width) floats of x per lane. Four blocks per multiprocessor are
-// asked for, since the compiler would spill one register to fit more of them.
+// other. Registers limit the warps in flight: N · (vector width) floats of x per lane. Four blocks on a multiprocessor
+// are asked for, that is at most 128 registers for each thread; left alone, the compiler takes fewer and spills one.
+// Wants: C > 0; for W > 0 C <= W, C a multiple of the vector, pointers aligned to 16 bytes.
 // variants: W=0 W=320 W=640 W=1280 W=2048
 #include "dev.cuh"
 

@@ -4,12 +4,14 @@
 // layer_norm_grad, grid: ceil(rows / (BLOCK / 32)): a warp owns one row, in passes that the caches serve; it leaves the row's
 // mean (as a pair) and rstd in `stats`. layer_norm_grad_params, grid: (ceil(C / COLUMNS), splits): a block owns COLUMNS
 // columns of one part of the rows: thread t adds up column t % COLUMNS of rows t / COLUMNS, + ROWS, …, and the ROWS sums are
-// added in order; sum_parts (reduce.cu) adds up the parts.
+// added in order, behind the one barrier; sum_parts (reduce.cu) adds up the parts, of which some may be short or empty (zeros).
+// It runs after layer_norm_grad. Occupancy: by registers and threads; shared memory is 2 KB. Wants: C > 0.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;
 constexpr int COLUMNS = 32;
 constexpr int ROWS = 8;
+static_assert(ROWS * COLUMNS == BLOCK, "every thread has a row and a column");
 
 struct LayerNormGrad {
     T* dx;         // (rows,C)

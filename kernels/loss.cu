@@ -1,5 +1,5 @@
-// Losses of training, and their gradients. Sums are f32, by one block for each image in an order of its own; then one thread
-// adds up the images.
+// Losses of training, and their gradients. Each image is summed in f32 by one block, in an order that n alone fixes; then one
+// thread adds up the images in theirs.
 //
 // d = prediction - target; rho(d) = |d|, d^2, or Huber's d^2 / 2 up to delta and delta (|d| - delta / 2) beyond.
 #include "dev.cuh"
@@ -64,7 +64,7 @@ struct LossGrad {
     T* dx;                 // (B,n)
     const T* prediction;   // (B,n)
     const float* target;   // (B,n)
-    const float* weights;  // (B)
+    const float* weights;  // (B), not null
     const float* dloss;    // (1)
     long long n, total;    // total: B·n
     int kind;
@@ -82,11 +82,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK) loss_grad(const __grid_const
 
 struct KlFwd {
     float* each;       // (B)
-    const T* moments;  // (B,pixels,2Z)
+    const T* moments;  // (B,pixels,2Z): for each pixel Z means, then Z logvars
     int pixels, z;
 };
 
-// each = the sum over an image of (mean^2 + exp(logvar) - 1 - logvar) / 2, logvar within -30…20. Grid: B.
+// each = the sum over an image of (mean^2 + exp(logvar) - 1 - logvar) / 2, logvar held within -30…20, a NaN
+// as it is. Grid: B.
 extern "C" __global__ void __launch_bounds__(BLOCK) kl_fwd(const __grid_constant__ KlFwd p) {
     LossSmem& s = smem<LossSmem>();
     const long long base = (long long)block_x() * p.pixels * 2 * p.z;
@@ -94,7 +95,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) kl_fwd(const __grid_constant
     for (int i = thread_x(); i < p.pixels * p.z; i += BLOCK) {
         const long long at = base + (long long)(i / p.z) * 2 * p.z + i % p.z;
         const float mean = to_float(load(p.moments + at));
-        const float logvar = min_f(max_f(to_float(load(p.moments + at + p.z)), -30.0f), 20.0f);
+        float logvar = to_float(load(p.moments + at + p.z));
+        logvar = logvar < -30.0f ? -30.0f : logvar > 20.0f ? 20.0f : logvar;
         sum += 0.5f * (fma_f(mean, mean, exp_f(logvar)) - 1.0f - logvar);
     }
     sum = block_sum<BLOCK>(sum, s.scratch);

@@ -11,10 +11,10 @@ struct AdamFwd {
     float* v;
     float* average;      // (n) or null
     const float* g;      // (n)
-    const float* rates;  // learning rate, 1 - beta1^t, 1 - beta2^t, decay of the average
+    const float* rates;  // (4): learning rate, 1 - beta1^t, 1 - beta2^t, share of the average that is kept
     const float* factor; // of the gradients; nothing is done where it is not finite
     long long n;
-    float beta1, beta2, eps, decay;
+    float beta1, beta2, eps, decay;  // decay: of the weights
     int coupled;         // decay is added to the gradient (Adam), not taken from the weight (AdamW)
 };
 
@@ -85,13 +85,14 @@ struct ClipFwd {
     float* factor;         // (1)
     float* norm;           // (1)
     const float* squares;  // (1)
-    const float* scale;    // (1)
+    const float* scale;    // (1): what makes the true gradients of those that were summed
     const float* guard0;   // (1) or null: must be finite too
     const float* guard1;   // (1) or null
     float most;            // 0: no limit
 };
 
-// Grid: 1; its first thread works.
+// norm = scale · √squares. factor = scale, or scale · most / (norm + 1e-6) where norm + 1e-6 is beyond a limit `most`; infinite, so
+// that adam_fwd does nothing, where the norm or a guard is not finite. Grid: 1; its first thread works.
 extern "C" __global__ void __launch_bounds__(BLOCK) clip_fwd(const __grid_constant__ ClipFwd p) {
     if (thread_x() != 0) return;
     const float scale = load(p.scale), norm = sqrt_f(load(p.squares)) * scale;

@@ -1,4 +1,4 @@
-// Pictures by the statistics of natural ones, and distances of features.
+// LPIPS (Zhang et al. 2018): pictures by the mean and deviation of natural ones, and the distance of two sets of features.
 //
 // The distance of two sets of features (B,P,C), P pixels of C channels: the mean over pixels of sum w (a / m(a) - b / m(b))^2, where
 // m(v) = |v| + eps and |v| is the norm over channels; and its gradient with respect to a. A warp takes a pixel at a time.
@@ -80,8 +80,8 @@ struct PerceptualGrad {
     int rows, c, pixels;   // rows: B · pixels
 };
 
-// With n = |a|, m = n + eps and g = 2 s w (a / m - b / m(b)), s = dloss · weight / rows: da = g / m - a (sum g a) / (n m^2), and
-// 0 where n is 0. Grid: ceil(rows / (BLOCK / WARP)); a warp owns one pixel.
+// With n = |a|, m = n + eps, g = w (a / m - b / m(b)) and s = 2 · dloss · weight / rows: da = s (g / m - a (sum g a) / (n m^2)), and
+// 0 where n is 0 or a NaN. Grid: ceil(rows / (BLOCK / WARP)); a warp owns one pixel.
 extern "C" __global__ void __launch_bounds__(BLOCK) perceptual_grad(const __grid_constant__ PerceptualGrad p) {
     const int row = block_x() * (BLOCK / WARP) + warp();
     if (row >= p.rows) return;
@@ -107,7 +107,7 @@ struct StandardizeFwd {
     T* y;        // (rows,3)
     const T* x;  // (rows,3)
     long long n;
-    int shifted;
+    int shifted;  // 0 for gradients
 };
 
 // y = (x - shift) / scale by channel, or without the shift. Grid: ceil(n / BLOCK); a thread owns one element. y may be x's memory.

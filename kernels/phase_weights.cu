@@ -1,6 +1,6 @@
 // y = the weights of a 3×3 convolution behind a nearest upsampling, as four 2×2 convolutions of the small image: phase
-// 2·py + px makes the pixels of odd or even rows (py) and columns (px). Of three taps of the large image two fall on one pixel
-// of the small one, so their weights are added, in float, and rounded once. Grid: ceil(n / BLOCK); a thread owns one element.
+// 2·py + px makes the pixels of rows 2·i + py and columns 2·j + px. Along each axis two of the three taps fall on one pixel of the
+// small image, so their weights are added, in float, and rounded once. Grid: ceil(n / BLOCK); a thread owns one element.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;
@@ -19,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) phase_weights_fwd(const __gr
     const int c = int(i - row * p.c), tap = int(row % 4), dy = tap / 2, dx = tap % 2;
     const long long o = row / 4 % p.o;
     const int phase = int(row / 4 / p.o), py = phase / 2, px = phase % 2;
-    // Phase 0 reads taps {0} and {1, 2}, phase 1 reads {0, 1} and {2}.
+    // Along an axis parity 0 reads taps {0} and {1, 2}, parity 1 {0, 1} and {2}.
     const int y0 = dy ? 1 + py : 0, y1 = dy ? 3 : 1 + py, x0 = dx ? 1 + px : 0, x1 = dx ? 3 : 1 + px;
     float sum = 0.0f;
     for (int y = y0; y < y1; y++)

@@ -1,4 +1,5 @@
-// The nearest code of each row of z: k = argmin |z - e_k|^2, the lowest k of several; NaN where no distance is finite.
+// The nearest code of each row of z: codes = argmin |z - e_k|^2, the lowest k of several, and y = e_k. Where no distance is finite
+// the code is 0 and y is NaN. Wants: V > 0.
 // Grid: ceil(rows / BLOCK); a thread owns one row.
 #include "dev.cuh"
 

@@ -1,5 +1,5 @@
 // How a codebook is used: with p the share of the codes (n) that are code v, used = the number of v with p > 0 and
-// perplexity = exp(-sum p ln(p + 1e-10)).
+// perplexity = exp(-sum p ln(p + 1e-10)). Wants: n > 0. Codes outside the book count in n alone.
 // types: f32
 #include "dev.cuh"
 
@@ -22,6 +22,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) code_usage_fwd(const __grid_
     int count = 0;
     for (int i = 0; i < p.n; i++) count += load(p.codes + i) == v ? 1 : 0;
     const float share = v < p.v ? float(count) / float(p.n) : 0.0f;
+    // Each block_sum ends with a barrier of its own.
     const float sum = block_sum<BLOCK>(share * log_f(share + 1e-10f), s.scratch);
     const float used = block_sum<BLOCK>(share > 0.0f ? 1.0f : 0.0f, s.scratch);
     if (thread_x() != 0) return;

@@ -1,4 +1,4 @@
-// The transposes of nearest-neighbour doubling and of a stride. Grid: ceil(n / BLOCK); a thread owns one element of y.
+// The transposes of doubling by nearest neighbour, and of taking every stride-th pixel. Grid: ceil(n / BLOCK); a thread owns one element of y.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;
@@ -29,7 +29,7 @@ struct DilateFwd {
     int h, w, c, out_h, out_w, stride;
 };
 
-// y = x on every stride-th pixel, zeros between.
+// y = x on every stride-th pixel, zeros between. Wants: x has a pixel for each, H >= ceil(OUT_H / stride), W likewise.
 extern "C" __global__ void __launch_bounds__(BLOCK) dilate_fwd(const __grid_constant__ DilateFwd p) {
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;

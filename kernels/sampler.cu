@@ -6,7 +6,9 @@ constexpr int BLOCK = 256;
 constexpr int COLUMNS = 24;
 constexpr int TERMS = 8;  // slots that a row may sum
 
-// Columns of the table.
+// Columns of the table: the timestep, which other kernels read; the factor of the model's input; those of d, and the bound of |d|,
+// none if it is not above 0; those of `next`; the factor of each slot; then slots: of X, of `next`, and where m and d are kept; the
+// row of noise; each none if negative; guidance. The last two are free.
 enum { TIMESTEP, SCALE_IN, DX, DM, CLIP, CM, CD, CZ, C0, X_SLOT = 16, NEXT, KEEP_M, KEEP_D, NOISE, GUIDANCE };
 
 struct PrepareFwd {
@@ -37,14 +39,14 @@ struct AdvanceFwd {
     int* counter;        // row in use, next row, 1 + first row with a non-finite m, unused
     float* guided;       // (n): m
     const T* model;      // (copies·n), unconditional half first
-    const float* table;  // (R,COLUMNS)
+    const float* table;  // (R,COLUMNS), aligned to 16 bytes
     const float* noise;  // (Z,n)
     long long n;
     int copies, count;   // count: slots that c_s may name
 };
 
-// m = u + guidance · (c - u); d = clamp(dx · X + dm · m); next = sum c_s slots_s + cm m + cd d + cz noise. After a row with a
-// non-finite m, slots and counter stay as that row left them: whoever looks later can repeat it.
+// m = u + guidance · (c - u); d = clamp(dx · X + dm · m); next = sum c_s slots_s + cm m + cd d + cz noise. The first row with a
+// non-finite m is carried out and marked; launches after it change neither slots nor the marks. With one copy m is the model's.
 extern "C" __global__ void __launch_bounds__(BLOCK) advance_fwd(const __grid_constant__ AdvanceFwd p) {
     const long long i = (long long)block_x() * BLOCK + thread_x();
     const int k = load(p.counter);
