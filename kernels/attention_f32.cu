@@ -8,10 +8,11 @@
 //
 // Operands. q lies in shared memory throughout, a block of keys in one tile and its values in another, in rows of PITCH floats.
 // A lane reads at once four columns of a row of q or k, VEC columns of a row of v (eight lanes side by side), four keys of a row
-// of p. Eight lanes read two rows of q and four of k: rows begin an odd multiple of four banks apart, so eight of them meet in none; and as each
-// address is also that of lane ^ 1 or of lane ^ 2, the hardware may serve sixteen lanes in a pass. Copies take a chunk of 16
-// bytes of eight rows, for the same reason. The weights p pass through shared memory, 32 keys at a time, in rows of P_PITCH
-// floats that one warp alone writes and reads; four queries' rows are eight banks apart, as the writes of 8 keys each want it.
+// of p. Eight lanes read two rows of q and four of k: rows begin an odd multiple of four banks apart, so eight of them meet in
+// none; and as each address is also that of lane ^ 1 or of lane ^ 2, the hardware may serve sixteen lanes in a pass. Copies take
+// a chunk of 16 bytes of eight rows, for the same reason. The weights p pass through shared memory, 32 keys at a time, in rows of
+// P_PITCH floats that one warp alone writes and reads; four queries' rows are eight banks apart, as the writes of 8 keys each
+// want it.
 //
 // Order. A turn takes a block of keys. While its scores are made its values are copied, and while they are weighed the next
 // keys: each copy is asked for as soon as everybody has left what it overwrites, and waited for before the next barrier. The

@@ -6,16 +6,17 @@
 // result (`o`) are f32 accumulators in registers; the weights p become 16 bits in registers, where the accumulator's
 // layout is that of a left operand. k and v lie in a ring of two stages in shared memory, one block of keys in each.
 //
-// Waits: before the loop, wait<1> and a barrier make q visible, which is staged in stage 1 (k and v together). Each turn
+// Waits: before the loop, wait<1> and a barrier make q visible, which is staged in stage 1 (in its k, where BN is 32
+// across k and v). Each turn
 // waits for its stage, which was asked for a turn before, and then passes the turn's only barrier:
 // behind it everybody's copies of this stage are visible, and everybody has left the other stage, which is filled again
 // at once. The first turn's barrier frees stage 1 of q; after the last turn a further barrier frees the ring for y, which
 // lies in stage 0 in the layout of q; a warp writes and reads its own rows alone, with a barrier of the warp between. There is
 // at least one turn (see Wants).
 //
-// Shared memory: rows of PITCH chunks of 16 bytes, PITCH = 2^A · odd, or 16 with A = 3 (D = 128), where each row has its own x
-// modulo 8 and the rest holds too. Chunk c of row r lies at chunk r · PITCH + (c ^ x), x = the A bits of r from bit 3 - A on.
-// Without conflicts, since each pass, eight lanes of 16 bytes, touches each of the 8 chunk columns (mod 8) once:
+// Shared memory: rows of PITCH chunks of 16 bytes, PITCH = 2^A · odd (D = 128: PITCH is 16 and A is 3; eight rows in a row have
+// eight different x, and what follows holds too). Chunk c of row r lies at chunk r · PITCH + (c ^ x), x = the A bits of r from
+// bit 3 - A on. Without conflicts, since each pass, eight lanes of 16 bytes, touches each of the 8 chunk columns (mod 8) once:
 //   ldmatrix reads chunk c of rows 8i … 8i+7. Rows with different x differ in the low A bits of c ^ x, to which r · PITCH,
 //   a multiple of 2^A, adds nothing; the 2^(3-A) consecutive rows of one x differ in odd · r mod 2^(3-A).
 //   cp_async and the rows of y move 8 chunks from a multiple of 8 on in the order of r · PITCH + c; the exclusive or
@@ -36,8 +37,9 @@
 // touches no memory at its address, which may lie outside.
 // Wants: pointers aligned to 16 bytes and not null, d <= D, d and the pitches (ldy too) multiples of 8, scale > 0; S > 0, and with
 // `causal` S >= T.
-// Occupancy: the BLOCKS that are asked for are what registers allow; shared memory (16 to 48 KB) allows as many on sm_80 and
-// sm_90, and on sm_86 and sm_89 two where D is 80 or 96.
+// Occupancy: the BLOCKS that are asked for are what registers allow (at most 128, 168 and 255 of a thread; 100 to 125, 158 to 168
+// and 221 to 245 are used); shared memory (16 to 48 KB) allows as many on sm_80 and sm_90; on sm_86 and sm_89 too, except where D is
+// 80 or 96: two.
 //
 // types: f16 bf16
 // variants: BM=64,D=32 BM=64,D=40 BM=64,D=64 BM=64,D=80 BM=64,D=96 BM=64,D=128 BM=64,D=160

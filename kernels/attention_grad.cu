@@ -2,12 +2,12 @@
 // ds = scale · p · (dy vᵀ - delta); dq = ds k, dk = dsᵀ q, dv = pᵀ dy (Dao et al. 2022, algorithm 4). Scores are made again, in
 // tiles of TILE×TILE whose inner products pass through shared memory CHUNK elements at a time; thread (row, column) owns one.
 //
-// attention_grad_q, grid: (ceil(T / TILE) · parts, N, B): a block owns TILE queries. A first pass over the keys gives the logarithm of
-// the sum of exponentials, left in `stats` with delta; a second one dq, of which thread (row, column) owns elements column,
-// column + LANES, … of the part.
-// attention_grad_kv, grid: (ceil(S / TILE) · parts, N, B): a block owns TILE keys, a thread its elements of dk and dv, in order of the
-// queries. Nothing is added up by two blocks. It runs after attention_grad_q, whose blocks of part 0 write `stats`.
-// Heads wider than D are served in parts of D elements, each by blocks of its own that make the scores again.
+// attention_grad_q, grid: (ceil(T / TILE) · parts, N, B): a block owns TILE queries. A first pass over the keys gives the
+// logarithm of the sum of exponentials, left in `stats` with delta; a second one dq, of which thread (row, column) owns elements
+// column, column + LANES, … of the part. attention_grad_kv, grid: (ceil(S / TILE) · parts, N, B): a block owns TILE keys, a
+// thread its elements of dk and dv, in order of the queries. Nothing is added up by two blocks. It runs after attention_grad_q,
+// whose blocks of part 0 write `stats`. Heads wider than D are served in parts of D elements, each by blocks of its own that make
+// the scores again.
 //
 // Operands: q, k, v and dy are read into shared memory for the scores, as f32; for dq, dk and dv their rows are read again from
 // global memory, that is the caches. p (in the first pass the scores) and ds of a tile pass through shared memory,

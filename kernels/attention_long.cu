@@ -1,21 +1,20 @@
 // y = softmax(scale · q kᵀ) v per head on tensor cores, for many queries: products and exponentials at the same time
 // (FlashAttention-3, Shah et al. 2024, section 3.2, within one warp).
 //
-// Grid: (ceil(T / BM), N, B). A block owns BM queries of one head, each of its four warps BM / 4 of them, in two tiles of 16, and walks
-// over the keys, BN in a turn.
-// Operands of a warp: q is read once into registers (`qf`, left operand, and `qh`, its last 8 columns where D is an odd
-// multiple of 8: a product of half the depth); the scores of its queries × KEYS keys and the result (`o`) are f32 accumulators in
-// registers; the weights p become 16 bits in registers, where the accumulator's layout is that of a left operand. k and v are
-// read from shared memory, an ldmatrix (a `group` below) at a time.
+// Grid: (ceil(T / BM), N, B). A block owns BM queries of one head, each of its four warps BM / 4 of them, in two tiles of 16, and
+// walks over the keys, BN in a turn. Operands of a warp: q is read once into registers (`qf`, left operand, and `qh`, its last 8
+// columns where D is an odd multiple of 8: a product of half the depth); the scores of its queries × KEYS keys and the result
+// (`o`) are f32 accumulators in registers; the weights p become 16 bits in registers, where the accumulator's layout is that of a
+// left operand. k and v are read from shared memory, an ldmatrix (a `group` below) at a time.
 //
 // A turn is of two steps, each of KEYS = BN / 2 keys. A step turns scores into weights, and meanwhile has two products that do
 // not wait for them: q kᵀ of the keys of the step after, and p v of those of the step before. So tensor cores and
-// exponentials overlap within a warp; of these a multiprocessor has too few for them to hide each other. The first scores
-// stand before the loop, with the step that has no p v yet; behind it are the step that has no q kᵀ any more, and the last p v.
-// For few turns these cost more than the overlap brings: `attention_flash` is for those.
+// exponentials overlap within a warp: a multiprocessor holds only eight warps, too few for one to hide what another waits for.
+// The first scores stand before the loop, with the step that has no p v yet; behind it are the step that has no q kᵀ any more,
+// and the last p v. For few turns these cost more than the overlap brings: `attention_flash` is for those.
 //
 // k and v lie in a ring of two stages in shared memory. As p v lags, a stage holds the keys of a block and the values of
-// the block before. Waits: before the loop, a wait and a barrier make q (staged in stage 1, k and v together) and the first keys
+// the block before. Waits: before the loop, a wait and a barrier make q (staged in stage 1, across its k and v) and the first keys
 // visible, and a second barrier frees stage 1 of q. Each turn waits for its stage, which was asked for a turn before, and then
 // passes the turn's only barrier: behind it everybody's copies of this stage are visible, and everybody has left the other
 // stage, which is filled again at once. What follows the loop waits for the last values likewise. Then the other stage is
@@ -29,26 +28,26 @@
 //   a multiple of 2^A, adds nothing; the 2^(3-A) consecutive rows of one x differ in odd · r mod 2^(3-A).
 //   cp_async and the rows of y move 8 chunks from a multiple of 8 on in the order of r · PITCH + c; the exclusive or
 //   permutes them within aligned groups of 2^A. The words of y are written as ldmatrix reads.
-// 16 rows down and 2^A chunks on, x is the same: a lane's addresses are a few, and constants added to them.
+// 16 rows down x is the same, and 2^A chunks on the low bits of c are: a lane needs few addresses, and constants added to them.
 //
-// Softmax, in base 2: p = 2^(s·c - m), c = scale · log2 e. m is the row's maximum at some time. A step takes it as it is, and
-// looks at the sums of its weights, which a lane has of its own keys and needs anyway: where the sum of one of the row's
-// four lanes passes 2^8, m becomes the row's maximum, o and the sum are scaled to it, and the step's weights are computed
-// anew. Till then p does not pass 2^8, which 16 bits hold, and the last division undoes any common
-// factor. So most steps have no maximum, no shuffles and no rescaling. What m does depends on its own row alone, so a row's result
-// has the same bits whatever its neighbours are. m starts at the lowest finite
-// value: -inf scores give p = 0, and the first others an infinite sum, so that m is set; a row whose scores are all -inf ends as
-// 0 / 0, and a NaN in a row passes into its sum: both
-// become NaN in y, as does a score of +inf. This holds for finite v: an inf or a NaN there reaches its column of y in every
-// query that shares the turn, seen or not, as 0 · inf. The sum is of the weights before rounding; a lane sums its own keys, by
-// steps, and four lanes add up at the end.
+// Softmax, in base 2: p = 2^(s·c - m), c = scale · log2 e. m is the row's maximum in one of the steps so far. A step takes it
+// as it is, and looks at the sums of its weights, which a lane has of its own keys and needs anyway: where the sum of one of the
+// row's four lanes passes 2^8, m becomes the maximum of the row's scores in this step, if that is larger, o and the sum are
+// scaled to it, and the step's weights are computed anew. Till then p does not pass 2^8, which 16 bits hold, and the last
+// division undoes any common factor. So most steps have no maximum, no shuffles and no rescaling. What m does depends on its own
+// row alone, so a row's result has the same bits whatever its neighbours are. m starts at the lowest finite value: -inf scores
+// give p = 0, and the first others an infinite sum, so that m is set; a row whose scores are all -inf ends as 0 / 0, and a NaN in
+// a row passes into its sum: both become NaN in y, as does a score of +inf. This holds for finite v: an inf or a NaN there
+// reaches its column of y in every query that shares the turn, seen or not, as 0 · inf. The sum is of the weights before
+// rounding; a lane sums its own keys, by steps, and four lanes add up at the end.
 //
 // Edges: rows from S on (T for q) and columns from d on are zeros in shared memory; scores of keys that a query does not
 // see are -inf, set in those steps alone that have such keys. Columns from d on and rows from T on of y are not
 // stored. A copy that writes zeros touches no memory at its address, which may lie outside.
 // Wants: pointers aligned to 16 bytes and not null, d <= D, d and the pitches (ldy too) multiples of 8, scale > 0; S > 0, and with
 // `causal` S >= T.
-// Occupancy: two blocks are asked for, which is what registers allow; shared memory (24 KB for D = 40, 32 KB for 64) allows more.
+// Occupancy: two blocks are asked for, which is what registers allow (246 to 254 of a thread); shared memory (24 KB for D = 40,
+// 32 KB for 64) allows more.
 //
 // types: f16 bf16
 // variants: BM=128,D=40 BM=128,D=64

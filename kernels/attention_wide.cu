@@ -19,9 +19,9 @@
 //   4  half 0's weights are there
 //   5  the other keys of v and half 1's weights are there; slot 0 is free              copies k of the next turn
 //
-// Shared memory: rows are a multiple of 8 chunks of 16 bytes; chunk c of row r lies at chunk c ^ (r & 7) of its row. ldmatrix reads a
-// chunk of rows 8i … 8i+7, which the exclusive or puts into 8 different chunk columns; a copy's 8 chunks in a row
-// are permuted among themselves: no conflicts.
+// Shared memory: rows are a multiple of 8 chunks of 16 bytes; chunk c of row r lies at chunk c ^ (r & 7) of its row. ldmatrix
+// reads a chunk of rows 8i … 8i+7, which the exclusive or puts into 8 different chunk columns; a copy's 8 chunks in a row are
+// permuted among themselves: no conflicts.
 //
 // Softmax, in base 2: p = 2^(s·c - m), c = scale · log2 e. m is the row's maximum at some time, and moves only when a
 // score passes it by more than 8: till then p stays below 2^8, which 16 bits hold, and the last division undoes any common

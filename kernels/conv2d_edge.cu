@@ -12,8 +12,8 @@
 // 16 rows each visible, which 64 threads merge.
 //
 // Shared memory: patches and w in rows of CHUNKS chunks of 16 bytes, CHUNKS = 2^A · odd; chunk c of row r lies at chunk
-// r · CHUNKS + (c ^ x), x = the A bits of r from bit 3 - A on. So each eight lanes of an access, 128 bytes, meet every bank once, whether
-// it takes one chunk of eight rows (ldmatrix, patches) or chunks in order (w). y in rows of 8 chunks, c ^ (r % 8).
+// r · CHUNKS + (c ^ x), x = the A bits of r from bit 3 - A on. So each eight lanes of an access, 128 bytes, meet every bank once,
+// whether it takes one chunk of eight rows (ldmatrix, patches) or chunks in order (w). y in rows of 8 chunks, c ^ (r % 8).
 //
 // Edges: pixels outside the image, rows from M on, channels from O on and k from 9·C on are zeros; what lies beyond M and O
 // is not stored.

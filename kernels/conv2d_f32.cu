@@ -13,10 +13,10 @@
 // thread reads four channels of a row at once. The lanes of a warp stand LM×LN over its part of the tile, the lowest bit and
 // the highest ones of their number along m, those between along n: eight lanes read two neighbouring rows of x, or four of w,
 // which fall into different banks. And as each address is also that of lane ^ 1 or of lane ^ 2, the hardware may serve
-// sixteen lanes in a pass. For that lanes side by side along n read rows side by side: row j·LN + l of a warp's part of w in a slot
-// is the j-th column of the lanes at place l along n, of LN (`column`).
-// cp.async writes zeros for pixels outside the image, channels beyond C, rows beyond M and O. Where the window of each row
-// begins is in shared memory too, as it is wanted at a new tap only.
+// sixteen lanes in a pass (of x not in the narrow tile). To allow it, neighbouring lanes along n read neighbouring rows: row j·LN
+// + l of a warp's part of w in a slot is the j-th column of the lanes at place l along n, of LN (`column`). cp.async writes zeros
+// for pixels outside the image, channels beyond C, rows beyond M and O. Where the window of each row begins is in shared memory
+// too, as it is wanted at a new tap only.
 //
 // The loop over the four chunks of a k-block is not unrolled: else the compiler reads the next chunk's w early, and a sixth of
 // the instructions move registers. The other warps hide what a chunk waits for.
@@ -39,7 +39,8 @@
 // `counter` picks the row of `time`. Wants, and the caller checks: pointers aligned to 16 bytes; C and w_row multiples of 4; `flat`
 // with windows of 1×1 only; at most 2³¹ − 1 elements in each of x and w; out_h and out_w times the stride, and the padding, below
 // 2^14 (a window's corner is packed into two halves of a word). O is any number: where 4 does not divide it, y is written element
-// by element. `phases`: windows of 2×2, BM divides h·w_, O rows of w for each phase, no `upsample`, not `flat`; stride, top and left are not read.
+// by element. `phases`: windows of 2×2, BM divides h·w_, O rows of w for each phase, no `upsample`, not `flat`; stride, top and
+// left are not read.
 // types: f32
 // variants: BM=128,BN=128 BM=128,BN=64 BM=64,BN=64 BM=128,BN=16
 #include "dev.cuh"

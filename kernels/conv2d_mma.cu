@@ -2,14 +2,14 @@
 // whose columns n are output channels, and whose sum runs over blocks of BK channels of one tap of one segment of K.
 //
 // Who owns what. Grid: (ceil(M / BM), ceil(N / BN), splits); a block owns a BM×BN tile of y, or with several splits a contiguous
-// run of its k-blocks: four warps, for the 128×160 tile eight. Warps stand WARPS_M×WARPS_N over the tile; a warp's part is MT×NT
-// products of m16n8k16, held in float in registers (128 of a thread for the 128×128 tile, 80 for those of 128×160, 128×80 and
-// 64×160, fewer for the rest).
+// run of its k-blocks. A block has four warps, eight for the 128×160 tile. Warps stand WARPS_M×WARPS_N over the tile; a warp's
+// part is MT×NT products of m16n8k16, held in float in registers (128 of a thread for the 128×128 tile, 80 for those of 128×160,
+// 128×80 and 64×160, fewer for the rest).
 //
 // Occupancy. A block takes 111, 99, 81, 86, 74, 66, 42 KB of shared memory, in the order of the variants, and the driver 1 KB more
-// for each. So on a multiprocessor stand, in that order, on sm_90 (228 KB) 1, 2, 2, 2, 3, 3, 5 blocks, of the first four no more by
-// their registers either; on sm_80 (164 KB) 1, 1, 2, 1, 2, 2, 3; on sm_86 and sm_89 (100 KB) none of the first, which does not fit,
-// one of the others, two of the last.
+// for each. So a multiprocessor of sm_90 (228 KB) has room for 2, 2, 2, 2, 3, 3, 5 blocks in that order, and registers (192, 254,
+// 195, 190, 131, 120, 72 of a thread there) leave one of the first; sm_80 (164 KB) has room for 1, 1, 2, 1, 2, 2, 3, sm_86 and
+// sm_89 (100 KB) for none of the first, one of the others, two of the last.
 //
 // Segments of K. Segment 0 is x with its window of taps; up to two more add products of other inputs into the same sum: the
 // second half of a concatenation, or a 1×1 shortcut. A segment without a window (`flat`) reads pixel m for row m. Segment 1
@@ -23,13 +23,13 @@
 // out once, a row by each thread, and kept in shared memory.
 //
 // Order. Each thread commits one group of copies per k-block, STAGES − 1 of them before the first. The products of a k-block are
-// four steps of 16 channels; fragments of x are read a step ahead, those of w a pair ahead (16 of the warp's columns), and the copies of the
-// k-block STAGES − 1 further on begin in three of the steps, between products: address arithmetic, shared memory and tensor
-// cores work side by side even where a scheduler has a single warp. Before its last pair, by when all of this slot
-// is in registers, a thread waits until its group of the next slot has landed; the barrier after that makes everybody's visible,
-// and also says that nobody reads this slot any more: it is filled from the next k-block on. Copies beyond the end write zeros
-// into slots whose values nobody multiplies (behind the last k-block the first fragments of one are read and dropped); the last
-// wait and barrier see them landed, then the ring becomes the staging tile.
+// four steps of 16 channels; fragments of x are read a step ahead, those of w a pair ahead (16 of the warp's columns), and the
+// copies of the k-block STAGES − 1 further on begin in three of the steps, between products: address arithmetic, shared memory
+// and tensor cores work side by side even where a scheduler has a single warp. Before its last pair, by when all of this slot is
+// in registers, a thread waits until its group of the next slot has landed; the barrier after that makes everybody's visible, and
+// also says that nobody reads this slot any more: it is filled from the next k-block on. Copies beyond the end write zeros into
+// slots whose values nobody multiplies (behind the last k-block the first fragments of one are read and dropped); the last wait
+// and barrier see them landed, then the ring becomes the staging tile.
 //
 // Phases. A 3×3 convolution behind a nearest upsampling comes as four of 2×2 on the small image, one for each parity of the
 // rows and columns of y (see `phase_weights.cu`). Rows m then run over images, phases, pixels of the small image; a tile lies
@@ -41,8 +41,8 @@
 // block reads log2(splits) tiles rather than all. What is added to a whole column (bias, time of the image that the tile lies
 // in) was loaded before the first copies and is added in registers. What needs much code for each element (activations, gates,
 // times of several images in a tile) goes through shared memory, in a loop. The residual is copied to where y will stand in the
-// staging tile (rows of BN + 8 elements: fragments meet in no bank), added in float, and y is rounded once, in its place; whole
-// rows of 16 bytes then go to memory. With `glu` the columns of the tile alternate, eight values, eight gates, both in one
+// staging tile (rows of BN + 8 elements: fragments meet in no bank), added in float, and y is rounded once, in its place; then the
+// rows go to memory, 16 bytes to a thread. With `glu` the columns of the tile alternate, eight values, eight gates, both in one
 // thread, and y = value · GELU(gate) has half as many. With `stats` mean and sum of squared deviations of each 64 stored rows
 // are written per channel.
 //
@@ -53,8 +53,8 @@
 //
 // Wants, and the caller checks: pointers aligned to 16 bytes; C of every segment, w_row and w_tap multiples of 8 elements;
 // at most 2³¹ − 1 elements in each of x and w; out_h and out_w times the stride, and the padding, below 2^14 (a window's
-// corner is packed into two halves of a word). `glu`: O a multiple of 8, a warp's columns of 16 (BN not 80), no time,
-// activation, residual, statistics, `part`. `stats`: M a multiple of SLAB, O of 4. `part`: one segment, a multiple of BN.
+// corner is packed into two halves of a word). `glu`: O a multiple of 8, a warp's columns a multiple of 16 (so BN is not 80), no
+// time, activation, residual, statistics, `part`. `stats`: M a multiple of SLAB, O of 4. `part`: one segment, a multiple of BN.
 // `phases`: windows of 2×2, a small image whose pixels are a multiple of BM, no `upsample`, `flat`, `glu`, `part` or further
 // segment; stride, top and left are not read.
 // types: f16 bf16

@@ -1,4 +1,5 @@
-// y = value · GELU(gate), by the error function, with x = [value | gate] on the last axis. Grid: ceil(n / BLOCK); a thread owns one element of y.
+// y = value · GELU(gate), by the error function, with x = [value | gate] on the last axis. Grid: ceil(n / BLOCK); a thread owns
+// one element of y.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

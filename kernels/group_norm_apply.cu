@@ -1,7 +1,8 @@
-// y = act((x - mean) * rstd * w + bias), act SiLU or none, from x and its channel statistics. x may come as two tensors that lie side by side
-// along the channels, x0 (C0) and x1 (C1); groups may straddle the seam. y is written as one tensor of C = C0 + C1. With `film`,
-// before act, · (1 + scale) + shift of the image and channel, folded into the factors.
-// Grid: (ceil(C / STRIP), ceil(HW / rows), B). A block owns `rows` pixels of STRIP channels of one image.
+// y = act((x - mean) * rstd * w + bias), act SiLU or none, from x and its channel statistics. x may come as two tensors that lie
+// side by side along the channels, x0 (C0) and x1 (C1); groups may straddle the seam. y is written as one tensor of C = C0 + C1.
+// With `film` the value is multiplied by 1 + scale and shift is added, before act; both are of the channel and of a row of film,
+// the image's or the one that `counter` names, and are folded into the factors. Grid: (ceil(C / STRIP), ceil(HW / rows), B). A
+// block owns `rows` pixels of STRIP channels of one image.
 //
 // Statistics: an image's pixels are cut into `count` slabs of `each` pixels; a slab's entry holds, for each channel, the
 // mean and the sum of squares about it. The entries of all groups that the strip touches are merged by the block itself:
@@ -11,8 +12,8 @@
 //
 // Streaming: a thread owns one 16-byte vector of channels, whose factors it keeps in registers, and every DOWN-th pixel;
 // FLIGHT of its loads are in flight, the first ones while the statistics are merged. Neighbouring threads read the
-// vectors of one pixel (64 bytes of a 16-bit type), then the next pixel. y = (x - high) * a + b with a = rstd * w and
-// b = bias - low * a.
+// vectors of one pixel (64 bytes of a 16-bit type, in four threads; 128 of f32, in eight), then the next pixel. y = (x - high) *
+// a + b with a = rstd * w and b = bias - low * a.
 //
 // Barriers: one makes the shares and the groups' first means visible, the next the groups' results.
 //

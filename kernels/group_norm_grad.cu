@@ -4,10 +4,10 @@
 // dbias = sum (1 + scale) * dz; over the pixels of each image dscale = sum dz * (w0 * n + b0) and dshift = sum dz.
 //
 // group_norm_grad, grid: (G, B): a block owns one group of one image, in passes that the caches serve: mean, variance, sums by
-// channel, dx. The mean is the group's first element, a pivot, and the mean of x - pivot. For the sums the group's cpg channels are taken
-// in runs of `width`, BLOCK or what is left of them: thread t takes channel t % width of every (BLOCK / width)-th pixel, and
-// the sums of a channel are added in order. They are left in `sums`, from which group_norm_grad_params, grid:
-// ceil(C / BLOCK), a thread a channel, adds up the images, and makes the gradients of scale and shift of each.
+// channel, dx. The mean is the group's first element, a pivot, and the mean of x - pivot. For the sums the group's cpg channels
+// are taken in runs of `width`, BLOCK or what is left of them: thread t takes channel t % width of every (BLOCK / width)-th
+// pixel, and the sums of a channel are added in order. They are left in `sums`, from which group_norm_grad_params, grid: ceil(C /
+// BLOCK), a thread a channel, adds up the images, and makes the gradients of scale and shift of each.
 //
 // Barriers: one makes the sums of a run visible to the threads that add them, one says that they are read; block_sum has its own.
 // Occupancy: by registers and threads; shared memory is 2 KB. Wants: groups divide C; HW > 0; fewer than 2^31 elements in a group.

@@ -1,4 +1,5 @@
-// The transposes of doubling by nearest neighbour, and of taking every stride-th pixel. Grid: ceil(n / BLOCK); a thread owns one element of y.
+// The transposes of doubling by nearest neighbour, and of taking every stride-th pixel. Grid: ceil(n / BLOCK); a thread owns one
+// element of y.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

@@ -273,7 +273,7 @@ mod tests {
         for ((d, s), t) in sizes.flat_map(|sizes| [16, 64, 256, 1024, 4096].map(|t| (sizes, t))) {
             for n in [8, 16, 20, 40, 128] {
                 let Some(own) = few_keys(d, [t, s], n) else { continue };
-                let other = any_keys(d, t, n, true);
+                let other = any_keys(d, [t, s], n, true);
                 let time = |choice: Choice| {
                     choice.microseconds(n * t.div_ceil(choice.queries), [t, s], d, false, 0.0)
                 };
