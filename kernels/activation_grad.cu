@@ -1,5 +1,5 @@
-// dx = dy · act'(x), elementwise. Grid: ceil(n / (BLOCK · 16 bytes)) blocks; a thread owns 16 bytes of dx, or fewer at the
-// end. dx may be dy's memory.
+// dx = dy · act'(x), elementwise. Grid: ceil(n / (BLOCK · N)); a thread owns N elements, 16 bytes of dx, or fewer at
+// the end. dx may be dy's memory. Wants: pointers aligned to 16 bytes.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

@@ -7,8 +7,8 @@
 // shared memory (2 KB; a row of 32 words per warp, no conflicts) to warp 0: the one barrier makes them visible. Threads beyond C
 // read nothing but reach the barrier.
 //
-// Edges: the last part may be short or empty (zeros). Wants: elements aligned to their own size, no null pointer, C > 0; rows +
-// each below 2^31, at most 65535 parts. Occupancy: by registers and threads.
+// Edges: the last part may be short or empty (zeros). Wants: elements aligned to their own size, no null pointer, C > 0;
+// parts · each below 2^31, at most 65535 parts. Occupancy: by registers and threads.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

@@ -1,16 +1,17 @@
 // y = softmax(scale · q kᵀ) v per head, in one pass over blocks of keys: running maximum m, sum l and result o per query.
-// Grid: (ceil(T / BM), N, B); a block owns BM queries of one head, a group of LANES threads one query: each thread of the
-// group computes some of its scores and keeps some of the elements of its result. T is the number of queries here, in the
-// code the type of an element.
+// Grid: (ceil(T / BM), N, B); a block owns BM queries of one head, a group of LANES threads one query: the threads of a
+// group share its scores (with 8 queries in a block only the first BN have one), and each keeps some elements of its result. T is
+// the number of queries here, in the code the type of an element.
 //
 // Operands: q stays in shared memory as f32, times scale; BN keys, and then their values, pass through one buffer there. Rows
-// are not padded: with 32 queries in a block reads of k conflict.
-// Barriers of a turn: the first makes the keys (and q) visible; the second the scores, and says that the keys are read; the third
-// the weights and values; the fourth says that those are read.
-// Edges: rows from S on (T for q) are zeros; keys that a query does not see have the score -inf; rows from T on and columns from d
-// on are not stored. Wants: S > 0 and, with `causal`, S >= T, so that each query sees a key.
-// Occupancy: two blocks a multiprocessor are asked for, that is at most 128 registers for each thread; left alone, the compiler
-// takes fewer and spills. Shared memory is 24, 48, 32 and 44 KB in the order of the variants.
+// are not padded and begin in the same bank: reads of k conflict (8 ways, 3 where D is 1024), and with 32 queries in a block
+// those of q, the scores and the weights (4 ways). Barriers of a turn: the first makes the keys (and q) visible; the second the
+// scores, and says that the keys are read; the third the weights and values; the fourth says that those are read. Edges: rows
+// from S on (T for q) are zeros; keys that a query does not see have the score -inf; rows from T on and columns from d on are not
+// stored. A NaN or an inf in v reaches its column of y, with `causal` also in queries of the block that do not see the key but
+// share a turn with it, as 0 · inf. Wants: S > 0 and, with `causal`, S >= T, so that each query sees a key. Occupancy: two blocks
+// a multiprocessor are asked for, that is at most 128 registers for each thread (69 to 107 are used); left alone, the compiler
+// takes fewer registers and spills. Shared memory is 24, 48, 32.5 and 44.2 KB in the order of the variants.
 // variants: D=64 D=160 D=512 D=1024
 #include "dev.cuh"
 

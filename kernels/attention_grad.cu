@@ -18,7 +18,8 @@
 // the shares of delta, in `ds`, are visible by the barriers of the first pass, which has at least one turn.
 //
 // Edges: rows from T and S on and columns from d on are zeros in shared memory; keys that a query does not see have the score
-// -inf in the first pass, and p = ds = 0 in the others; rows from T and S on, and columns from d on, are not stored.
+// -inf in the first pass, and p = 0 in the others (a NaN or an inf in k or v reaches, with `causal`, also
+// dq of queries that share a tile with the key, as 0 · inf); rows from T and S on, and columns from d on, are not stored.
 // Wants: S > 0, with `causal` S >= T, so that each query sees a key.
 // Occupancy: two blocks on a multiprocessor or more, by registers, of which D / LANES sums for dq and twice as many for dk and
 // dv are a part; one of attention_grad_kv with D = 512. Shared memory is 10.5 KB.

@@ -24,9 +24,10 @@
 // permuted among themselves: no conflicts.
 //
 // Softmax, in base 2: p = 2^(s·c - m), c = scale · log2 e. m is the row's maximum at some time, and moves only when a
-// score passes it by more than 8: till then p stays below 2^8, which 16 bits hold, and the last division undoes any common
+// score passes it by more than 8: till then p is at most 2^8, which 16 bits hold, and the last division undoes any common
 // factor. What m does depends on its own row alone. m starts at the lowest finite value, so that -inf scores give p = 0; a row
 // whose scores are all -inf ends as 0 / 0, and a NaN in a row passes into its sum: both become NaN in y, as does a score of +inf.
+// A NaN or an inf in v reaches its column of y in every query that shares the turn, seen or not, as 0 · inf.
 //
 // Edges: rows from S on (T for q) and columns from d on are zeros in shared memory; scores of keys that a query does not
 // see are -inf. Columns from d on and rows from T on of y are not stored.

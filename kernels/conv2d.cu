@@ -5,7 +5,7 @@
 // Barriers: in a turn the first makes both tiles visible, the second says that they are read.
 // Edges: k from KH·KW·C on, rows from M on, columns from O on and pixels outside the image are zeros in the tiles; rows and
 // columns beyond are not stored.
-// Occupancy: by registers and threads (eight blocks of 256 at most); shared memory is 17 KB.
+// Occupancy: by registers (48), five blocks on a multiprocessor; shared memory, 17 KB, allows as many on every card.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;
@@ -31,7 +31,7 @@ struct Conv2dFwd {
 };
 
 struct ConvSmem {
-    float x[BK][BM + 4];  // four more, so that rows stay aligned to 16 bytes: a thread reads four columns at once
+    float x[BK][BM + 4];  // a warp writes a column: with four more it meets 8 banks, not one; rows stay aligned to 16 bytes
     float w[BK][BN + 4];
 };
 

@@ -5,8 +5,8 @@
 //
 // Barriers: in a turn the first makes both tiles visible, the second says that they are read.
 // Edges: pixels from the part's end on, rows from O on and columns from K on are zeros in the tiles and are not stored.
-// Occupancy: by registers, 40 on sm_80 and 46 on sm_90, six and five blocks on a multiprocessor; shared memory, 17 KB, allows five
-// on sm_86 and sm_89.
+// Occupancy: by registers, 40 on sm_80 and 46 on sm_90, six and five blocks on a multiprocessor; shared memory, 16 KB, allows five
+// on sm_86 and sm_89. Wants: splits · each below 2^31.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;
@@ -26,8 +26,8 @@ struct Conv2dWeightGrad {
 };
 
 struct WeightGradSmem {
-    float dy[BK][BM + 4];  // four more, so that rows stay aligned to 16 bytes: a thread reads four columns at once
-    float x[BK][BN + 4];
+    float dy[BK][BM];
+    float x[BK][BN];
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) conv2d_weight_grad(const __grid_constant__ Conv2dWeightGrad p) {

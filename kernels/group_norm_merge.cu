@@ -4,7 +4,8 @@
 // (3 KB), the one barrier makes them visible, and warp 0 merges them in order. Both tensors of group_norm_apply are served by one
 // launch. An entry is the mean of a channel's pixels and the sum of squares about it; means are taken less that of the channel's
 // first old slab, so that a mean far from zero costs no digits.
-// Wants: fan > 0, pointers aligned to 8 bytes; x1 and y1 are not touched if C1 is 0. Lanes beyond C0 + C1 only reach the barrier.
+// Wants: fan > 0, pointers aligned to 8 bytes; x1 and y1 are not touched if C1 is 0. Lanes beyond C0 + C1, and
+// warps without a slab, hand in an empty set (n = 0), which `merged` passes over. Occupancy: by registers and threads.
 // types: f32
 #include "dev.cuh"
 

@@ -5,7 +5,7 @@
 // mean (as a pair) and rstd in `stats`. layer_norm_grad_params, grid: (ceil(C / COLUMNS), splits): a block owns COLUMNS
 // columns of one part of the rows: thread t adds up column t % COLUMNS of rows t / COLUMNS, + ROWS, …, and the ROWS sums are
 // added in order, behind the one barrier; sum_parts (reduce.cu) adds up the parts, of which some may be short or empty (zeros).
-// It runs after layer_norm_grad. Occupancy: by registers and threads; shared memory is 2 KB. Wants: C > 0.
+// It runs after layer_norm_grad. Occupancy: by registers and threads; shared memory is 2 KB. Wants: C > 0; splits · each below 2^31.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

@@ -2,6 +2,7 @@
 //
 // The distance of two sets of features (B,P,C), P pixels of C channels: the mean over pixels of sum w (a / m(a) - b / m(b))^2, where
 // m(v) = |v| + eps and |v| is the norm over channels; and its gradient with respect to a. A warp takes a pixel at a time.
+// Occupancy: by registers and threads; shared memory is 32 bytes.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;
