@@ -6,7 +6,7 @@ mod weights;
 use crate::backend::cpu::{self, In, gemm::Packed};
 use crate::backend::cuda;
 use crate::error::{Error, Result};
-use crate::graph::{Node, Origin, Place, Plan, Value, Var, fuse};
+use crate::graph::{Due, Node, Origin, Place, Plan, Value, Var, fuse};
 use crate::ops::Op;
 use crate::tensor::{HostTensor, Spec};
 use std::borrow::Cow;
@@ -95,7 +95,7 @@ pub struct Measure {
     pub scratch: usize,
 }
 
-/// How a program runs the nodes that are not constant.
+/// How a program runs the nodes that are due in each run.
 enum Mode {
     /// Node by node, always: on a CPU, and where nothing is to be recorded.
     Nodes,
@@ -121,10 +121,10 @@ pub struct Program {
     weights: Vec<Option<Arc<(Spec, Store)>>>,
     states: Vec<Option<Store>>,
     steps: Vec<Step>,
-    /// By node, see [`Graph::constant`].
-    constant: Vec<bool>,
-    /// Whether constant nodes have run since an input was written.
-    settled: bool,
+    /// By node.
+    due: Vec<Due>,
+    /// The nodes that need not run: those that are due before. An input that is written makes all but [`Due::Once`] due again.
+    settled: Due,
 }
 
 impl Program {
@@ -174,14 +174,14 @@ impl Program {
             }
         }
         let steps = graph.nodes().iter().map(|node| Step::new(&graph, &plan, node)).collect::<Result<_>>()?;
-        let constant = graph.constant();
+        let due = graph.due();
         let device = device.clone();
         let mode = match &device {
             Device::Cuda(c) if c.records_graphs() => Mode::First,
             _ => Mode::Nodes,
         };
-        let settled = false;
-        Ok(Program { mode, graph, plan, device, arena, weights: bound, states, steps, constant, settled })
+        let settled = Due::Once;
+        Ok(Program { mode, graph, plan, device, arena, weights: bound, states, steps, due, settled })
     }
 
     /// The memory that [`Program::new`] and [`Program::run`] would take on a target, without taking it.
@@ -257,7 +257,9 @@ impl Program {
         if x.spec() != want {
             return Err(Error::invalid(format!("input `{name}`: want {want}; got {}", x.spec())));
         }
-        self.settled &= matches!(self.graph.values()[v.index()].origin, Origin::State);
+        if !matches!(self.graph.values()[v.index()].origin, Origin::State) {
+            self.settled = self.settled.min(Due::Input);
+        }
         match (self.plan.places[v.index()], &mut self.states[v.index()]) {
             (Place::Arena(offset), _) => self.arena.write(&self.device, offset, x.bytes()),
             (Place::State(_), Some(store)) => store.write(&self.device, 0, x.bytes()),
@@ -307,12 +309,12 @@ impl Program {
         }
     }
 
-    /// Lets the next run compute constant nodes too, though no input was written.
+    /// Lets the next run compute every node, though no input was written.
     pub fn unsettle(&mut self) {
-        self.settled = false;
+        self.settled = Due::Once;
     }
 
-    /// Runs the graph once. What cannot have changed since the last run, see [`Graph::constant`], is not run again.
+    /// Runs the graph once. What cannot have changed since the last run, see [`Graph::due`], is not run again.
     ///
     /// # Errors
     /// From a room or the device, with the node's label; or from the hook.
@@ -325,11 +327,11 @@ impl Program {
     }
 
     fn run_here(&mut self, hook: &mut impl Hook) -> Result<()> {
-        let settled = std::mem::replace(&mut self.settled, false);
+        let settled = std::mem::replace(&mut self.settled, Due::Once);
         let recorded = !hook.watches() && matches!(self.mode, Mode::Record | Mode::Replay(_));
         for step in 0..self.graph.nodes().len() {
-            let elsewhere = if self.constant[step] { settled } else { recorded };
-            if elsewhere {
+            let due = self.due[step];
+            if due < settled || (due == Due::Always && recorded) {
                 continue;
             }
             hook.before(step, &self.graph.nodes()[step])?;
@@ -338,19 +340,20 @@ impl Program {
             hook.after(step, node, &|i| self.value(node.y[i]))?;
         }
         if recorded {
-            // After the constant nodes, which depend on none of the others.
+            // After the other nodes, which depend on none of these.
             self.replay()?;
         } else if matches!(self.mode, Mode::First) {
             self.mode = Mode::Record;
         }
-        self.settled = true;
+        self.settled = Due::Always;
         Ok(())
     }
 
-    /// Runs all nodes that are not constant as one launch, recorded when there is none yet.
+    /// Runs all nodes that are due in each run as one launch, recorded when there is none yet.
     fn replay(&mut self) -> Result<()> {
         if let (Mode::Record, Device::Cuda(c)) = (&self.mode, &self.device) {
-            let nodes = self.graph.nodes().iter().enumerate().filter(|(step, _)| !self.constant[*step]);
+            let nodes =
+                self.graph.nodes().iter().enumerate().filter(|(step, _)| self.due[*step] == Due::Always);
             self.mode = Mode::Replay(c.record_graph(|c| {
                 let mut each =
                     nodes.map(|(step, n)| self.step_cuda(step, c).map_err(|e| e.at_node(&n.label)));

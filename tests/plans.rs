@@ -5,7 +5,7 @@
 mod yardstick;
 
 use ldm::diffusion::{Settings, evaluation_graph};
-use ldm::graph::{Graph, Target, fuse};
+use ldm::graph::{Due, Graph, Target, fuse};
 use ldm::ops::Cost;
 use ldm::ops::launch::{self, LaunchPlan, Planned, f32_floor, floor, mma_floor, planned};
 use ldm::pipeline::Parts;
@@ -121,8 +121,8 @@ struct Alike {
 
 /// Without what is computed once per prompt.
 fn alike(g: &Graph) -> Vec<Alike> {
-    let (constant, mut all): (_, Vec<Alike>) = (g.constant(), vec![]);
-    for (node, _) in g.nodes().iter().zip(constant).filter(|(_, constant)| !constant) {
+    let (due, mut all): (_, Vec<Alike>) = (g.due(), vec![]);
+    for (node, _) in g.nodes().iter().zip(due).filter(|(_, due)| *due == Due::Always) {
         let x: Vec<Spec> = node.x.iter().map(|&v| g.spec(v)).collect();
         let shapes: Vec<String> = x.iter().take(2).map(Spec::to_string).collect();
         let name =

@@ -8,7 +8,7 @@ use ldm::backend::Device;
 use ldm::backend::cuda::{COUNTERS, Call, Operand};
 use ldm::diffusion::{Sampling, Settings};
 use ldm::exec::{Hook, Program, Weights};
-use ldm::graph::{Graph, Node};
+use ldm::graph::{Graph, Layout, Node};
 use ldm::io::ModelFolder;
 use ldm::models::{Inventory, Model};
 use ldm::ops::{Act, Activation, Add, Op};
@@ -298,6 +298,54 @@ fn a_program_without_states_replays_with_the_inputs_of_each_run() {
             assert_eq!(program.launches(), (seed > 0).then_some(2));
         }
     });
+}
+
+/// A sum of a weight's SiLU, of which x is no part, and x.
+fn what_weights_alone_make_is_made_once(device: &Device) {
+    let (mut g, mut weights) = (Graph::new(), Weights::new(device));
+    weights.insert("w", &random(&[3, 40], 9)).unwrap();
+    let w = g.weight("w", Layout::Same, DType::F32, [3, 40]).unwrap();
+    let x = g.input("x", DType::F32, [3, 40]);
+    let once = g.push("once", Activation(Act::Silu), &[w]).unwrap();
+    // Of the same size as `once`, and dead before y: memory that `once` must not be given.
+    let passing = g.push("passing", Activation(Act::Silu), &[x]).unwrap();
+    let y = g.push("passed", Add, &[passing, x]).unwrap();
+    let y = g.push("sum", Add, &[y, once]).unwrap();
+    g.output("y", y);
+    let make = || Program::new(g.clone(), &weights, device).unwrap();
+    let (mut program, mut watched) = (make(), make());
+    for run in 0..4 {
+        for program in [&mut program, &mut watched] {
+            program.write("x", &random(&[3, 40], run)).unwrap();
+        }
+        let mut watch = Watch(vec![]);
+        if run == 3 {
+            watched.unsettle();
+        }
+        program.run(&mut ()).unwrap();
+        watched.run(&mut watch).unwrap();
+        assert_eq!(watch.0.contains(&"once".to_string()), run == 0 || run == 3, "run {run}: {:?}", watch.0);
+        let fresh = {
+            let mut fresh = make();
+            fresh.write("x", &random(&[3, 40], run)).unwrap();
+            fresh.run(&mut ()).unwrap();
+            fresh.read("y").unwrap()
+        };
+        assert_eq!(program.read("y").unwrap(), fresh);
+        assert_eq!(watched.read("y").unwrap(), fresh);
+        let replays = matches!(device, Device::Cuda(_)) && run > 0;
+        assert_eq!(program.launches(), replays.then_some(3), "run {run}");
+    }
+}
+
+#[test]
+fn what_weights_alone_make_is_made_once_on_a_cpu() {
+    what_weights_alone_make_is_made_once(&Device::Cpu);
+}
+
+#[test]
+fn what_weights_alone_make_is_made_once_on_a_gpu() {
+    common::on_cuda(what_weights_alone_make_is_made_once);
 }
 
 #[test]

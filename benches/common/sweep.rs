@@ -5,7 +5,7 @@ use ldm::Result;
 use ldm::backend::Device;
 use ldm::diffusion::{Settings, evaluation_graph};
 use ldm::exec::{Program, Weights};
-use ldm::graph::{Graph, Target, fuse};
+use ldm::graph::{Due, Graph, Target, fuse};
 use ldm::ops::{Arg, Case, Fill, Op, Ty, launch};
 use ldm::pipeline::Parts;
 use ldm::presets::Preset;
@@ -38,7 +38,7 @@ pub fn heaviest(graphs: &[(Graph, f64)], most: usize) -> Result<Vec<Subject>> {
     let mut all: Vec<Subject> = vec![];
     for (graph, times) in graphs {
         let graph = fuse(graph, Target::Cuda)?;
-        for (node, _) in graph.nodes().iter().zip(graph.constant()).filter(|(_, constant)| !constant) {
+        for (node, _) in graph.nodes().iter().zip(graph.due()).filter(|(_, due)| *due == Due::Always) {
             let x: Vec<Spec> = node.x.iter().map(|&v| graph.spec(v)).collect();
             if node.op.choices(&x).len() < 2 {
                 continue;

@@ -69,6 +69,17 @@ pub enum Origin {
     Node(usize, usize),
 }
 
+/// When a node has to run: what it makes depends on nothing that changes more often.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Due {
+    /// Once: on weights alone, such as those of a convolution behind an upsampling, which are added up for its four phases.
+    Once,
+    /// After an input was written, in a graph with states, which is run again and again: such as keys and values of a prompt.
+    Input,
+    /// In each run.
+    Always,
+}
+
 /// A value: what is known about it before it exists.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Value {
@@ -291,23 +302,22 @@ impl Graph {
         uses
     }
 
-    /// By node: whether its outputs stay the same from run to run until an input is written. In a graph with states, which
-    /// is run again and again, these are the nodes that depend on inputs and weights alone, such as the keys and values
-    /// of a prompt; a graph without states has none, since it is run for its inputs.
-    pub fn constant(&self) -> Vec<bool> {
-        let mut constant = vec![false; self.nodes.len()];
-        if self.updates.is_empty() {
-            return constant;
+    /// By node: when it has to run.
+    pub fn due(&self) -> Vec<Due> {
+        // A graph without states is run for its inputs.
+        let input = if self.updates.is_empty() { Due::Always } else { Due::Input };
+        let mut due: Vec<Due> = Vec::with_capacity(self.nodes.len());
+        for node in &self.nodes {
+            let of = |x: &Var| match self.values[x.index()].origin {
+                Origin::Weight(_) => Due::Once,
+                Origin::Input => input,
+                Origin::State => Due::Always,
+                Origin::Node(maker, _) => due[maker],
+            };
+            let own = if node.op.updates().is_empty() { Due::Once } else { Due::Always };
+            due.push(node.x.iter().map(of).fold(own, Due::max));
         }
-        for (i, node) in self.nodes.iter().enumerate() {
-            constant[i] = node.op.updates().is_empty()
-                && node.x.iter().all(|x| match self.values[x.index()].origin {
-                    Origin::Input | Origin::Weight(_) => true,
-                    Origin::State => false,
-                    Origin::Node(maker, _) => constant[maker],
-                });
-        }
-        constant
+        due
     }
 
     /// The node that made a value.

@@ -1,6 +1,6 @@
 //! Where each value lives: lifetimes to offsets in one arena. A pure function, known before anything runs.
 
-use super::{Graph, Origin, Target, Var};
+use super::{Due, Graph, Origin, Target, Var};
 use crate::error::{Error, Result};
 use std::ops::Range;
 
@@ -110,11 +110,12 @@ impl Plan {
         for (i, v) in values.iter().enumerate() {
             pinned[i] |= v.origin == Origin::Input;
         }
-        // What constant nodes make for others stays in its place from run to run, as inputs do.
-        let constant = g.constant();
-        let made_once = |i: usize| matches!(values[i].origin, Origin::Node(maker, _) if constant[maker]);
+        // What nodes make that do not run each time stays in its place for those that do, as inputs do.
+        let due = g.due();
+        let made_once =
+            |i: usize| matches!(values[i].origin, Origin::Node(maker, _) if due[maker] < Due::Always);
         let mut kept: Vec<bool> = (0..values.len()).map(|i| made_once(i) && pinned[i]).collect();
-        for (_, node) in g.nodes().iter().enumerate().filter(|(step, _)| !constant[*step]) {
+        for (_, node) in g.nodes().iter().enumerate().filter(|(step, _)| due[*step] == Due::Always) {
             node.x.iter().filter(|x| made_once(x.index())).for_each(|x| kept[x.index()] = true);
         }
         for i in (0..values.len()).filter(|&i| kept[i]) {
