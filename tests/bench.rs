@@ -366,7 +366,7 @@ fn what_cannot_be_measured_is_refused() {
         &["-W", "multiple of 8", "32"],
     );
     refused(
-        &["--preset", "cin256-v1-vq8", "--component", "unet", "-W", "64"],
+        &["-m", text(&golden("film-tiny")), "--component", "unet", "-W", "64"],
         2,
         &["no autoencoder", "leave out"],
     );

@@ -35,6 +35,7 @@ const RECORDS: &[(&str, &str, &[&str], usize, usize)] = &[
     ("inpaint-tiny", "inpaint-tiny.mod", &[], 11, 11),
     ("film-tiny", "film-tiny.mod", &["unet"], 1, 1),
     ("vq4-tiny", "vq4-tiny.mod", &["vq"], 4, 2),
+    ("kl-attn-tiny", "kl-attn-tiny.mod", &[], 2, 2),
     ("sd15-tiny", "sd15-tiny.pipe-ddim", &[], 12, 12),
     ("sd15-tiny", "sd15-tiny.pipe-pndm", &[], 14, 14),
     ("sd15-tiny", "sd15-tiny.pipe-euler", &[], 12, 12),

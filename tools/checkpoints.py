@@ -10,6 +10,7 @@
     inpaint-tiny    a UNet with nine input channels: latents, mask, masked picture
     film-tiny       a UNet alone, in which the time embedding scales and shifts what the norms give
     vq4-tiny        a VQ autoencoder with factor 4, without a UNet
+    kl-attn-tiny    a KL autoencoder with attention in its lower level, without a UNet
     ldm-tiny        the text-to-image model of 2022: its own text encoder, whose heads together are wider than its tokens
     uncond-ldm-tiny a UNet without a condition, with an autoencoder
     class-tiny      a UNet that is conditioned on four classes and a null class, as `ldm train` exports it
@@ -23,7 +24,7 @@ pictures). All draws come from a generator that the checkpoint's name seeds.
 
 The tokenizer is that of tests/golden: a byte-level vocabulary of 1000 entries, whatever the size of the text encoder's
 table; that of ldm-tiny has the letters and some words. tests/golden has sd2-tiny, inpaint-tiny, film-tiny, ldm-tiny,
-class-tiny and uncond-ldm-tiny as made here; its sd15-tiny and vq4-tiny have the dimensions of those
+class-tiny, kl-attn-tiny and uncond-ldm-tiny as made here; its sd15-tiny and vq4-tiny have the dimensions of those
 here, but 32 groups (some of one channel) and weights drawn by an older script.
 """
 import argparse
@@ -130,6 +131,9 @@ RECIPES = {
             norm_num_groups=16,
         )
     ),
+    "kl-attn-tiny": dict(
+        kl=dict(widths=(16, 32), side=8, levels="-x", layers_per_block=1, latent_channels=4, norm_num_groups=8)
+    ),
     "ldm-tiny": dict(
         bert=dict(d_model=24, encoder_layers=3, encoder_attention_heads=3, head_dim=16, encoder_ffn_dim=40),
         vae=dict(widths=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4),
@@ -205,13 +209,14 @@ def unet_without(widths, levels, **settings):
     )
 
 
-def autoencoder(kind, widths, side, **settings):
+def autoencoder(kind, widths, side, levels="", **settings):
     import diffusers
 
+    prefix = ["Attn" if letter == "x" else "" for letter in levels or "-" * len(widths)]
     return getattr(diffusers, kind)(
         block_out_channels=widths,
-        down_block_types=["DownEncoderBlock2D"] * len(widths),
-        up_block_types=["UpDecoderBlock2D"] * len(widths),
+        down_block_types=[f"{p}DownEncoderBlock2D" for p in prefix],
+        up_block_types=[f"{p}UpDecoderBlock2D" for p in reversed(prefix)],
         in_channels=PICTURE_CHANNELS,
         out_channels=PICTURE_CHANNELS,
         sample_size=side << (len(widths) - 1),
@@ -392,6 +397,8 @@ def alone(name, folder, recipe):
 
     if "vq" in recipe:
         part, model = "vqvae", Weights(name).vq(autoencoder("VQModel", side=16, **recipe["vq"]))
+    elif "kl" in recipe:
+        part, model = "vae", Weights(name).kl(autoencoder("AutoencoderKL", **recipe["kl"]))
     else:
         part, model = "unet", Weights(name).unet(unet(recipe["context"], **recipe["unet"]))
     check(name, model).save_pretrained(folder / part)

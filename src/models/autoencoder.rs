@@ -25,6 +25,8 @@ pub struct Codec {
     layers: usize,
     groups: usize,
     mid_attention: bool,
+    /// By level, in the order of `channels`: whether attention follows each of the encoder's residual blocks, and the decoder's.
+    attention: Vec<[bool; 2]>,
 }
 
 const KEYS: &[&str] = &[
@@ -52,12 +54,9 @@ impl Codec {
         if channels.is_empty() || channels.len() > MAX_LEVELS || channels.contains(&0) {
             return Err(c.error("block_out_channels", format!("1 to {MAX_LEVELS} levels of at least one channel")));
         }
-        for (key, block) in [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")] {
-            let blocks = c.str_list(key)?;
-            if blocks.len() != channels.len() || blocks.iter().any(|b| b != block) {
-                return Err(c.error(key, format!("{block} for each of block_out_channels {channels:?}")));
-            }
-        }
+        let down = blocks(c, "down_block_types", "DownEncoderBlock2D", &channels)?;
+        let up = blocks(c, "up_block_types", "UpDecoderBlock2D", &channels)?;
+        let attention = down.into_iter().zip(up.into_iter().rev()).map(|(down, up)| [down, up]).collect();
         let groups = c.usize_or("norm_num_groups", 32)?;
         if groups == 0 || channels.iter().any(|c| c % groups != 0) {
             return Err(c.error("norm_num_groups", format!("a divisor of every one of {channels:?}")));
@@ -78,6 +77,7 @@ impl Codec {
             scaling_factor,
             layers,
             mid_attention: c.bool_or("mid_block_add_attention", true)?,
+            attention,
             channels,
             groups,
         })
@@ -90,6 +90,15 @@ impl Codec {
 
     fn res(&self) -> ResBlock {
         ResBlock { groups: self.groups, eps: EPS, film: false }
+    }
+
+    /// A residual block of a level, with attention behind it (one head over all channels) where the level has that.
+    fn layer(&self, g: &mut Graph, at: &str, j: usize, x: Var, channels: usize, attention: bool) -> Result<Var> {
+        let h = self.res().build(g, &join(at, &format!("resnets.{j}")), x, channels, None)?;
+        if !attention {
+            return Ok(h);
+        }
+        self_attention(g, &join(at, &format!("attentions.{j}")), h, 1, self.groups, EPS)
     }
 
     fn middle(&self, g: &mut Graph, at: &str, x: Var) -> Result<Var> {
@@ -112,7 +121,7 @@ impl Codec {
         for (i, &channels) in self.channels.iter().enumerate() {
             let at = format!("encoder.down_blocks.{i}");
             for j in 0..self.layers {
-                h = self.res().build(g, &join(&at, &format!("resnets.{j}")), h, channels, None)?;
+                h = self.layer(g, &at, j, h, channels, self.attention[i][0])?;
             }
             if i + 1 < self.channels.len() {
                 h = downsample(g, &join(&at, "downsamplers.0"), h, [0, 0, 1, 1])?;
@@ -128,10 +137,10 @@ impl Codec {
         let last = self.channels[self.channels.len() - 1];
         let mut h = conv3x3(g, "decoder.conv_in", z, last)?;
         h = self.middle(g, "decoder.mid_block", h)?;
-        for (i, &channels) in self.channels.iter().rev().enumerate() {
+        for (i, (&channels, attention)) in self.channels.iter().zip(&self.attention).rev().enumerate() {
             let at = format!("decoder.up_blocks.{i}");
             for j in 0..self.layers + 1 {
-                h = self.res().build(g, &join(&at, &format!("resnets.{j}")), h, channels, None)?;
+                h = self.layer(g, &at, j, h, channels, attention[1])?;
             }
             if i + 1 < self.channels.len() {
                 h = upsample(g, &join(&at, "upsamplers.0"), h)?;
@@ -140,6 +149,19 @@ impl Codec {
         let h = group_norm(g, "decoder.conv_norm_out", h, self.groups, EPS, Act::Silu)?;
         conv3x3(g, "decoder.conv_out", h, self.out_channels)
     }
+}
+
+/// Whether each block of a list of diffusers' has attention: `Attn` before the name of the plain one.
+fn blocks(c: &Config, key: &str, plain: &str, channels: &[usize]) -> Result<Vec<bool>> {
+    let named = c.str_list(key)?;
+    let one = |name: &String| match name.strip_prefix("Attn").unwrap_or(name) == plain {
+        true => Some(name != plain),
+        false => None,
+    };
+    let known: Option<Vec<bool>> = named.iter().map(one).collect();
+    known.filter(|known| known.len() == channels.len()).ok_or_else(|| {
+        c.error(key, format!("{plain} or Attn{plain} for each of block_out_channels {channels:?}"))
+    })
 }
 
 /// A graph from one f32 input to one f32 output, computed in another type.

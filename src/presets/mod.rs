@@ -37,8 +37,13 @@ presets! {
     "layout2img-openimages256-vq4",
     "kl-f4",
     "kl-f8",
+    "kl-f16",
+    "kl-f32",
     "vq-f4",
     "vq-f4-noattn",
+    "vq-f8",
+    "vq-f8-n256",
+    "vq-f16",
 }
 
 impl Preset {
