@@ -81,7 +81,10 @@ impl Store {
         let log = path.join("metrics.jsonl");
         let metrics =
             OpenOptions::new().append(true).create(true).open(&log).map_err(|e| Error::file(&log, e))?;
-        Ok(Store { path: path.into(), newest, metrics, events: None, _lock: lock })
+        let store = Store { path: path.into(), newest, metrics, events: None, _lock: lock };
+        // A kill may have come between a checkpoint and the removal of older ones.
+        store.prune()?;
+        Ok(store)
     }
 
     fn kept(&self) -> Vec<Kept> {
@@ -93,7 +96,7 @@ impl Store {
         self.kept().last().map(|k| Ok((k.step, Checkpoint::open(&k.path)?))).transpose()
     }
 
-    /// Writes a checkpoint; then removes those that are neither among the newest nor of the lowest loss.
+    /// Writes a checkpoint; then removes those that need not be kept.
     pub(super) fn save(
         &self,
         step: usize,
@@ -106,6 +109,11 @@ impl Store {
         metadata.insert("loss".into(), loss.to_string());
         let path = self.path.join(format!("checkpoints/step-{step:08}.safetensors"));
         weights::save(path, states, Some(metadata))?;
+        self.prune()
+    }
+
+    /// Removes the checkpoints that are neither among the newest nor of the lowest loss.
+    fn prune(&self) -> Result<()> {
         let mut kept = self.kept();
         for k in &mut kept {
             let loss = Checkpoint::open(&k.path).ok().and_then(|c| c.metadata().get("loss")?.parse().ok());
@@ -206,6 +214,14 @@ mod tests {
         drop(store);
         assert!(again(json!({"seed": 1}), false).unwrap().contains("--resume"));
         assert!(again(json!({"seed": 2}), true).unwrap().contains("`seed` = 1; got 2"));
+        // As a process leaves it that was killed before it removed the old ones.
+        fs::copy(
+            dir.path().join("checkpoints/step-00000004.safetensors"),
+            dir.path().join("checkpoints/step-00000003.safetensors"),
+        )
+        .unwrap();
         assert_eq!(again(json!({"seed": 1, "steps": 7}), true), None);
+        let store = Store::open(dir.path(), &json!({"seed": 1}), 2, true).unwrap();
+        assert_eq!(store.kept().iter().map(|k| k.step).collect::<Vec<_>>(), [2, 4, 5]);
     }
 }
