@@ -347,6 +347,33 @@ fn graphs_can_be_switched_off() {
     );
 }
 
+/// Without a condition there is nothing to guide by: the UNet gets one row for each picture.
+#[test]
+fn a_unet_without_a_condition_is_measured() {
+    let (model, f) = (golden("uncond-ldm-tiny"), Folder::new());
+    let counts = |part: &str, more: &[&str]| {
+        let file = f.path("record.json");
+        let own = ["-m", text(&model), "--component", part, "--iterations", "1", "--warmup", "0"];
+        let out = good(&[&own[..], &["--steps", "2", "--json", text(&file)], more].concat());
+        assert!(out.contains(&format!("uncond-ldm-tiny (file weights), {part}, ")), "{out}");
+        let record = read(&file);
+        assert_eq!(record["settings"]["cfg_scale"], 1.0, "{part}");
+        (record["counts"]["flops"].as_f64().unwrap(), record["counts"]["weight_bytes"].as_u64().unwrap())
+    };
+    let [unet, step, decoder, whole] =
+        ["unet", "step", "vae-decoder", "pipeline"].map(|part| counts(part, &[]));
+    // Two pictures take twice as much, but for the timestep, which they share.
+    let twice = counts("unet", &["--batch-size", "2"]).0 / unet.0;
+    assert!((1.99..=2.0).contains(&twice), "{twice}");
+    assert!(step.0 > unet.0 && step.1 == unet.1, "{step:?}, {unet:?}");
+    assert_eq!(
+        whole,
+        (2.0 * step.0 + decoder.0, step.1 + decoder.1),
+        "two steps, one decoder, no text encoder"
+    );
+    refused(&["-m", text(&model)], 2, &["no text_encoder", "unet (UNet2DModel)"]);
+}
+
 /// A folder of which only the autoencoder is there.
 #[test]
 fn the_parts_of_an_incomplete_model_are_measured() {

@@ -12,10 +12,11 @@ mod common;
 use common::on_cuda_with;
 use folder::Folder;
 use ldm::exec::Device;
-use ldm::io::{Checkpoint, png::read_rgb8};
+use ldm::io::{Checkpoint, ModelFolder, png::read_rgb8};
+use ldm::pipeline::{Pipeline, Request};
 use ldm::train::Kind;
 use program::{Outcome, ldm, text};
-use runs::{check_kills, curve, diffusion, first_stage, losses, near};
+use runs::{check_kills, curve, diffusion, first_stage, losses, near, same_steps};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
@@ -290,6 +291,57 @@ fn a_text_encoder_may_be_given() {
     }
 }
 
+/// A batch of several prompts or classes has the picture of each, with guidance and without.
+#[test]
+fn each_picture_of_a_batch_may_have_its_own_prompt() {
+    let cases = [
+        ("sd15-tiny", ["a red circle", "the sea at night"]),
+        ("ldm-tiny", ["a red circle", "the sea at night"]),
+        ("class-tiny", ["0", "2"]),
+    ];
+    for (model, words) in cases {
+        let folder = ModelFolder::open(folder::golden(model)).unwrap();
+        let pipeline = Pipeline::open(&folder, &Device::Cpu, None).unwrap();
+        let request = |prompts: &[&str], cfg_scale: f64, seed: u64| Request {
+            prompts: prompts.iter().map(|p| p.to_string()).collect(),
+            batch: 2,
+            steps: 2,
+            cfg_scale,
+            seed,
+            ..Request::default()
+        };
+        for guidance in [1.0, 3.0] {
+            let make = |r: &Request| pipeline.generate(r, &mut ()).unwrap();
+            let both = make(&request(&words, guidance, 5));
+            // What one picture is given must not reach the other: each as it is made alone.
+            let alone = [0, 1].map(|i| {
+                let own = Request { batch: 1, ..request(&words[i..=i], guidance, 5 + i as u64) };
+                make(&own).remove(0)
+            });
+            for (i, (a, b)) in both.iter().zip(&alone).enumerate() {
+                let off = a.rgb.iter().zip(&b.rgb).map(|(a, b)| a.abs_diff(*b)).max();
+                assert!(
+                    off <= Some(1) && a.seed == b.seed,
+                    "{model}, guidance {guidance}, {i}: off by {off:?}"
+                );
+            }
+            let turned = make(&request(&[words[1], words[0]], guidance, 5));
+            assert!(
+                both[0].rgb != turned[0].rgb && both[1].rgb != turned[1].rgb,
+                "{model}: the words do nothing"
+            );
+        }
+        for wrong in [&[words[0]][..], &[words[0], words[1], words[0]]] {
+            for guidance in [1.0, 3.0] {
+                let e = pipeline.generate(&request(wrong, guidance, 5), &mut ()).unwrap_err().to_string();
+                let say =
+                    format!("prompts: want one for each of the 2 pictures, or none; got {}", wrong.len());
+                assert!(e.contains(&say), "{model}: {e}");
+            }
+        }
+    }
+}
+
 #[test]
 fn settings_that_do_not_go_together_are_refused() {
     let f = Folder::new();
@@ -322,6 +374,24 @@ fn settings_that_do_not_go_together_are_refused() {
         let o = diffusion(&first, &f.path("run"), more);
         assert!(o.code == 2 && o.err.contains(say), "{more:?}: {}", o.err);
         assert!(!f.path("run").exists(), "{more:?}");
+    }
+}
+
+/// Each batch of a step has its own classes or captions.
+#[test]
+fn a_step_of_two_batches_has_the_conditions_of_one_that_is_twice_as_large() {
+    let f = Folder::new();
+    let first = first_stage(&f);
+    for (name, kind) in [("class", CLASSES), ("bert", BERT)] {
+        let [whole, parts] = ["whole", "parts"].map(|half| f.path(&format!("{name}-{half}")));
+        let own = ["steps=2", "checkpoint.every=1", "conditioning.drop=0.5"];
+        for (run, how) in
+            [(&whole, ["batch_size=4", "accumulate=1"]), (&parts, ["batch_size=2", "accumulate=2"])]
+        {
+            let o = diffusion(&first, run, &[kind, &own, &how].concat());
+            assert_eq!(o.code, 0, "{name}: {}", o.err);
+        }
+        same_steps(name, &whole, &parts);
     }
 }
 

@@ -80,6 +80,58 @@ fn a_run_takes_what_info_says() {
     }
 }
 
+/// Each phase of a run is the largest of some run here: the run takes what was said before it, and not much less.
+#[test]
+fn a_training_run_takes_no_more_than_it_says() {
+    let f = Folder::new();
+    let run = |kind: &str, name: &str, most: &str, more: &[&str]| {
+        let out = f.path(name);
+        let start = ["train", kind, "-o", out.to_str().unwrap(), "--device", "cpu", "-t", "2", "steps=2"];
+        let text = ldm(&[&start[..], &["optimiser.warmup=0", "log_every=1"], more].concat());
+        let (real, said) = (number(&text, "memory: "), number(&text, "at the peak, "));
+        println!("{name}: {real} bytes taken, {said} said\n{text}");
+        assert!(text.contains(&format!("at the most, for {most}: ")), "{name}: {text}");
+        assert!(said >= real, "{name}: {said} bytes were said and {real} taken\n{text}");
+        // What the process takes for itself is said for larger ones than this.
+        assert!(
+            said <= real + real / 4 + (24 << 20),
+            "{name}: {said} bytes were said and {real} taken\n{text}"
+        );
+    };
+    let vae = [
+        "model.block_out_channels=[16,32]",
+        "model.norm_num_groups=4",
+        "model.mid_block_add_attention=false",
+    ];
+    let autoencoder = |name: &str, most: &str, more: &[&str]| {
+        run("autoencoder", name, most, &[&vae[..], more].concat());
+    };
+    autoencoder("first", "a step", &["data.size=64", "batch_size=8", "sample.every=0"]);
+    autoencoder("shown", "pictures", &["data.size=64", "batch_size=1", "sample={every=2, count=64}"]);
+    let wide = ["data.size=32", "batch_size=1", "sample.every=0", "model.block_out_channels=[64,64]"];
+    autoencoder("stage", "a checkpoint", &wide);
+    let stage = |name: &str| format!("first_stage.path={}", f.path(name).display());
+    let given = format!("model.text_encoder.path={}", golden("sd15-tiny").display());
+    let diffusion = |name: &str, most: &str, more: &[&str]| {
+        let unet = ["model.unet.norm_num_groups=4", "model.unet.attention_head_dim=2"];
+        run("diffusion", name, most, &[&unet[..], more].concat());
+    };
+    let (first, stage, small) = (stage("first"), stage("stage"), "model.unet.block_out_channels=[8,16]");
+    // The UNet with its moments, and a copy of them all; pictures far larger than a step's; and the encoder, which sees whole
+    // batches of pictures, once, or each time.
+    let plain = ["data.size=32", "batch_size=1", "sample.every=0", &first, &given];
+    diffusion("wide", "a checkpoint", &[&plain[..], &["model.unet.block_out_channels=[128,256]"]].concat());
+    diffusion(
+        "drawn",
+        "pictures",
+        &["data.size=128", "batch_size=1", "sample={every=2, steps=1}", small, &first],
+    );
+    let large = ["data.size=64", "batch_size=8", "sample.every=0", small, &stage];
+    let none = ["data.count=8", "conditioning.kind=none", "model.unet.attention_head_dim=8"];
+    diffusion("kept", "the latents of all pictures", &[&large[..], &none].concat());
+    diffusion("live", "the first stage", &[&large[..], &[&*given]].concat());
+}
+
 #[test]
 fn what_would_fit_is_named() {
     let f = Folder::new();

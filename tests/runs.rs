@@ -16,7 +16,7 @@ use ldm::io::{Checkpoint, png::read_rgb8};
 use ldm::tensor::DType;
 use ldm::train::Kind;
 use program::{Outcome, ldm, text};
-use runs::{curve, near};
+use runs::{curve, near, same_steps};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
@@ -230,25 +230,7 @@ fn a_step_of_two_batches_is_a_step_of_one_that_is_twice_as_large() {
             let o = train(kind, run, &[own, &steps, &how].concat());
             assert_eq!(o.code, 0, "{name}: {}", o.err);
         }
-        let near = |a: &(u64, f64), b: &(u64, f64)| (a.1 - b.1).abs() <= 2e-5 * a.1.abs();
-        let [a, b] = [&whole, &parts].map(|run| losses(run));
-        assert!(a.len() == 2 && a.iter().zip(&b).all(|(a, b)| near(a, b)), "{name}: {a:?}, {b:?}");
-        // The first moments are the gradient of the first step, but for a factor.
-        let [a, b] = [&whole, &parts]
-            .map(|run| Checkpoint::open(run.join("checkpoints/step-00000001.safetensors")).unwrap());
-        assert_eq!(a.names().collect::<Vec<_>>(), b.names().collect::<Vec<_>>(), "{name}");
-        let norm = |x: &[f32]| x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
-        let moments = || a.names().filter(|n| n.starts_with("m.")).map(|n| (n, a.read_f32(n).unwrap()));
-        let all = moments().map(|(_, m)| norm(&m).powi(2)).sum::<f64>().sqrt();
-        for (tensor, x) in moments() {
-            let y = b.read_f32(tensor).unwrap();
-            let off = norm(&x.iter().zip(&y).map(|(x, y)| x - y).collect::<Vec<_>>());
-            assert!(
-                off <= 1e-4 * (norm(&x) + 1e-3 * all),
-                "{name}: {tensor}: off by {off:e} of {:e}",
-                norm(&x)
-            );
-        }
+        same_steps(name, &whole, &parts);
     }
 }
 

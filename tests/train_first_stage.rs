@@ -27,6 +27,8 @@ struct Subject {
     weights: Checkpoint,
     vae: Vae,
     loss: FirstStageLoss,
+    /// It sees what the recorded steps see: pictures of 2×2 squares of −1 or 1, and a quarter of the noise.
+    steps: bool,
 }
 
 fn adversary(kind: Gan, weight: f64) -> Option<Adversary> {
@@ -42,6 +44,7 @@ fn kl() -> Subject {
         weights: Checkpoint::open(folder).unwrap(),
         vae: Vae::Kl(model),
         loss: FirstStageLoss { adversary: adversary(Gan::Hinge, 0.5), ..FirstStageLoss::default() },
+        steps: false,
     }
 }
 
@@ -57,6 +60,7 @@ fn vq(record: &str, kind: Gan, legacy: bool) -> Subject {
             codebook: Codebook { weight: 1.0, beta: 0.25, legacy },
             ..FirstStageLoss::default()
         },
+        steps: false,
     }
 }
 
@@ -84,6 +88,31 @@ impl Subject {
         self.record.read(name, DType::F32).unwrap()
     }
 
+    /// An input (B,H,W,C) of the losses.
+    fn seen(&self, name: &str) -> HostTensor {
+        let x = self.read(name);
+        if !self.steps {
+            return x;
+        }
+        let (shape, values) = (x.shape(), x.to_f32());
+        let [b, h, w, c] = [shape[0], shape[1], shape[2], shape[3]];
+        let square = |i: usize| if name == "x" { i / 8 * 8 } else { i };
+        let mut seen = vec![];
+        for i in 0..b * (h / 2) * (w / 2) * c {
+            let (image, row, column) =
+                (i / c / (w / 2) / (h / 2), i / c / (w / 2) % (h / 2), i / c % (w / 2));
+            let v = values[((image * h + square(row)) * w + square(column)) * c + i % c];
+            seen.push(if name != "x" {
+                v
+            } else if v < 0.0 {
+                -1.0
+            } else {
+                1.0
+            });
+        }
+        HostTensor::f32([b, h / 2, w / 2, c], seen).unwrap()
+    }
+
     fn number(&self, name: &str) -> f64 {
         self.read(name).to_f64()[0]
     }
@@ -92,7 +121,7 @@ impl Subject {
     fn graph(&self) -> (Graph, ldm::graph::Var) {
         let mut g = Graph::new();
         g.train(true);
-        let image = g.input("image", DType::F32, self.read("x").shape());
+        let image = g.input("image", DType::F32, self.seen("x").shape());
         (g, image)
     }
 
@@ -100,17 +129,22 @@ impl Subject {
     fn inputs(&self) -> Vec<(&'static str, HostTensor)> {
         let batch = self.read("x").shape()[0];
         let mut all = vec![
-            ("image", self.read("x")),
+            ("image", self.seen("x")),
             ("weights", HostTensor::f32([batch], vec![1.0; batch]).unwrap()),
             ("discriminator.factor", HostTensor::f32([1], vec![1.0]).unwrap()),
         ];
-        all.extend(matches!(self.vae, Vae::Kl(_)).then(|| ("noise", self.read("noise"))));
+        all.extend(matches!(self.vae, Vae::Kl(_)).then(|| ("noise", self.seen("noise"))));
         all
     }
 
     /// The first value of a parameter, in the axes of the engine.
     fn held(&self, name: &str, layout: Layout, shape: Shape) -> HostTensor {
         let x = match name.strip_prefix("discriminator.") {
+            // Verdicts as small as at the start of a run.
+            Some(own @ "main.8.weight") if self.steps => {
+                let x = self.read(&format!("start.{own}"));
+                HostTensor::f32(x.shape(), x.to_f32().iter().map(|v| 0.125 * v).collect()).unwrap()
+            }
             Some(own) => self.read(&format!("start.{own}")),
             None => self.weights.read(name, DType::F32).unwrap(),
         };
@@ -271,14 +305,19 @@ fn trainer(subject: &Subject, how: &Optimiser) -> Trainer {
     trainer
 }
 
-/// The losses of both sides over steps, and the running statistics after them.
+/// The losses of both sides over a hundred steps of Adam from PyTorch's weights, data and noise, and the running statistics
+/// after them, within 1e-4, or three times what PyTorch's two threads differ from its one by. Rounding decides on which side of
+/// a kink (L1, hinge, leaky ReLU, nearest code) a value is, and whole runs part there: see `tools/golden_train.py`, which has
+/// looked for a start from which PyTorch's own runs stay together.
 fn check_curve(subject: fn() -> Subject) {
-    let subject = subject();
+    let subject = Subject { steps: true, ..subject() };
     let note = |key: &str| subject.record.metadata()[key].parse::<f64>().unwrap();
     let mut trainer = trainer(&subject, &how(&subject));
-    let bound = f64::max(1e-4, 3.0 * note("differs"));
+    let bound = f64::max(1e-4, 3.0 * note("threads"));
     let mut worst: f64 = 0.0;
-    for (step, theirs) in subject.read("curve").to_f64().chunks(2).enumerate() {
+    let curve = subject.read("curve").to_f64();
+    assert_eq!(curve.len(), 2 * 100);
+    for (step, theirs) in curve.chunks(2).enumerate() {
         subject.loss.at_step(&mut trainer).unwrap();
         let report = trainer.step(note("rate"), 0.0).unwrap();
         let ours = [f64::from(report.loss), trainer.read("discriminator.loss").unwrap().to_f64()[0]];
@@ -287,7 +326,12 @@ fn check_curve(subject: fn() -> Subject) {
             worst = worst.max((ours - theirs).abs() / theirs.abs());
         }
     }
-    println!("losses: worst {worst:e}, bound {bound:e}");
+    let (first, last) = (&curve[..2], &curve[198..]);
+    println!(
+        "losses {first:?} to {last:?}: worst {worst:e}, bound {bound:e}; PyTorch's own {:?}",
+        ["threads", "exact"].map(note)
+    );
+    assert!(last[0] < 0.7 * first[0], "the losses hardly move: {first:?} to {last:?}");
     let batch_norms = subject.loss.adversary.as_ref().is_some_and(|a| a.model.norm == PatchNorm::Batch);
     assert_eq!(trainer.others().len(), if batch_norms { 4 } else { 0 });
     for name in trainer.others() {

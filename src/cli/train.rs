@@ -2,6 +2,7 @@
 
 use super::{DeviceFlags, print};
 use crate::error::{Error, Result};
+use crate::exec::{Device, peak};
 use crate::train::{Kind, Settings, Standing, Watch, run as train};
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -87,6 +88,9 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     bar.finish();
     if summary.loss.is_none() {
         bar.say("nothing was left to do; steps=N makes the run longer");
+    }
+    if let (Device::Cpu, Some(peak)) = (&device, peak()) {
+        bar.say(&format!("memory: {peak} bytes at the peak, {} planned", summary.planned));
     }
     print(&format!("{}\n", summary.export.display()))?;
     Ok(ExitCode::SUCCESS)

@@ -304,7 +304,8 @@ impl UNet2DCondition {
         conv3x3(g, "conv_out", h, self.out_channels)
     }
 
-    /// One forward pass: `sample` (B,H,W,C), `timestep` (1), `context` (B,S,E), all f32, to `out` (B,H,W,O) f32.
+    /// One forward pass: `sample` (B,H,W,C), `timestep` (1), `context` (B,S,E) where the UNet has one, all f32, to `out`
+    /// (B,H,W,O) f32.
     ///
     /// # Errors
     /// As [`UNet2DCondition::build`].
@@ -312,10 +313,10 @@ impl UNet2DCondition {
         let mut g = Graph::new();
         let x = g.input("sample", DType::F32, [b, h, w, self.in_channels]);
         let t = g.input("timestep", DType::F32, [1]);
-        let context = g.input("context", DType::F32, [b, tokens, self.context]);
+        let context = (self.context > 0).then(|| g.input("context", DType::F32, [b, tokens, self.context]));
         let x = cast(&mut g, "sample", x, dtype, 1.0)?;
-        let context = cast(&mut g, "context", context, dtype, 1.0)?;
-        let y = self.build(&mut g, x, (t, None), context)?;
+        let context = context.map(|v| cast(&mut g, "context", v, dtype, 1.0)).transpose()?;
+        let y = self.body(&mut g, x, (t, None), context)?;
         let y = cast(&mut g, "out", y, DType::F32, 1.0)?;
         g.output("out", y);
         Ok(g)

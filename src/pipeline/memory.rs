@@ -27,11 +27,11 @@ pub struct Stage {
 
 impl Stage {
     /// Bytes on the device; on a CPU all there are.
-    fn on(&self, device: &Device) -> usize {
+    fn on(&self, target: Target) -> usize {
         let device_bytes = self.weights.saturating_add(self.arena);
-        match device {
-            Device::Cpu => device_bytes.saturating_add(self.scratch).saturating_add(self.host),
-            Device::Cuda(_) => device_bytes,
+        match target {
+            Target::Cpu => device_bytes.saturating_add(self.scratch).saturating_add(self.host),
+            Target::Cuda => device_bytes,
         }
     }
 }
@@ -60,12 +60,17 @@ pub struct Estimate {
 impl Estimate {
     /// The stage that takes most on a device.
     pub fn peak_stage(&self, device: &Device) -> Option<&Stage> {
-        self.stages.iter().max_by_key(|s| s.on(device))
+        self.stages.iter().max_by_key(|s| s.on(device.into()))
+    }
+
+    /// Bytes that a run takes at its peak beside the process itself.
+    pub fn beyond_process(&self, target: Target) -> usize {
+        self.stages.iter().map(|s| s.on(target)).max().unwrap_or(0)
     }
 
     /// Bytes that a run takes at its peak: on a CPU by the whole process, on a GPU there.
     pub fn peak(&self, device: &Device) -> usize {
-        let most = self.peak_stage(device).map_or(0, |s| s.on(device));
+        let most = self.beyond_process(device.into());
         if matches!(device, Device::Cpu) { most.saturating_add(self.process) } else { most }
     }
 }

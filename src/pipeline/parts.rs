@@ -5,7 +5,7 @@ use super::blueprint::{scheduler, vae_name};
 use crate::error::{Error, Result};
 use crate::exec::{Device, Weights};
 use crate::io::{Config, ModelFolder};
-use crate::models::{AnyModel, ClipText, Conditioner, Inventory, Model, UNet2DCondition};
+use crate::models::{AnyModel, ClipText, Conditioner, Inventory, Model, UNet2D, UNet2DCondition};
 use crate::presets::Preset;
 use crate::samplers::ScheduleConfig;
 use crate::tensor::DType;
@@ -15,7 +15,7 @@ use crate::tensor::DType;
 pub struct Parts {
     /// The text encoder, or the table of classes.
     pub text: Option<Conditioner>,
-    /// The UNet.
+    /// The UNet; one without a condition has a context of width 0.
     pub unet: Option<UNet2DCondition>,
     /// The autoencoder.
     pub vae: Option<Vae>,
@@ -70,10 +70,11 @@ impl Parts {
             Some(AnyModel::LdmBert(m)) => self.text = Some(Conditioner::Bert(m)),
             Some(AnyModel::ClassEmbedder(m)) => self.text = Some(Conditioner::Class(m)),
             Some(AnyModel::UNet2DCondition(m)) => self.unet = Some(m),
+            Some(AnyModel::UNet2D(m)) => self.unet = Some(m.into()),
             Some(AnyModel::AutoencoderKL(m)) => self.vae = Some(Vae::Kl(m)),
             Some(AnyModel::VQModel(m)) => self.vae = Some(Vae::Vq(m)),
-            // No parts of a pipeline from text.
-            Some(AnyModel::UNet2D(_) | AnyModel::NLayerDiscriminator(_) | AnyModel::Lpips(_)) | None => {}
+            // No parts of a pipeline.
+            Some(AnyModel::NLayerDiscriminator(_) | AnyModel::Lpips(_)) | None => {}
         }
         Ok(())
     }
@@ -91,7 +92,8 @@ impl Parts {
     /// # Errors
     /// [`Error::Invalid`] where there is none that the engine runs.
     pub fn unet(&self) -> Result<&UNet2DCondition> {
-        self.unet.as_ref().ok_or_else(|| self.missing("unet", UNet2DCondition::CLASSES))
+        let classes = [UNet2DCondition::CLASSES, UNet2D::CLASSES].concat();
+        self.unet.as_ref().ok_or_else(|| self.missing("unet", &classes))
     }
 
     /// The autoencoder, or what there is instead.

@@ -5,6 +5,7 @@ use super::first_stage::{DISCRIMINATOR, initial_discriminator};
 use super::frozen::{give_back, reconstructed};
 use super::grid::Tiles;
 use super::initial;
+use super::memory::{Beside, Load, image, loaded};
 use super::run::{Task, Watch, note, rows};
 use super::settings::{AutoencoderSettings, Settings};
 use super::source::{Stream, Subject, normal};
@@ -12,7 +13,7 @@ use super::step::Trainer;
 use crate::data::loader::{Loader, Options};
 use crate::data::source::Source;
 use crate::error::{Error, Result};
-use crate::exec::{Device, Program, Weights};
+use crate::exec::{Device, Program, Target, Weights};
 use crate::graph::Graph;
 use crate::io::Checkpoint;
 use crate::models::PatchNorm;
@@ -80,6 +81,11 @@ impl Autoencoder {
         Ok(())
     }
 
+    /// Pictures that show how far the run is.
+    fn tiles(&self) -> usize {
+        self.subject.len().unwrap_or(u64::MAX).min(self.settings.sample.count as u64) as usize
+    }
+
     fn latents(&self, batch: usize) -> [usize; 4] {
         let (codec, side) = (self.own.model.codec(), self.settings.data.size);
         [batch, side / codec.factor(), side / codec.factor(), codec.latent_channels]
@@ -101,6 +107,21 @@ impl Task for Autoencoder {
             term.load(&Checkpoint::open(path)?, self.settings.dtype, &mut weights)?;
         }
         Ok(weights)
+    }
+
+    fn beside(&self, target: Target) -> Result<Beside> {
+        let (s, side, model) = (&self.settings, self.settings.data.size, &self.own.model);
+        let noise = self.latents(s.pictures()).iter().product::<usize>() * size_of::<f32>();
+        let n = self.tiles();
+        let (program, running) = Load::program(&reconstructed(model, [n, side, side])?, target)?;
+        // As bytes and in f32, of what goes in and what comes out.
+        let pixels = 2 * image(n, side) + image(n, side) / 2;
+        Ok(Beside {
+            // The rows of a batch are copied out of those of a step.
+            held: Load::host(loaded(s.pictures(), side) + 2 * (image(s.pictures(), side) + noise)),
+            pictures: program.and(running).and(Load::host(pixels)),
+            ..Beside::default()
+        })
     }
 
     fn begin(&mut self, trainer: &mut Trainer) -> Result<()> {
@@ -168,7 +189,7 @@ impl Task for Autoencoder {
     /// Pictures above, their reconstructions (for KL from the mean of the code) below.
     fn grid(&self, trainer: &Trainer, _: &Path, device: &Device) -> Result<Tiles> {
         let (side, model) = (self.settings.data.size, &self.own.model);
-        let n = (self.subject.len().unwrap_or(u64::MAX)).min(self.settings.sample.count as u64) as usize;
+        let n = self.tiles();
         let weights = trainer.weights("", self.settings.average.is_some(), DType::F32)?;
         let mut program = Program::new(reconstructed(model, [n, side, side])?, &weights, device)?;
         let mut pixels = vec![];

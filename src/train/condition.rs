@@ -1,12 +1,13 @@
 //! What a diffusion run is conditioned on: captions, through a text encoder and its tokenizer, classes, or nothing.
 
 use super::export;
+use super::memory::Load;
 use super::run::{Watch, note};
 use super::settings::{Conditioned, GivenEncoder, Settings, TextKind};
 use super::source::Subject;
 use super::step::Trainer;
 use crate::error::{Error, Result};
-use crate::exec::{Device, Program};
+use crate::exec::{Device, Program, Target};
 use crate::io::{Checkpoint, Config, Labels, Tokenizer, vocabulary, wordpiece};
 use crate::models::{ClassEmbedder, Conditioner, Inventory, Model, Source};
 use crate::pipeline::{Request, load, tokenizer_for};
@@ -116,6 +117,21 @@ impl Condition {
     /// What is trained with the UNet; `None` where that gets a context, or none.
     pub(super) fn trained(&self) -> Option<&Conditioner> {
         (self.frozen.is_none() && self.model != Conditioner::Nothing).then_some(&self.model)
+    }
+
+    /// The memory of a text encoder that stays as it is, and of the tokenizer: as long as they are there, and in a step.
+    pub(super) fn memory(&self, batch: usize, target: Target) -> Result<[Load; 2]> {
+        // A tokenizer holds each of its words a few times (measured).
+        let words = match &self.words {
+            Words::Captions { .. } => self.model.vocabulary() * 400,
+            Words::Classes(_) | Words::Nothing => 0,
+        };
+        if self.frozen.is_none() {
+            return Ok([Load::host(words), Load::default()]);
+        }
+        let graph = self.model.context_graph(batch, self.length(), DType::F32, 0)?;
+        let (stays, runs) = Load::program(&graph, target)?;
+        Ok([stays.and(Load::host(words)), runs])
     }
 
     /// Weights to begin with, by the names of the step's parameters.

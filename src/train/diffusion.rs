@@ -6,6 +6,7 @@ use super::export;
 use super::frozen::FirstStage;
 use super::grid::Tiles;
 use super::latents::{Latents, draw, dropped};
+use super::memory::{Beside, Load, image, loaded};
 use super::objective::Levels;
 use super::run::{Task, Watch, note};
 use super::settings::{DiffusionSettings, Settings};
@@ -14,12 +15,12 @@ use super::step::{Trainer, blocks, update};
 use super::{initial, is_zero_module};
 use crate::data::loader::Options;
 use crate::error::{Error, Result};
-use crate::exec::Device;
+use crate::exec::{Device, Target};
 use crate::graph::{Graph, Var};
 use crate::io::ModelFolder;
 use crate::models::{Conditioner, UNet2DCondition};
 use crate::ops::{Loss, cast};
-use crate::pipeline::{Pipeline, Request};
+use crate::pipeline::{Blueprint, Pipeline, Request, Residency};
 use crate::tensor::{DType, HostTensor};
 use serde_json::json;
 use std::collections::HashMap;
@@ -173,6 +174,60 @@ impl Task for Diffusion {
         let again = if self.settings.recompute { blocks(&g) } else { vec![] };
         update(&mut g, loss, &self.settings.optimiser, &again)?;
         Ok(g)
+    }
+
+    fn beside(&self, target: Target) -> Result<Beside> {
+        let (s, first) = (&self.settings, self.first());
+        let (n, side, float) = (s.pictures(), s.data.size, size_of::<f32>());
+        let [words, listening] = self.condition.memory(s.batch, target)?;
+        let [opening, encoder, encoding] = first.encoder_memory(s.batch, side, target)?;
+        let moments = |n: usize| n * (side / first.factor()).pow(2) * first.moments() * float;
+        let (before, latents, asking) = match &self.latents {
+            Latents::Live { .. } => {
+                // Twice, where the scale is measured on the batch that the first step takes again.
+                let ahead = Load::host(loaded(n, side));
+                let twice = opening.and(encoder).and(encoding).and(ahead).and(ahead);
+                (("the first stage", twice), encoder.and(ahead), encoding.and(Load::host(image(n, side))))
+            }
+            Latents::Kept { ids, .. } => {
+                // All that is said; then it is in the file, which is mapped. Ids have a vector each, and a copy on the way.
+                let each =
+                    moments(1) + self.condition.length() * size_of::<i32>() + 2 * size_of::<Vec<i32>>();
+                let all = Load::host(ids.len() * each);
+                let made = opening.and(encoding).and(all).and(all).and(Load::host(3 * image(n, side)));
+                (("the latents of all pictures", made), all, Load::default())
+            }
+        };
+        let latent = self.shape(n).iter().product::<usize>() * float;
+        let context = n * self.condition.length() * self.own.unet.context * float;
+        // Draw, noise, offset, noisy latents, targets, and the rows of a batch; of contexts two.
+        let own = Load::host(moments(n) + 8 * latent + 2 * context);
+        let blueprint = Blueprint {
+            condition: self.condition.model.clone(),
+            classes: None,
+            unet: self.own.unet.clone(),
+            vae: first.vae.clone(),
+            schedule: self.own.schedule.clone(),
+            scheduler: self.own.schedule_config["_class_name"].as_str().unwrap_or_default().into(),
+        };
+        let r = Request { steps: s.sample.steps, cfg_scale: s.sample.guidance, ..Request::default() };
+        // Where none can be drawn, the run says so when it comes to it, and goes on.
+        let drawn = blueprint.estimate(&r, DType::F32, Residency::Always, target);
+        let drawn = drawn.map_or(0, |e| e.beyond_process(target));
+        // With a tokenizer of its own.
+        let pictures = Load { device: drawn, host: words.host };
+        Ok(Beside {
+            before: Some((before.0, before.1.and(words))),
+            held: words.and(latents).and(own),
+            // One after the other.
+            asking: Load {
+                device: listening.device.max(asking.device),
+                host: listening.host.max(asking.host),
+            },
+            // The first stage is written in one piece, from a file that is mapped.
+            export: Load::host(3 * first.vae.inventory(DType::F32)?.bytes()),
+            pictures,
+        })
     }
 
     fn begin(&mut self, trainer: &mut Trainer) -> Result<()> {

@@ -1,8 +1,9 @@
 //! A trained first stage: the frozen one of a diffusion run, pictures to latents; and pictures as it gives them back.
 
 use super::grid::bytes;
+use super::memory::Load;
 use crate::error::{Error, Result};
-use crate::exec::{Device, Program, Weights};
+use crate::exec::{Device, Program, Target, Weights};
 use crate::graph::Graph;
 use crate::io::{Checkpoint, Config};
 use crate::models::{AutoencoderKL, Model, VQModel};
@@ -103,13 +104,27 @@ impl FirstStage {
     /// # Errors
     /// When its weights cannot be read, or memory runs out.
     pub(super) fn encoder(&self, batch: usize, side: usize, device: &Device) -> Result<Encoder> {
-        let size = [batch, side, side];
-        let (graph, output) = match &self.vae {
-            Vae::Kl(m) => (m.encode_graph(size, DType::F32)?, "moments"),
-            Vae::Vq(m) => (m.encode_graph(size, DType::F32)?, "latents"),
-        };
+        let (graph, output) = self.encoder_graph(batch, side)?;
         let weights = load(Checkpoint::open(&self.path)?, &self.vae.inventory(DType::F32)?, device)?;
         Ok(Encoder { program: Program::new(graph, &weights, device)?, output, side, batch })
+    }
+
+    /// The memory of [`FirstStage::encoder`]: while its weights are read, then as long as it is there, and while it runs.
+    ///
+    /// # Errors
+    /// When the size does not fit.
+    pub(super) fn encoder_memory(&self, batch: usize, side: usize, target: Target) -> Result<[Load; 3]> {
+        let (stays, runs) = Load::program(&self.encoder_graph(batch, side)?.0, target)?;
+        let whole = self.vae.inventory(DType::F32)?.bytes();
+        Ok([stays.and(Load { device: whole, host: 0 }), stays, runs])
+    }
+
+    fn encoder_graph(&self, batch: usize, side: usize) -> Result<(Graph, &'static str)> {
+        let size = [batch, side, side];
+        Ok(match &self.vae {
+            Vae::Kl(m) => (m.encode_graph(size, DType::F32)?, "moments"),
+            Vae::Vq(m) => (m.encode_graph(size, DType::F32)?, "latents"),
+        })
     }
 
     /// Latents, not scaled, of one picture from what the encoder says of it and from noise of a latent's length.

@@ -10,6 +10,7 @@ mod frozen;
 mod grid;
 mod init;
 mod latents;
+mod memory;
 mod objective;
 mod perceptual;
 mod rates;

@@ -3,14 +3,14 @@
 use super::autoencoder::Autoencoder;
 use super::average_decay;
 use super::diffusion::Diffusion;
-use super::first_stage::DISCRIMINATOR;
 use super::grid::Tiles;
+use super::memory::{Beside, Plan};
 use super::settings::{Parts, Settings};
 use super::step::Trainer;
 use super::store::Store;
 use crate::error::{Error, Result};
-use crate::exec::{Device, Program, Target, Weights, human_bytes};
-use crate::graph::{Graph, Origin};
+use crate::exec::{Device, Target, Weights};
+use crate::graph::Graph;
 use crate::tensor::{DType, HostTensor, Shape, Spec};
 use serde_json::json;
 use std::collections::{BTreeSet, HashMap};
@@ -25,6 +25,8 @@ pub(super) trait Task {
     fn frozen(&self, device: &Device) -> Result<Weights> {
         Ok(Weights::new(device))
     }
+    /// The memory that it takes beside the step.
+    fn beside(&self, target: Target) -> Result<Beside>;
     /// Sets what a run starts with: parameters, and other states that do not start at zero.
     fn begin(&mut self, trainer: &mut Trainer) -> Result<()>;
     /// The inputs of step n = 0, 1, … with a row for each picture of all its batches; asked for in order.
@@ -91,6 +93,8 @@ pub struct Summary {
     pub loss: Option<f64>,
     /// What was exported.
     pub export: PathBuf,
+    /// Bytes that the run was said to take at the most: on a CPU by the whole process, on a GPU there.
+    pub planned: usize,
 }
 
 /// Trains in `folder`: from the start, or with `resume` from the last checkpoint there, if there is one.
@@ -124,7 +128,8 @@ pub fn run(
         Parts::Diffusion(own) => Box::new(Diffusion::start(s, own, folder, (step, &notes), device, watch)?),
     };
     let graph = task.graph()?;
-    watch.say(&plan(&graph, device)?);
+    let plan = Plan::new(&graph, s, &task.beside(device.into())?, device.into())?;
+    watch.say(&plan.describe());
     let mut trainer = Trainer::new(graph, &s.optimiser, &task.frozen(device)?, device)?;
     match &last {
         Some((step, c)) => trainer.resume(*step, |name| c.read(name, DType::F32))?,
@@ -134,30 +139,7 @@ pub fn run(
     let loss = steps(s, task.as_mut(), &mut trainer, (&mut store, folder), device, watch)?;
     let export = folder.join("export");
     task.export(&trainer, &export)?;
-    Ok(Summary { loss, export })
-}
-
-/// What the run takes on the device, in a line.
-fn plan(graph: &Graph, device: &Device) -> Result<String> {
-    let m = Program::measure(graph, Target::from(device))?;
-    let count = |judge: bool| {
-        let own = graph.parameters().iter().filter(|p| !judge || p.name.starts_with(DISCRIMINATOR));
-        own.map(|p| graph.shape(p.state).numel()).sum::<usize>()
-    };
-    let judge = match count(true) {
-        0 => String::new(),
-        n => format!(", {n} of them the discriminator's"),
-    };
-    let n = count(false);
-    let sums = graph.values().iter().any(|v| v.origin == Origin::State && v.name.starts_with("sum."));
-    let sums = if sums { ", sums of gradients among them" } else { "" };
-    Ok(format!(
-        "{n} parameters{judge}; {} planned: {} of weights, moments and averages{sums}, {} of values and gradients, {} beside them",
-        human_bytes(m.weights + m.states + m.arena + m.scratch),
-        human_bytes(m.weights + m.states),
-        human_bytes(m.arena),
-        human_bytes(m.scratch)
-    ))
+    Ok(Summary { loss, export, planned: plan.peak() })
 }
 
 /// Rows n · batch, …, (n + 1) · batch − 1 of a tensor.

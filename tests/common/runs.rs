@@ -4,6 +4,7 @@
 use super::folder::Folder;
 use super::program::{Outcome, ldm, text};
 use ldm::exec::Device;
+use ldm::io::Checkpoint;
 use ldm::rng::Small;
 use ldm::train::{Kind, Settings, Standing, Watch};
 use serde_json::Value;
@@ -56,6 +57,26 @@ pub fn diffusion(first: &Path, run: &Path, more: &[&str]) -> Outcome {
 pub fn losses(run: &Path) -> Vec<f64> {
     let lines = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     lines.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["loss"].as_f64().unwrap()).collect()
+}
+
+/// The losses of two steps, and the gradients of the first, of two runs that take the same pictures in other batches: within rounding.
+pub fn same_steps(name: &str, whole: &Path, parts: &Path) {
+    let [a, b] = [whole, parts].map(losses);
+    let near = |a: f64, b: f64| (a - b).abs() <= 2e-5 * a.abs();
+    assert!(a.len() == 2 && a.iter().zip(&b).all(|(a, b)| near(*a, *b)), "{name}: {a:?}, {b:?}");
+    // The first moments are the gradient of the first step, but for a factor.
+    let [a, b] = [whole, parts]
+        .map(|run| Checkpoint::open(run.join("checkpoints/step-00000001.safetensors")).unwrap());
+    assert_eq!(a.names().collect::<Vec<_>>(), b.names().collect::<Vec<_>>(), "{name}");
+    let norm = |x: &[f32]| x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+    let moments = || a.names().filter(|n| n.starts_with("m.")).map(|n| (n, a.read_f32(n).unwrap()));
+    let all = moments().map(|(_, m)| norm(&m).powi(2)).sum::<f64>().sqrt();
+    for (tensor, x) in moments() {
+        let y = b.read_f32(tensor).unwrap();
+        let off = norm(&x.iter().zip(&y).map(|(x, y)| x - y).collect::<Vec<_>>());
+        let most = 1e-4 * (norm(&x) + 1e-3 * all);
+        assert!(off <= most, "{name}: {tensor}: off by {off:e} of {:e}", norm(&x));
+    }
 }
 
 /// All files below a folder with their bytes.

@@ -121,6 +121,7 @@ impl Plan {
                 )));
             }
         }
+        let alone = parts.unet.as_ref().is_some_and(|unet| unet.context == 0);
         let mut plan = Plan {
             source,
             parts,
@@ -130,7 +131,8 @@ impl Plan {
             height,
             latent: [height / f, width / f],
             batch: a.batch_size,
-            guidance: a.cfg_scale,
+            // As in sampling: without a condition there is nothing to guide by.
+            guidance: if alone { 1.0 } else { a.cfg_scale },
             steps: a.steps,
             method: None,
             dtype,
@@ -206,7 +208,10 @@ impl Plan {
             Component::Text => vec![text(self.copies() * self.batch)?],
             Component::Step => vec![step()?],
             // As sampling does it: the prompts once for the whole batch, the decoder picture by picture.
-            Component::Pipeline => vec![text(self.copies())?, step()?, ("decoder", self.decoder(1)?, "vae")],
+            Component::Pipeline => {
+                let made = if self.parts.unet()?.context > 0 { vec![text(self.copies())?] } else { vec![] };
+                made.into_iter().chain([step()?, ("decoder", self.decoder(1)?, "vae")]).collect()
+            }
         })
     }
 
@@ -261,7 +266,9 @@ impl Plan {
                     let unet = self.parts.unet()?;
                     let context = Spec::new(DType::F32, [s.copies() * s.batch, s.tokens, unet.context]);
                     let mut run = Sampling::new(unet, &weights, device, (*method, ladder), s)?;
-                    run.set_context(&noise(context, 1)?)?;
+                    if unet.context > 0 {
+                        run.set_context(&noise(context, 1)?)?;
+                    }
                     if let Ok(spec) = run.program().spec("condition") {
                         run.set_condition(&noise(spec, 2)?)?;
                     }
