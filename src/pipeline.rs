@@ -155,7 +155,8 @@ impl Pipeline {
         let context = self.context(r, observer)?;
         let tokens = context.as_ref().map_or(0, |context| context.shape()[1]);
         let guidance = self.blueprint.guidance(r);
-        let settings = Settings { batch: r.batch, size, tokens, guidance, dtype: self.dtype };
+        let known = self.blueprint.blends(r);
+        let settings = Settings { batch: r.batch, size, tokens, guidance, known, dtype: self.dtype };
         if r.mask.as_ref().is_some_and(Mask::is_empty) {
             observer.warning("the mask has no white: nothing is drawn anew");
         }
@@ -173,6 +174,9 @@ impl Pipeline {
             }
             if let Some(beside) = &begin.beside {
                 run.set_condition(beside)?;
+            }
+            if let Some([mask, clean, hidden]) = &begin.known {
+                run.set_known(mask, clean, hidden)?;
             }
             run.start(&begin.state)?;
             if run.noises() > 0 {

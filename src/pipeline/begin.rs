@@ -18,6 +18,8 @@ pub(super) struct Begin {
     pub(super) noises: HostTensor,
     /// Channels beside the latents (K·B,h,w,X).
     pub(super) beside: Option<HostTensor>,
+    /// Mask (B,h,w,1), clean latents and their noise (B,h,w,Z), where known parts are put back after each step.
+    pub(super) known: Option<[HostTensor; 3]>,
 }
 
 /// The encoder, in tiles where the request asks for them.
@@ -65,7 +67,8 @@ impl Pipeline {
         let b = &self.blueprint;
         let ([h, w], z) = (b.latent_size(r)?, b.unet.out_channels);
         let (n, count, beside) = (h * w * z, table.noises, b.beside);
-        let whole = r.init.as_ref().filter(|_| !b.from_noise(r)).map(|init| pixels(init, None)).transpose()?;
+        let known = b.blends(r);
+        let whole = r.init.as_ref().filter(|_| known || !b.from_noise(r)).map(|init| pixels(init, None)).transpose()?;
         let masked = match (&r.init, &r.mask, beside) {
             (Some(init), Some(mask), Beside::Mask) => Some(pixels(init, Some(mask))?),
             _ => None,
@@ -77,6 +80,7 @@ impl Pipeline {
         let mut state = Vec::with_capacity(r.batch * n);
         let mut noises = vec![0.0; count.max(1) * r.batch * n];
         let mut channels = Vec::with_capacity(r.batch * h * w * beside.channels(z));
+        let (mut mask, mut all_clean, mut hidden) = (vec![], vec![], vec![]);
         for i in 0..r.batch {
             let mut generator = Generator::new(r.seed.wrapping_add(i as u64));
             let mut draw = || -> Result<HostTensor> {
@@ -88,11 +92,20 @@ impl Pipeline {
             };
             let clean = encode(&whole, &mut draw)?;
             let noise = draw()?.to_f32();
-            match clean {
-                None => state.extend(noise.iter().map(|e| e * table.noise_scale as f32)),
-                Some(clean) => {
+            match &clean {
+                Some(clean) if !b.from_noise(r) => {
                     let (alpha, sigma) = (ladder.steps[0].at.alpha as f32, ladder.steps[0].at.sigma as f32);
                     state.extend(clean.iter().zip(&noise).map(|(z, e)| alpha * z + sigma * e));
+                }
+                _ => state.extend(noise.iter().map(|e| e * table.noise_scale as f32)),
+            }
+            if let (true, Some(clean), Some(drawn)) = (known, clean, &r.mask) {
+                mask.extend(drawn.latents([h, w], b.vae.codec().factor()));
+                all_clean.extend(clean);
+                hidden.extend(noise);
+                // diffusers encodes the masked picture for these models too, and does not look at it.
+                if matches!(b.vae, Vae::Kl(_)) {
+                    draw()?;
                 }
             }
             match (beside, encode(&masked, &mut draw)?, &r.mask, &r.init) {
@@ -118,7 +131,13 @@ impl Pipeline {
                 Some(HostTensor::f32([copies * r.batch, h, w, x], channels.repeat(copies))?)
             }
         };
+        let tensor = |c: usize, data| HostTensor::f32([r.batch, h, w, c], data);
+        let known = match known {
+            true => Some([tensor(1, mask)?, tensor(z, all_clean)?, tensor(z, hidden)?]),
+            false => None,
+        };
         Ok(Begin {
+            known,
             state: HostTensor::f32([r.batch, h, w, z], state)?,
             noises: HostTensor::f32([count.max(1), r.batch, h, w, z], noises)?,
             beside,

@@ -72,12 +72,6 @@ impl Blueprint {
                 told("mask: this model enlarges a picture (super-resolution): want none")
             }
             (Beside::Nothing, None, Some(_)) => told("mask: want the picture that it is of (-i FILE)"),
-            (Beside::Nothing, Some(_), Some(_)) => told(&format!(
-                "mask: this model is not made for inpainting (its UNet has {} input channels, latents alone; one for \
-                 inpainting has {}); want none",
-                self.unet.in_channels,
-                2 * self.unet.out_channels + 1
-            )),
             _ => Ok(()),
         }?;
         let bytes = |what: &str, width: usize, height: usize, each: usize, got: usize| {
@@ -112,6 +106,11 @@ impl Blueprint {
     /// Factor between the autoencoder's latents and the sampler's.
     pub(super) fn scale(&self) -> f64 {
         if self.beside == Beside::Picture { 1.0 } else { self.vae.codec().scaling_factor }
+    }
+
+    /// Whether what is known of the picture is put back after each step: inpainting by a model that is not made for it.
+    pub(super) fn blends(&self, r: &Request) -> bool {
+        self.beside == Beside::Nothing && r.mask.is_some()
     }
 
     /// Whether a request begins with noise alone, and not with what is left of a picture.

@@ -361,7 +361,7 @@ impl Blueprint {
         let (method, schedule) = self.choose(r)?;
         let table = method.table(&method.ladder(&schedule, r.steps, 0)?)?;
         let (batch, tokens) = (r.batch, self.condition.tokens());
-        let s = Settings { batch, size, tokens, guidance: self.guidance(r), dtype };
+        let s = Settings { batch, size, tokens, guidance: self.guidance(r), known: self.blends(r), dtype };
         Ok((evaluation_graph(&self.unet, &table, &s)?, table.rows.len(), s))
     }
 
@@ -381,8 +381,11 @@ pub(super) fn scheduler(folder: &ModelFolder) -> Result<(String, ScheduleConfig)
     let text =
         std::fs::read_to_string(&path).map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?;
     let mut schedule = ScheduleConfig::from_text(&text, &path)?;
-    if folder.class().starts_with("StableDiffusion") {
-        // diffusers' pipelines overrule old configurations in these two, whatever they say.
+    // diffusers' pipelines overrule old configurations in these, whatever they say.
+    if folder.class() == "StableDiffusionInpaintPipeline" {
+        schedule.steps_offset = Some(1);
+        schedule.skip_prk = Some(true);
+    } else if folder.class().starts_with("StableDiffusion") {
         schedule.steps_offset = Some(1);
         schedule.clip_sample = Some(false);
     }

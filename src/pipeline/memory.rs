@@ -109,7 +109,8 @@ impl Blueprint {
         let latents = r.batch * s.size[0] * s.size[1] * self.unet.out_channels * float;
         let context = s.copies() * r.batch * s.tokens * self.unet.context * float;
         let z = self.unet.out_channels;
-        let beside = s.copies() * r.batch * s.size[0] * s.size[1] * self.beside.channels(z) * float;
+        let channels = s.copies() * self.beside.channels(z) + if s.known { 1 + 2 * z } else { 0 };
+        let beside = channels * r.batch * s.size[0] * s.size[1] * float;
         let pixels = width * height * 3;
         // A picture as the decoder puts it out; in tiles, one tile beside the whole.
         let tile = rows.tile * columns.tile * self.vae.codec().factor().pow(2) * 3;
@@ -123,10 +124,10 @@ impl Blueprint {
         }
         // A model for inpainting takes the masked picture; another starts from the whole one.
         let masked = self.beside == Beside::Mask;
-        let encoded = usize::from(masked) + usize::from(!self.from_noise(r));
+        let encoded = usize::from(masked) + usize::from(s.known || !self.from_noise(r));
         if encoded > 0 {
             // Pictures as they come and as the encoder takes them, all of it, and of a tile what is cut out.
-            let given = pixels + if masked { pixels / 3 } else { 0 };
+            let given = pixels + if masked || s.known { pixels / 3 } else { 0 };
             let host = context + encoded * image + given + 3 * latents + beside;
             stages.push(stage("encoding", &self.encode_graph(r, dtype)?, target, host)?);
         }

@@ -434,7 +434,7 @@ impl Session<'_> {
             self.compare("context", context.clone(), None)?;
         }
         let tokens = context.as_ref().map_or(0, |context| context.shape()[1]);
-        let settings = Settings { batch, size: [h, w], tokens, guidance, dtype: self.dtype };
+        let settings = Settings { batch, size: [h, w], tokens, guidance, known: false, dtype: self.dtype };
         let (unet, weights) = (&pipeline.blueprint.unet, pipeline.unet.weights(self.device, None)?);
         let mut run = Sampling::new(unet, &weights, self.device, (method, &ladder), settings)?;
         if run.noises() > 0 {
