@@ -235,7 +235,7 @@ fn channels_that_no_model_has_are_refused() {
                 "sample" => sample(&f.path("model"), &out, &["-p", "x"]),
                 _ => ldm(&["info", text(&f.path("model"))]),
             };
-            assert!(o.code == 1 && o.err.contains(say), "{command}: {}", o.err);
+            assert!(o.code == 2 && o.err.contains(say), "{command}: {}", o.err);
         }
         fs::remove_dir_all(f.path("model")).unwrap();
     }
