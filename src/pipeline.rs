@@ -144,7 +144,8 @@ impl Pipeline {
         let size = self.blueprint.latent_size(r)?;
         let unet = &self.blueprint.unet;
         let (method, schedule) = self.blueprint.choose(r)?;
-        let strength = r.init.as_ref().filter(|_| self.blueprint.beside != Beside::Picture).map(|i| i.strength);
+        let strength =
+            r.init.as_ref().filter(|_| self.blueprint.beside != Beside::Picture).map(|i| i.strength);
         let skip = strength.map_or(0, |strength| skipped(r.steps, strength));
         if skip >= r.steps {
             let least = 1.0 / r.steps as f64;

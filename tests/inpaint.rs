@@ -119,10 +119,12 @@ fn without_condition(f: &Folder) -> std::path::PathBuf {
     let (mut header, mut data) = tensors(&file);
     // (8,6,3,3) becomes (8,7,3,3), at the end of the file.
     let at = header["conv_in.weight"]["data_offsets"][0].as_u64().unwrap() as usize;
-    let wide: Vec<u8> = (0..8).flat_map(|o| {
-        let row = &data[at + o * 6 * 36..][..6 * 36];
-        [row, &row[36..72]].concat()
-    }).collect();
+    let wide: Vec<u8> = (0..8)
+        .flat_map(|o| {
+            let row = &data[at + o * 6 * 36..][..6 * 36];
+            [row, &row[36..72]].concat()
+        })
+        .collect();
     header["conv_in.weight"] =
         json!({"dtype": "F32", "shape": [8, 7, 3, 3], "data_offsets": [data.len(), data.len() + wide.len()]});
     // What stood there before belongs to nobody: a tensor of its own would be one too many, so it goes.
@@ -138,7 +140,10 @@ fn without_condition(f: &Folder) -> std::path::PathBuf {
             }
         }
     }
-    f.write("model/unet/diffusion_pytorch_model.safetensors", joined(&Value::Object(header).to_string(), &data));
+    f.write(
+        "model/unet/diffusion_pytorch_model.safetensors",
+        joined(&Value::Object(header).to_string(), &data),
+    );
     f.path("model")
 }
 
@@ -155,7 +160,11 @@ fn what_is_masked_is_not_looked_at() {
         let first = make(0, 0, 1.0);
         assert!(first == make(60, 0, 1.0), "{}: the masked part is looked at", model.display());
         assert!(first != make(0, 60, 1.0), "{}: the rest is not looked at", model.display());
-        assert!(make(0, 0, 0.7) != make(60, 0, 0.7), "{}: a weaker change begins with the picture", model.display());
+        assert!(
+            make(0, 0, 0.7) != make(60, 0, 0.7),
+            "{}: a weaker change begins with the picture",
+            model.display()
+        );
     }
 }
 
@@ -163,11 +172,16 @@ fn what_is_masked_is_not_looked_at() {
 #[test]
 fn on_cuda() {
     let size = SIDE / 2;
-    let small = Init { width: size, height: size, rgb: picture(0, 0)[..3 * size * size].to_vec(), strength: 1.0 };
+    let small =
+        Init { width: size, height: size, rgb: picture(0, 0)[..3 * size * size].to_vec(), strength: 1.0 };
     let upscale = Request { init: Some(small), steps: 2, seed: 3, ..Request::default() };
     let paint = |strength| Request { steps: 2, ..request(0, 0, strength) };
-    let requests =
-        [("inpaint-tiny", paint(1.0)), ("inpaint-tiny", paint(0.5)), ("sd15-tiny", paint(1.0)), ("upscale-tiny", upscale)];
+    let requests = [
+        ("inpaint-tiny", paint(1.0)),
+        ("inpaint-tiny", paint(0.5)),
+        ("sd15-tiny", paint(1.0)),
+        ("upscale-tiny", upscale),
+    ];
     let run = |model: &str, r: &Request, device: &Device| {
         open(&golden(model), device).generate(r, &mut ()).unwrap().remove(0).rgb
     };
@@ -194,10 +208,25 @@ fn what_does_not_go_together_is_refused() {
     };
     check("inpaint-tiny", 2, &[&prompt], "want the picture (-i FILE) and a mask of its size (--mask FILE)");
     check("inpaint-tiny", 2, &[&prompt, &init], "want a mask of the picture's size (--mask FILE)");
-    check("inpaint-tiny", 2, &[&prompt, &init, &["--mask", &*odd]], "mask: want the picture's size 32x32; got 31x30");
-    check("inpaint-tiny", 2, &[&prompt, &["-i", &*odd, "--mask", &*odd]], "multiples of 4 for this model; the nearest is 32x32");
+    check(
+        "inpaint-tiny",
+        2,
+        &[&prompt, &init, &["--mask", &*odd]],
+        "mask: want the picture's size 32x32; got 31x30",
+    );
+    check(
+        "inpaint-tiny",
+        2,
+        &[&prompt, &["-i", &*odd, "--mask", &*odd]],
+        "multiples of 4 for this model; the nearest is 32x32",
+    );
     check("inpaint-tiny", 2, &[&prompt, &init, &mask, &["-W", "64"]], "the initial picture is 32x32");
-    check("inpaint-tiny", 2, &[&prompt, &init, &mask, &["--strength", "0.1"]], "with 2 steps want at least 0.500");
+    check(
+        "inpaint-tiny",
+        2,
+        &[&prompt, &init, &mask, &["--strength", "0.1"]],
+        "with 2 steps want at least 0.500",
+    );
     check("inpaint-tiny", 1, &[&prompt, &init, &["--mask", "none.png"]], "none.png: cannot be read");
     let say = ["takes a picture (-i FILE), which goes with one prompt"];
     refused(&f, 2, &say, || sample(&golden("inpaint-tiny"), &f.path("made"), &["--from-file", text(&lines)]));
@@ -215,9 +244,21 @@ fn what_does_not_go_together_is_refused() {
     let said = pipeline.generate(&r, &mut ()).unwrap_err().to_string();
     assert!(said.contains("mask: want 32x32x1 bytes; got 1023"), "{said}");
     let mut r = request(0, 0, 1.5);
-    assert!(pipeline.generate(&r, &mut ()).unwrap_err().to_string().contains("strength: want a number from 0 to 1"));
+    assert!(
+        pipeline
+            .generate(&r, &mut ())
+            .unwrap_err()
+            .to_string()
+            .contains("strength: want a number from 0 to 1")
+    );
     r.init.as_mut().unwrap().rgb.clear();
-    assert!(pipeline.generate(&r, &mut ()).unwrap_err().to_string().contains("initial picture: want 32x32x3 bytes"));
+    assert!(
+        pipeline
+            .generate(&r, &mut ())
+            .unwrap_err()
+            .to_string()
+            .contains("initial picture: want 32x32x3 bytes")
+    );
 }
 
 #[test]
@@ -257,7 +298,9 @@ fn info_plans_what_a_run_takes() {
         rest.split_whitespace().next().unwrap().parse().unwrap()
     };
     let inpaint = ["-p", "x", "-i", &*large, "--mask", &*large];
-    for (model, more, encodes) in [("inpaint-tiny", &inpaint[..], true), ("upscale-tiny", &["-i", &*small], false)] {
+    for (model, more, encodes) in
+        [("inpaint-tiny", &inpaint[..], true), ("upscale-tiny", &["-i", &*small], false)]
+    {
         let model = golden(model);
         let args = ["info", text(&model), "-W", "128", "-H", "128", "--steps", "2"];
         let info = ldm(&args);
@@ -297,7 +340,11 @@ fn a_mask_without_white_draws_a_warning() {
     let [init, _] = files(&f);
     let mask = f.path("black.png");
     png::write_rgb8(&mask, SIDE, SIDE, &[0; SIDE * SIDE * 3], None).unwrap();
-    let o = sample(&golden("inpaint-tiny"), &f.path("out.png"), &["-p", "x", "-i", &*init, "--mask", text(&mask)]);
+    let o = sample(
+        &golden("inpaint-tiny"),
+        &f.path("out.png"),
+        &["-p", "x", "-i", &*init, "--mask", text(&mask)],
+    );
     assert!(o.code == 0 && o.err.contains("the mask has no white"), "{}", o.err);
     assert_eq!(pixels(&f.path("out.png")).pixels, pixels(Path::new(&init)).pixels);
 }

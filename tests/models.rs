@@ -100,7 +100,8 @@ fn what_depends_on_prompt_and_schedule_alone_is_computed_once() {
     let weights = load(folder.checkpoint("unet").unwrap(), &inventory, &device).unwrap();
     let (method, schedule) = blueprint.choose(&Request::default()).unwrap();
     let ladder = method.ladder(&schedule, 4, 0).unwrap();
-    let settings = Settings { batch: 1, size: [8, 8], tokens: 7, guidance: 3.0, known: false, dtype: DType::F32 };
+    let settings =
+        Settings { batch: 1, size: [8, 8], tokens: 7, guidance: 3.0, known: false, dtype: DType::F32 };
     let tensor = |shape: &[usize], seed| {
         HostTensor::f32(shape, Generator::new(seed).randn(shape.iter().product())).unwrap()
     };

@@ -192,7 +192,9 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     blueprint.check_pictures(&request)?;
     let enlarges = blueprint.beside == Beside::Picture;
     if enlarges && a.strength.is_some() {
-        return Err(Error::invalid("--strength: this model enlarges a picture (super-resolution): want none"));
+        return Err(Error::invalid(
+            "--strength: this model enlarges a picture (super-resolution): want none",
+        ));
     }
     if a.prompt.is_none() && matches!(blueprint.condition, Conditioner::Clip(_) | Conditioner::Bert(_)) {
         return Err(Error::invalid(
@@ -219,7 +221,8 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     }
     for (picture, file) in pictures.iter().zip(&files) {
         let strength = request.init.as_ref().filter(|_| !enlarges).map(|init| init.strength);
-        let text = (!a.disable_image_metadata).then(|| parameters(&a, what, picture, method.label(), strength));
+        let text =
+            (!a.disable_image_metadata).then(|| parameters(&a, what, picture, method.label(), strength));
         png::write_rgb8(file, picture.width, picture.height, &picture.rgb, text.as_deref())?;
         print(&format!("{}\n", file.display()))?;
     }
@@ -251,7 +254,9 @@ fn from_file(a: &Arguments, list: &Path, seed: u64) -> Result<ExitCode> {
         blueprint.check_words(&a.request(&[words], seed)?).map_err(wrong)?;
     }
     if blueprint.beside != Beside::Nothing {
-        return Err(Error::invalid("--from-file: this model takes a picture (-i FILE), which goes with one prompt"));
+        return Err(Error::invalid(
+            "--from-file: this model takes a picture (-i FILE), which goes with one prompt",
+        ));
     }
     let compute = Pipeline::compute_type(&folder, &device, dtype)?;
     let fits = |n: usize| {
@@ -280,7 +285,8 @@ fn from_file(a: &Arguments, list: &Path, seed: u64) -> Result<ExitCode> {
         let pictures = pipeline.generate(&request, &mut Progress::new(true))?;
         made += pictures.len() as u64;
         for ((picture, prompt), file) in pictures.iter().zip(prompts).zip(&mut files) {
-            let text = (!a.disable_image_metadata).then(|| parameters(a, prompt, picture, method.label(), None));
+            let text =
+                (!a.disable_image_metadata).then(|| parameters(a, prompt, picture, method.label(), None));
             png::write_rgb8(&file, picture.width, picture.height, &picture.rgb, text.as_deref())?;
             print(&format!("{}\n", file.display()))?;
         }
@@ -311,13 +317,7 @@ fn names(output: &Path, count: usize) -> Vec<PathBuf> {
 }
 
 /// The text that other programs read settings from.
-fn parameters(
-    a: &Arguments,
-    what: &str,
-    picture: &Picture,
-    sampler: &str,
-    strength: Option<f64>,
-) -> String {
+fn parameters(a: &Arguments, what: &str, picture: &Picture, sampler: &str, strength: Option<f64>) -> String {
     let mut text = what.to_string();
     if !a.negative_prompt.is_empty() {
         text += &format!("\nNegative prompt: {}", a.negative_prompt);

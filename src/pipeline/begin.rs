@@ -68,7 +68,8 @@ impl Pipeline {
         let ([h, w], z) = (b.latent_size(r)?, b.unet.out_channels);
         let (n, count, beside) = (h * w * z, table.noises, b.beside);
         let known = b.blends(r);
-        let whole = r.init.as_ref().filter(|_| known || !b.from_noise(r)).map(|init| pixels(init, None)).transpose()?;
+        let kept = r.init.as_ref().filter(|_| known || !b.starts_from_noise(r));
+        let whole = kept.map(|init| pixels(init, None)).transpose()?;
         let masked = match (&r.init, &r.mask, beside) {
             (Some(init), Some(mask), Beside::Mask) => Some(pixels(init, Some(mask))?),
             _ => None,
@@ -93,7 +94,7 @@ impl Pipeline {
             let clean = encode(&whole, &mut draw)?;
             let noise = draw()?.to_f32();
             match &clean {
-                Some(clean) if !b.from_noise(r) => {
+                Some(clean) if !b.starts_from_noise(r) => {
                     let (alpha, sigma) = (ladder.steps[0].at.alpha as f32, ladder.steps[0].at.sigma as f32);
                     state.extend(clean.iter().zip(&noise).map(|(z, e)| alpha * z + sigma * e));
                 }

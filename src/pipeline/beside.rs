@@ -41,7 +41,10 @@ impl Beside {
         };
         all.iter().copied().find(|beside| z + beside.channels(z) == channels).ok_or_else(|| match all {
             [Beside::Picture] => format!("{}: latent_channels {z} and the {RGB} of a picture", z + RGB),
-            _ => format!("latent_channels {z}, or {} for inpainting (beside a mask and {z} of the masked picture)", 2 * z + 1),
+            _ => format!(
+                "latent_channels {z}, or {} for inpainting (beside a mask and {z} of the masked picture)",
+                2 * z + 1
+            ),
         })
     }
 }
@@ -74,16 +77,22 @@ impl Blueprint {
             (Beside::Nothing, None, Some(_)) => told("mask: want the picture that it is of (-i FILE)"),
             _ => Ok(()),
         }?;
-        let bytes = |what: &str, width: usize, height: usize, each: usize, got: usize| {
-            match width.checked_mul(height).and_then(|n| n.checked_mul(each)) == Some(got) && got > 0 {
-                true => Ok(()),
-                false => Err(Error::invalid(format!("{what}: want {width}x{height}x{each} bytes; got {got}"))),
-            }
+        let bytes = |what: &str, width: usize, height: usize, each: usize, got: usize| match width
+            .checked_mul(height)
+            .and_then(|n| n.checked_mul(each))
+            == Some(got)
+            && got > 0
+        {
+            true => Ok(()),
+            false => Err(Error::invalid(format!("{what}: want {width}x{height}x{each} bytes; got {got}"))),
         };
         if let Some(init) = &r.init {
             bytes("initial picture", init.width, init.height, RGB, init.rgb.len())?;
             if !(0.0..=1.0).contains(&init.strength) {
-                return Err(Error::invalid(format!("strength: want a number from 0 to 1; got {}", init.strength)));
+                return Err(Error::invalid(format!(
+                    "strength: want a number from 0 to 1; got {}",
+                    init.strength
+                )));
             }
         }
         if let (Some(init), Some(mask)) = (&r.init, &r.mask) {
@@ -114,7 +123,7 @@ impl Blueprint {
     }
 
     /// Whether a request begins with noise alone, and not with what is left of a picture.
-    pub(super) fn from_noise(&self, r: &Request) -> bool {
+    pub(super) fn starts_from_noise(&self, r: &Request) -> bool {
         match &r.init {
             None => true,
             Some(_) if self.beside == Beside::Picture => true,

@@ -197,7 +197,9 @@ impl Blueprint {
         if let (Some(picture), Some((w, h))) = (&r.init, init.filter(|&i| i != (width, height))) {
             let (small_w, small_h) = (picture.width, picture.height);
             return Err(Error::invalid(match self.growth() {
-                1 => format!("size {width}x{height}: the initial picture is {w}x{h}; resize it, or leave out the size"),
+                1 => format!(
+                    "size {width}x{height}: the initial picture is {w}x{h}; resize it, or leave out the size"
+                ),
                 _ => format!(
                     "size {width}x{height}: the picture of {small_w}x{small_h} becomes {w}x{h}; resize it, or leave out the size"
                 ),

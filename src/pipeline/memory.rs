@@ -124,7 +124,7 @@ impl Blueprint {
         }
         // A model for inpainting takes the masked picture; another starts from the whole one.
         let masked = self.beside == Beside::Mask;
-        let encoded = usize::from(masked) + usize::from(s.known || !self.from_noise(r));
+        let encoded = usize::from(masked) + usize::from(s.known || !self.starts_from_noise(r));
         if encoded > 0 {
             // Pictures as they come and as the encoder takes them, all of it, and of a tile what is cut out.
             let given = pixels + if masked || s.known { pixels / 3 } else { 0 };

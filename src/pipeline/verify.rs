@@ -6,8 +6,8 @@
 //! bound is 1e-4 at every tensor, in the 16-bit types 1.5 times the floor of that tensor; a tensor without a floor is
 //! shown and not judged. Pictures have at least 50 dB in f32.
 
-use super::blueprint::{conditioner, model, scheduler, vae_name};
 use super::beside::RGB;
+use super::blueprint::{conditioner, model, scheduler, vae_name};
 use super::{Beside, Blueprint, Inventory, Mask, Pipeline, Request, load, repeat, unscaled};
 use crate::diffusion::{Sampling, Settings};
 use crate::error::{Error, Result};
@@ -520,7 +520,8 @@ impl Session<'_> {
         let scale = ladder.steps[0].at.scale_in as f32;
         let rows = start.to_f32().repeat(copies);
         let rows = rows.chunks_exact(z).zip(channels.chunks_exact(x).cycle());
-        let input = rows.flat_map(|(latents, beside)| latents.iter().map(|v| v * scale).chain(beside.iter().copied()));
+        let input = rows
+            .flat_map(|(latents, beside)| latents.iter().map(|v| v * scale).chain(beside.iter().copied()));
         let input = HostTensor::f32([copies * batch, h, w, z + x], input.collect())?;
         self.compare_nhwc("unet_input_000", &input, None)?;
         HostTensor::f32([copies * batch, h, w, x], channels.repeat(copies * batch)).map(Some)
