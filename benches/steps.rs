@@ -118,6 +118,7 @@ impl Bench {
             size,
             tokens: self.tokens(),
             guidance: request.cfg_scale,
+            known: false,
             dtype: self.dtype,
         };
         let (method, schedule) = self.blueprint.choose(&request)?;

@@ -8,7 +8,7 @@ constexpr int TERMS = 8;  // slots that a row may sum
 
 // Columns of the table: the timestep, which other kernels read; the factor of the model's input; those of d, and the bound of |d|,
 // none if it is not above 0; those of `next`; the factor of each slot; then slots: of X and of `next`, which must be given; where
-// m and d are kept, and the row of noise, each none if negative; guidance. The last two are free.
+// m and d are kept, and the row of noise, each none if negative; guidance. The last two are those of blend.cu.
 enum { TIMESTEP, SCALE_IN, DX, DM, CLIP, CM, CD, CZ, C0, X_SLOT = 16, NEXT, KEEP_M, KEEP_D, NOISE, GUIDANCE };
 
 struct PrepareFwd {

@@ -1,5 +1,7 @@
 //! From a prompt to a picture: text encoder, sampling, decoder, with the checkpoint of a diffusers folder.
 
+mod begin;
+mod beside;
 mod blueprint;
 mod classes;
 mod memory;
@@ -10,11 +12,12 @@ mod residency;
 mod tiles;
 pub mod verify;
 
+pub use beside::Beside;
 pub use blueprint::{Blueprint, Vae};
 pub use classes::Classes;
 pub use memory::{Estimate, Stage};
 pub use parts::{Parts, random_weights};
-pub use request::{Init, Observer, Picture, Request};
+pub use request::{Init, Mask, Observer, Picture, Request};
 pub use residency::{Residency, load, upload};
 
 use crate::diffusion::{Sampling, Settings};
@@ -23,8 +26,7 @@ use crate::exec::{Device, Graph, Program, check_finite, human_bytes};
 use crate::io::{Encoded, ModelFolder, Tokenizer};
 use crate::models::load::stored_type;
 use crate::models::{Conditioner, Inventory, Source};
-use crate::rng::Generator;
-use crate::samplers::{Ladder, Table, skipped};
+use crate::samplers::skipped;
 use crate::tensor::{DType, HostTensor};
 use blueprint::vae_name;
 use residency::Part;
@@ -137,17 +139,14 @@ impl Pipeline {
     /// For a request that cannot be met, a device that fails, or values that are not finite.
     pub fn generate(&self, r: &Request, observer: &mut dyn Observer) -> Result<Vec<Picture>> {
         self.blueprint.check_words(r)?;
+        self.blueprint.check_pictures(r)?;
         self.blueprint.check_memory(r, self.dtype, &self.device, self.residency, true)?;
         let size = self.blueprint.latent_size(r)?;
         let unet = &self.blueprint.unet;
-        if unet.in_channels != unet.out_channels {
-            return Err(Error::invalid(format!(
-                "this is an inpainting model ({} input channels): it needs a picture and a mask, which `sample` does not take yet",
-                unet.in_channels
-            )));
-        }
         let (method, schedule) = self.blueprint.choose(r)?;
-        let skip = r.init.as_ref().map_or(0, |i| skipped(r.steps, i.strength));
+        let strength =
+            r.init.as_ref().filter(|_| self.blueprint.beside != Beside::Picture).map(|i| i.strength);
+        let skip = strength.map_or(0, |strength| skipped(r.steps, strength));
         if skip >= r.steps {
             let least = 1.0 / r.steps as f64;
             return Err(Error::invalid(format!("strength: with {} steps want at least {least:.3}", r.steps)));
@@ -157,8 +156,12 @@ impl Pipeline {
         let context = self.context(r, observer)?;
         let tokens = context.as_ref().map_or(0, |context| context.shape()[1]);
         let guidance = self.blueprint.guidance(r);
-        let settings = Settings { batch: r.batch, size, tokens, guidance, dtype: self.dtype };
-        let (first, rest) = self.start(r, &method.table(&ladder)?, &ladder, observer)?;
+        let known = self.blueprint.blends(r);
+        let settings = Settings { batch: r.batch, size, tokens, guidance, known, dtype: self.dtype };
+        if r.mask.as_ref().is_some_and(Mask::is_empty) {
+            observer.warning("the mask has no white: nothing is drawn anew");
+        }
+        let begin = self.begin(r, &method.table(&ladder)?, &ladder, observer)?;
 
         let latents = {
             if self.unet.is_staged() {
@@ -170,11 +173,17 @@ impl Pipeline {
             if let Some(context) = &context {
                 run.set_context(context)?;
             }
-            run.start(&first)?;
-            if run.noises() > 0 {
-                run.set_noise(&rest)?;
+            if let Some(beside) = &begin.beside {
+                run.set_condition(beside)?;
             }
-            drop((first, rest));
+            if let Some([mask, clean, hidden]) = &begin.known {
+                run.set_known(mask, clean, hidden)?;
+            }
+            run.start(&begin.state)?;
+            if run.noises() > 0 {
+                run.set_noise(&begin.noises)?;
+            }
+            drop(begin);
             let (mut more, mut told) = (true, 0);
             while more {
                 more = run.step()?;
@@ -185,7 +194,11 @@ impl Pipeline {
             }
             run.state()?
         };
-        self.pictures(r, &latents, observer)
+        let mut pictures = self.pictures(r, &latents, observer)?;
+        if let (Some(mask), Some(init)) = (r.mask.as_ref().filter(|mask| mask.composite), &r.init) {
+            pictures.iter_mut().try_for_each(|picture| mask.composite(&init.rgb, &mut picture.rgb))?;
+        }
+        Ok(pictures)
     }
 
     /// The program of a part's graph, with its weights; then the stage begins.
@@ -281,57 +294,6 @@ impl Pipeline {
         self.program(part, graph, "text", observer)
     }
 
-    /// First state and the noises of the steps, each image's from its own generator, in the order in which diffusers
-    /// draws them: for an initial picture its latent's, then the noise that hides it.
-    fn start(
-        &self,
-        r: &Request,
-        table: &Table,
-        ladder: &Ladder,
-        observer: &mut dyn Observer,
-    ) -> Result<(HostTensor, HostTensor)> {
-        let ([h, w], b, c) = (self.blueprint.latent_size(r)?, r.batch, self.blueprint.unet.out_channels);
-        let (n, count) = (h * w * c, table.noises);
-        let mut first = Vec::with_capacity(b * n);
-        let mut rest = vec![0.0; count.max(1) * b * n];
-        let mut encoder = match &r.init {
-            None => None,
-            Some(init) => {
-                let graph = self.blueprint.encode_graph(r, self.dtype)?;
-                let pixels = init.rgb.iter().map(|&v| v as f32 / 255.0 * 2.0 - 1.0).collect();
-                let picture = HostTensor::f32([1, init.height, init.width, 3], pixels)?;
-                Some((self.program(&self.vae, graph, "encoding", observer)?, picture))
-            }
-        };
-        let [rows, columns] = self.blueprint.tiles(r)?;
-        for i in 0..b {
-            let mut generator = Generator::new(r.seed.wrapping_add(i as u64));
-            let mut draw = || -> Result<HostTensor> {
-                HostTensor::f32([1, c, h, w], generator.randn(n))?.permute(&[0, 2, 3, 1])
-            };
-            match &mut encoder {
-                None => first.extend(draw()?.to_f32().iter().map(|v| v * table.noise_scale as f32)),
-                Some((program, picture)) => {
-                    let (scale, own) = (self.blueprint.vae.codec().factor(), draw()?);
-                    let inputs = [
-                        (Port { name: "image", scale }, &*picture),
-                        (Port { name: "noise", scale: 1 }, &own),
-                    ];
-                    let output = Port { name: "latents", scale: 1 };
-                    let z = tiles::run(program, "encoder", &inputs, output, [&rows, &columns], observer)?;
-                    let (z, noise) = (z.to_f32(), draw()?.to_f32());
-                    let at = &ladder.steps[0].at;
-                    first
-                        .extend(z.iter().zip(&noise).map(|(z, e)| at.alpha as f32 * z + at.sigma as f32 * e));
-                }
-            }
-            for k in 0..count {
-                rest[(k * b + i) * n..][..n].copy_from_slice(&draw()?.to_f32());
-            }
-        }
-        Ok((HostTensor::f32([b, h, w, c], first)?, HostTensor::f32([count.max(1), b, h, w, c], rest)?))
-    }
-
     /// Latents (B,h,w,Z) in the sampler's scale to pictures, one at a time: the decoder's arena is the largest of all.
     fn pictures(
         &self,
@@ -343,7 +305,7 @@ impl Pipeline {
         let graph = self.blueprint.vae.decode_graph([1, rows.tile, columns.tile], self.dtype)?;
         let mut program = self.program(&self.vae, graph, "decoding", observer)?;
         let codec = self.blueprint.vae.codec();
-        let (z, [_, h, w, c]) = (unscaled(latents, codec.scaling_factor)?, axes(latents)?);
+        let (z, [_, h, w, c]) = (unscaled(latents, self.blueprint.scale())?, axes(latents)?);
         let n = h * w * c;
         (0..r.batch)
             .map(|i| {

@@ -11,6 +11,7 @@ use ldm::tensor::DType;
 const NONE: &[(&str, &str)] = &[
     ("prepare", "a sampler's step"),
     ("advance", "a sampler's step"),
+    ("blend", "a sampler's step"),
     ("group_stats", "made by the pass that gives norms their statistics, after differentiation"),
     ("phase_weights", "made when a program is planned, after differentiation"),
     ("adam", "the optimiser"),

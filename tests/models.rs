@@ -43,7 +43,8 @@ const RECORDS: &[(&str, &str, &[&str], usize, usize)] = &[
     ("sd15-tiny", "sd15-tiny.pipe-dpmpp_2m", &[], 12, 12),
     ("sd15-tiny", "sd15-tiny.pipe-img2img", &[], 10, 10),
     ("sd2-tiny", "sd2-tiny.pipe", &[], 12, 12),
-    ("inpaint-tiny", "inpaint-tiny.pipe", &[], 14, 14),
+    ("inpaint-tiny", "inpaint-tiny.pipe", &[], 16, 16),
+    ("upscale-tiny", "upscale-tiny.pipe", &[], 12, 12),
     ("ldm-tiny", "ldm-tiny.mod", &[], 7, 7),
     ("ldm-tiny", "ldm-tiny.pipe", &[], 12, 12),
     ("class-tiny", "class-tiny.pipe", &[], 12, 12),
@@ -99,7 +100,8 @@ fn what_depends_on_prompt_and_schedule_alone_is_computed_once() {
     let weights = load(folder.checkpoint("unet").unwrap(), &inventory, &device).unwrap();
     let (method, schedule) = blueprint.choose(&Request::default()).unwrap();
     let ladder = method.ladder(&schedule, 4, 0).unwrap();
-    let settings = Settings { batch: 1, size: [8, 8], tokens: 7, guidance: 3.0, dtype: DType::F32 };
+    let settings =
+        Settings { batch: 1, size: [8, 8], tokens: 7, guidance: 3.0, known: false, dtype: DType::F32 };
     let tensor = |shape: &[usize], seed| {
         HostTensor::f32(shape, Generator::new(seed).randn(shape.iter().product())).unwrap()
     };

@@ -104,7 +104,7 @@ fn step(dtype: DType) -> Graph {
     let (class, schedule) = parts.schedule.clone().unwrap();
     let method: Method = class.parse().unwrap();
     let ladder = method.ladder(&schedule, 30, 0).unwrap();
-    let settings = Settings { batch: 1, size: [64, 64], tokens: 77, guidance: 7.5, dtype };
+    let settings = Settings { batch: 1, size: [64, 64], tokens: 77, guidance: 7.5, known: false, dtype };
     let graph = evaluation_graph(parts.unet().unwrap(), &method.table(&ladder).unwrap(), &settings).unwrap();
     fuse(&graph, Target::Cuda).unwrap()
 }

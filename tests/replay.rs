@@ -78,7 +78,8 @@ impl Tiny {
 
     fn run(&self) -> Sampling {
         let unet = &self.blueprint.unet;
-        let settings = Settings { batch: 1, size: [8, 8], tokens: 7, guidance: 3.0, dtype: DType::F32 };
+        let settings =
+            Settings { batch: 1, size: [8, 8], tokens: 7, guidance: 3.0, known: false, dtype: DType::F32 };
         let mut run =
             Sampling::new(unet, &self.weights, &self.device, (self.method, &self.ladder), settings).unwrap();
         run.set_context(&self.context(1)).unwrap();

@@ -14,6 +14,7 @@
     ldm-tiny        the text-to-image model of 2022: its own text encoder, whose heads together are wider than its tokens
     uncond-ldm-tiny a UNet without a condition, with an autoencoder
     class-tiny      a UNet that is conditioned on four classes and a null class, as `ldm train` exports it
+    upscale-tiny    super-resolution: a UNet that is given a smaller picture beside the latents of a VQ autoencoder
     sd15            Stable Diffusion 1.5 in full size, 4.3 GB; made only when named
 
 The weights are made so that no mistake hides. Every tensor is drawn: there are no zero biases and no unit gains that a
@@ -24,7 +25,7 @@ pictures). All draws come from a generator that the checkpoint's name seeds.
 
 The tokenizer is that of tests/golden: a byte-level vocabulary of 1000 entries, whatever the size of the text encoder's
 table; that of ldm-tiny has the letters and some words. tests/golden has sd2-tiny, inpaint-tiny, film-tiny, ldm-tiny,
-class-tiny, kl-attn-tiny and uncond-ldm-tiny as made here; its sd15-tiny and vq4-tiny have the dimensions of those
+class-tiny, kl-attn-tiny, uncond-ldm-tiny and upscale-tiny as made here; its sd15-tiny and vq4-tiny have the dimensions of those
 here, but 32 groups (some of one channel) and weights drawn by an older script.
 """
 import argparse
@@ -152,6 +153,20 @@ RECIPES = {
         vae=dict(widths=(8, 16), layers_per_block=1, norm_num_groups=4),
         **TINY_PICTURES,
     ),
+    "upscale-tiny": dict(
+        scheduler=DDIM,
+        small=dict(
+            widths=(8, 16),
+            levels="-x",
+            sample_size=16,
+            in_channels=6,
+            out_channels=3,
+            layers_per_block=1,
+            attention_head_dim=8,
+            norm_num_groups=4,
+        ),
+        vq=dict(widths=(8, 16), layers_per_block=1, latent_channels=3, num_vq_embeddings=64, norm_num_groups=4),
+    ),
     "sd15": dict(
         scheduler=PNDM,
         text=dict(
@@ -195,7 +210,7 @@ def unet(context, widths, levels, **settings):
     )
 
 
-def unet_without(widths, levels, **settings):
+def unet_without(widths, levels, in_channels=4, out_channels=4, **settings):
     from diffusers import UNet2DModel
 
     prefix = ["Attn" if letter == "x" else "" for letter in levels]
@@ -203,8 +218,8 @@ def unet_without(widths, levels, **settings):
         block_out_channels=widths,
         down_block_types=[f"{p}DownBlock2D" for p in prefix],
         up_block_types=[f"{p}UpBlock2D" for p in reversed(prefix)],
-        in_channels=4,
-        out_channels=4,
+        in_channels=in_channels,
+        out_channels=out_channels,
         **settings,
     )
 
@@ -372,6 +387,18 @@ def unconditional(name, folder, recipe):
     LDMPipeline(vqvae=parts.pop("vae"), **parts).save_pretrained(folder)
 
 
+def super_resolution(name, folder, recipe):
+    import diffusers
+
+    weights = Weights(name)
+    net = weights.unet(unet_without(**recipe["small"]))
+    vq = weights.vq(autoencoder("VQModel", side=net.config.sample_size, **recipe["vq"]))
+    scheduler, settings = recipe["scheduler"]
+    made = getattr(diffusers, scheduler).from_config({**SCHEDULE, **settings})
+    parts = dict(vqvae=check(name, vq), unet=check(name, net), scheduler=made)
+    diffusers.LDMSuperResolutionPipeline(**parts).save_pretrained(folder)
+
+
 def class_to_image(name, folder, recipe):
     from diffusers import StableDiffusionPipeline
     from safetensors.torch import save_file
@@ -415,6 +442,7 @@ def main():
         recipe, folder = RECIPES[name], a.out / name
         with torch.no_grad():
             kinds = dict(text=stable_diffusion, bert=text_to_image, classes=class_to_image, without=unconditional)
+            kinds |= dict(small=super_resolution)
             make = next((make for key, make in kinds.items() if key in recipe), alone)
             make(name, folder, recipe)
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())

@@ -20,10 +20,11 @@ Pictures and latents are (B,C,H,W).
 StableDiffusionPipeline that is given rows of the table; its prompt is a class by number, and the null class is guided against:
 
     prompt_ids, negative_ids              one row each, whatever the batch
-    input_image, mask                     with --strength, and for inpainting
+    input_image, mask                     with --strength, for inpainting and super-resolution
+    masked_noise -> masked_latents        of the masked picture, for an inpainting model, and what they are drawn with
     context                               of the UNet, negative prompts first
     initial_latents, timesteps            what the sampler starts from, and evaluates at
-    unet_input_000                        of the first evaluation, with the channels of an inpainting model
+    unet_input_000                        of the first evaluation, with all channels
     model_output_NNN, latents_NNN         after guidance, and after the sampler's step, by evaluations
     decoder_input, image                  pictures are in 0...1 here
 
@@ -206,13 +207,14 @@ def tapped(owner, name, observe):
 
 
 @contextlib.contextmanager
-def noise_in_f32(models):
+def noise_in_f32(models, drawn):
     """Lets diffusers draw all noise in f32 and round it to the type of the models: torch's generator gives other numbers
-    for each type."""
+    for each type. `drawn` is a list that gets every draw."""
     plain = torch_utils.randn_tensor
 
     def randn_tensor(shape, generator=None, device=None, dtype=None, layout=None):
-        return plain(shape, generator, device, torch.float32, layout).to(dtype or models)
+        drawn.append(plain(shape, generator, device, torch.float32, layout))
+        return drawn[-1].to(dtype or models)
 
     with contextlib.ExitStack() as patches:
         for module in [m for n, m in sys.modules.items() if n.startswith("diffusers.") and m is not torch_utils]:
@@ -242,14 +244,16 @@ def record_pipeline(a, dtype):
     vae = getattr(pipe, "vqvae", None) or pipe.vae
     side = (a.size or pipe.unet.config.sample_size) * factor(vae)
     table = Path(a.checkpoint) / "class_embedder" / "diffusion_pytorch_model.safetensors"
-    timesteps = []
+    timesteps, drawn = [], []
+    # Of pictures that are given to the UNet, the channels are computed.
+    beside = pipe.unet.config.in_channels > pipe.unet.config.out_channels
 
-    def picture():
+    def picture(side=side):
         return record.give("input_image", inputs.picture(side) / 2 + 0.5)
 
     def evaluated(_, sample, timestep, encoder_hidden_states=None, **_rest):
         if not timesteps:
-            record.give("unet_input_000", sample)
+            (record.compute if beside else record.give)("unet_input_000", sample)
             if encoder_hidden_states is not None:
                 record.compute("context", encoder_hidden_states)
 
@@ -269,6 +273,8 @@ def record_pipeline(a, dtype):
         mask[..., side // 4 :, : side // 2] = 1
         special = {"image": picture(), "mask_image": record.give("mask", mask), "strength": 1.0}
         special |= {"height": side, "width": side}
+    elif isinstance(pipe, diffusers.LDMSuperResolutionPipeline):
+        special = {"image": 2 * picture(side // factor(vae)) - 1}
     elif a.strength is not None:
         special = {"image": picture(), "strength": a.strength}
     else:
@@ -278,6 +284,8 @@ def record_pipeline(a, dtype):
         special |= {"prompt": [a.prompt] * a.batch}
     elif isinstance(pipe, diffusers.LDMPipeline):
         ids, special = None, {"batch_size": a.batch}
+    elif isinstance(pipe, diffusers.LDMSuperResolutionPipeline):
+        ids, special["image"] = None, special["image"].repeat(a.batch, 1, 1, 1)
     elif table.is_file():
         rows = load_file(table)["embedding.weight"].to(dtype)
         ids = torch.tensor([[int(a.prompt)]]), torch.tensor([[len(rows) - 1]])
@@ -286,9 +294,11 @@ def record_pipeline(a, dtype):
     else:
         ids = token_ids(pipe.tokenizer, a.prompt), token_ids(pipe.tokenizer, a.negative)
         special |= {"prompt": [a.prompt] * a.batch, "negative_prompt": [a.negative] * a.batch}
+    if ids is not None:
+        special |= {"guidance_scale": a.guidance}
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(noise_in_f32(dtype))
+        stack.enter_context(noise_in_f32(dtype, drawn))
         stack.enter_context(tapped(pipe.unet, "forward", evaluated))
         stack.enter_context(tapped(pipe.scheduler, "step", stepped))
         stack.enter_context(tapped(vae, "decode", decoded))
@@ -297,7 +307,6 @@ def record_pipeline(a, dtype):
         stack.enter_context(mock.patch.object(torch.Tensor, "numpy", lambda x: plain(x.float())))
         out = pipe(
             num_inference_steps=a.steps,
-            guidance_scale=a.guidance,
             generator=inputs.generator,
             output_type="pt",
             **special,
@@ -305,6 +314,11 @@ def record_pipeline(a, dtype):
     images = out.images
     record.compute("image", images if torch.is_tensor(images) else torch.from_numpy(images).permute(0, 3, 1, 2))
     record.give("timesteps", torch.tensor(timesteps))
+    if isinstance(pipe, diffusers.StableDiffusionInpaintPipeline):
+        # The first draw is what the sampler starts from.
+        record.give("masked_noise", drawn[1])
+        z = vae.config.latent_channels
+        record.compute("masked_latents", record.computed["unet_input_000"][-a.batch :, z + 1 :])
     if ids is not None:
         record.give("prompt_ids", ids[0])
         record.give("negative_ids", ids[1])

@@ -173,7 +173,7 @@ pub fn graphs(dtype: DType) -> Result<Vec<(Graph, f64)>> {
     let (class, schedule) = parts.schedule.as_ref().expect("Stable Diffusion has a schedule");
     let method: Method = class.parse()?;
     let ladder = method.ladder(schedule, STEPS, 0)?;
-    let settings = Settings { batch: 1, size: [64, 64], tokens: 77, guidance: 7.5, dtype };
+    let settings = Settings { batch: 1, size: [64, 64], tokens: 77, guidance: 7.5, known: false, dtype };
     let step = evaluation_graph(parts.unet()?, &method.table(&ladder)?, &settings)?;
     Ok(vec![(step, STEPS as f64), (parts.vae()?.decode_graph([1, 64, 64], dtype)?, 1.0)])
 }

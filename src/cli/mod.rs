@@ -44,7 +44,7 @@ macro_rules! commands {
 }
 
 commands! {
-    /// Make pictures from a prompt
+    /// Make pictures from a prompt, or from a picture
     Sample(sample),
     /// Compare a checkpoint's results with tensors recorded from diffusers
     Verify(verify),

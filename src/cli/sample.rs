@@ -1,12 +1,12 @@
-//! `ldm sample`: pictures from a prompt, or of a class.
+//! `ldm sample`: pictures from a prompt, of a class, or from another picture.
 
 use super::progress::Progress;
 use super::{DeviceFlags, SizeFlags, check_output, print};
 use crate::error::{Error, Result};
 use crate::exec::{Device, peak};
-use crate::io::{ModelFolder, atomic, png};
+use crate::io::{ModelFolder, atomic, picture, png};
 use crate::models::Conditioner;
-use crate::pipeline::{Blueprint, Init, Picture, Pipeline, Request, Residency};
+use crate::pipeline::{Beside, Blueprint, Init, Mask, Picture, Pipeline, Request, Residency};
 use crate::rng::fresh_seed;
 use crate::samplers::Choice;
 use clap::Args;
@@ -66,12 +66,18 @@ pub(super) struct Arguments {
     /// Text layer that is used, counted from the end: 1 the last, 2 the one before
     #[arg(long, default_value_t = 1, value_name = "N")]
     clip_skip: usize,
-    /// A picture to start from (PNG)
+    /// A picture to start from, to draw anew in part (--mask) or, by a model for that, to enlarge (PNG, JPEG or WebP)
     #[arg(short, long, value_name = "FILE")]
     init_img: Option<PathBuf>,
-    /// How much of the initial picture is given up, 0 to 1
-    #[arg(long, default_value_t = 0.75, value_name = "X")]
-    strength: f64,
+    /// How much of the initial picture is given up, 0 to 1 [default: 0.75; with --mask 1]
+    #[arg(long, value_name = "X", requires = "init_img")]
+    strength: Option<f64>,
+    /// Where the initial picture is drawn anew: a picture of its size, white there and black elsewhere (inpainting)
+    #[arg(long, value_name = "FILE", requires = "init_img")]
+    mask: Option<PathBuf>,
+    /// Do not put the initial picture's pixels back where the mask is black: all comes out of the autoencoder, as in diffusers
+    #[arg(long, requires = "mask")]
+    no_composite: bool,
     /// Take the picture through the autoencoder in tiles that overlap: less memory for large ones
     #[arg(long)]
     vae_tiling: bool,
@@ -127,14 +133,25 @@ impl Arguments {
         let init = match &self.init_img {
             None => None,
             Some(path) => {
-                finite("--strength", self.strength, 0.0, 1.0)?;
-                let picture = png::read_rgb8(path)?;
+                let strength = self.strength.unwrap_or(if self.mask.is_some() { 1.0 } else { 0.75 });
+                finite("--strength", strength, 0.0, 1.0)?;
+                let picture = picture::read(path)?;
                 let (width, height, rgb) = (picture.width, picture.height, picture.pixels);
-                Some(Init { width, height, rgb, strength: self.strength })
+                Some(Init { width, height, rgb, strength })
+            }
+        };
+        let mask = match &self.mask {
+            None => None,
+            Some(path) => {
+                let picture = picture::read(path)?;
+                let gray = picture.pixels.as_chunks().0.iter().map(|&rgb| gray(rgb)).collect();
+                let (width, height, composite) = (picture.width, picture.height, !self.no_composite);
+                Some(Mask { width, height, gray, composite })
             }
         };
         Ok(Request {
             init,
+            mask,
             prompt: self.prompt.clone().unwrap_or_default(),
             class: self.class.clone(),
             prompts: each.iter().map(|words| words.to_string()).collect(),
@@ -154,6 +171,11 @@ impl Arguments {
     }
 }
 
+/// Luma of ITU-R 601-2 in 16 bits after the point, as Pillow rounds it.
+fn gray([r, g, b]: [u8; 3]) -> u8 {
+    ((19595 * u32::from(r) + 38470 * u32::from(g) + 7471 * u32::from(b) + (1 << 15)) >> 16) as u8
+}
+
 pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     let seed = u64::try_from(a.seed).unwrap_or_else(|_| fresh_seed());
     if let Some(list) = &a.from_file {
@@ -167,6 +189,13 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     let folder = ModelFolder::open(a.model()?)?;
     let blueprint = Blueprint::read(&folder)?;
     blueprint.check_words(&request)?;
+    blueprint.check_pictures(&request)?;
+    let enlarges = blueprint.beside == Beside::Picture;
+    if enlarges && a.strength.is_some() {
+        return Err(Error::invalid(
+            "--strength: this model enlarges a picture (super-resolution): want none",
+        ));
+    }
     if a.prompt.is_none() && matches!(blueprint.condition, Conditioner::Clip(_) | Conditioner::Bert(_)) {
         return Err(Error::invalid(
             "want --prompt TEXT, what the picture shows, or --from-file FILE with a prompt a line",
@@ -191,7 +220,9 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
         eprintln!("memory: {peak} bytes at the peak, {planned} planned");
     }
     for (picture, file) in pictures.iter().zip(&files) {
-        let text = (!a.disable_image_metadata).then(|| parameters(&a, what, picture, method.label()));
+        let strength = request.init.as_ref().filter(|_| !enlarges).map(|init| init.strength);
+        let text =
+            (!a.disable_image_metadata).then(|| parameters(&a, what, picture, method.label(), strength));
         png::write_rgb8(file, picture.width, picture.height, &picture.rgb, text.as_deref())?;
         print(&format!("{}\n", file.display()))?;
     }
@@ -222,6 +253,11 @@ fn from_file(a: &Arguments, list: &Path, seed: u64) -> Result<ExitCode> {
         let wrong = |e: Error| invalid(list, format!("line {}: {e}", i + 1));
         blueprint.check_words(&a.request(&[words], seed)?).map_err(wrong)?;
     }
+    if blueprint.beside != Beside::Nothing {
+        return Err(Error::invalid(
+            "--from-file: this model takes a picture (-i FILE), which goes with one prompt",
+        ));
+    }
     let compute = Pipeline::compute_type(&folder, &device, dtype)?;
     let fits = |n: usize| {
         let request = a.request(&prompts[..n.min(prompts.len())], seed)?;
@@ -249,7 +285,8 @@ fn from_file(a: &Arguments, list: &Path, seed: u64) -> Result<ExitCode> {
         let pictures = pipeline.generate(&request, &mut Progress::new(true))?;
         made += pictures.len() as u64;
         for ((picture, prompt), file) in pictures.iter().zip(prompts).zip(&mut files) {
-            let text = (!a.disable_image_metadata).then(|| parameters(a, prompt, picture, method.label()));
+            let text =
+                (!a.disable_image_metadata).then(|| parameters(a, prompt, picture, method.label(), None));
             png::write_rgb8(&file, picture.width, picture.height, &picture.rgb, text.as_deref())?;
             print(&format!("{}\n", file.display()))?;
         }
@@ -280,7 +317,7 @@ fn names(output: &Path, count: usize) -> Vec<PathBuf> {
 }
 
 /// The text that other programs read settings from.
-fn parameters(a: &Arguments, what: &str, picture: &Picture, sampler: &str) -> String {
+fn parameters(a: &Arguments, what: &str, picture: &Picture, sampler: &str, strength: Option<f64>) -> String {
     let mut text = what.to_string();
     if !a.negative_prompt.is_empty() {
         text += &format!("\nNegative prompt: {}", a.negative_prompt);
@@ -301,8 +338,8 @@ fn parameters(a: &Arguments, what: &str, picture: &Picture, sampler: &str) -> St
     if a.eta != 0.0 {
         text += &format!(", Eta: {}", a.eta);
     }
-    if a.init_img.is_some() {
-        text += &format!(", Denoising strength: {}", a.strength);
+    if let Some(strength) = strength {
+        text += &format!(", Denoising strength: {strength}");
     }
     if a.clip_skip > 1 {
         text += &format!(", Clip skip: {}", a.clip_skip);

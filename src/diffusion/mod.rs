@@ -6,8 +6,8 @@ use crate::exec::timing::Mark;
 use crate::exec::{CheckFinite, Device, Hook, Program, Weights};
 use crate::graph::Graph;
 use crate::models::UNet2DCondition;
-use crate::ops::{Advance, Concat, Prepare, TABLE, cast};
-use crate::samplers::{Ladder, Method, Row, Table};
+use crate::ops::{Advance, Blend, Concat, Prepare, TABLE, cast};
+use crate::samplers::{Ladder, Method, Point, Row, Table};
 use crate::tensor::{DType, HostTensor, Spec};
 
 /// What a sampling run is made of.
@@ -21,6 +21,8 @@ pub struct Settings {
     pub tokens: usize,
     /// Guidance scale; above 1 the unconditional half runs too.
     pub guidance: f64,
+    /// After each step, what is known of a picture takes its place again: [`Sampling::set_known`].
+    pub known: bool,
     /// Type of weights and activations.
     pub dtype: DType,
 }
@@ -92,20 +94,27 @@ pub fn evaluation_graph(unet: &UNet2DCondition, table: &Table, s: &Settings) -> 
     }
     let m = unet.body(&mut g, x, (t, Some(counter_now)), context)?;
     let y = g.push_all("advance", Advance { copies }, &[slots, m, rows, counter_now, noise])?;
-    g.update(slots, y[0]);
-    g.update(counter, y[1]);
+    let (mut next, counter_now) = (y[0], y[1]);
+    if s.known {
+        let mask = g.input("mask", DType::F32, [s.batch, h, w, 1]);
+        let [clean, hidden] = ["clean", "hidden"].map(|name| g.input(name, DType::F32, latents));
+        next = g.push("blend", Blend, &[next, rows, counter_now, mask, clean, hidden])?;
+    }
+    g.update(slots, next);
+    g.update(counter, counter_now);
     g.output("guided", y[2]);
     Ok(g)
 }
 
-/// A row as the device reads it.
-fn packed(row: &Row, guidance: f64) -> [f32; TABLE] {
+/// A row as the device reads it. `next` is where the next evaluation is; after the last one, the latents are clean.
+fn packed(row: &Row, next: Option<&Point>, guidance: f64) -> [f32; TABLE] {
     let mut y = [0.0; TABLE];
     y[..8].copy_from_slice(&[row.timestep, row.scale_in, row.dx, row.dm, row.clip, row.cm, row.cd, row.cz]);
     y[8..16].copy_from_slice(&row.c);
     let slots = [row.x_slot, row.next_slot, row.keep_m, row.keep_d, row.noise];
     y[16..21].iter_mut().zip(slots).for_each(|(y, slot)| *y = slot as f32);
     y[21] = guidance as f32;
+    (y[22], y[23]) = next.map_or((1.0, 0.0), |at| (at.alpha as f32, at.sigma as f32));
     y
 }
 
@@ -124,7 +133,9 @@ impl Sampling {
         let table = method.table(ladder)?;
         let graph = evaluation_graph(unet, &table, &settings)?;
         let mut program = Program::new(graph, weights, device)?;
-        let rows: Vec<f32> = table.rows.iter().flat_map(|r| packed(r, settings.guidance)).collect();
+        let next = ladder.steps.iter().skip(1).map(|step| Some(&step.at)).chain([None]);
+        let rows = table.rows.iter().zip(next).flat_map(|(row, next)| packed(row, next, settings.guidance));
+        let rows: Vec<f32> = rows.collect();
         program.write("table", &HostTensor::f32([table.rows.len(), TABLE], rows)?)?;
         let timesteps = table.rows.iter().map(|r| r.timestep).collect();
         program.write("timesteps", &HostTensor::f32([table.rows.len()], timesteps)?)?;
@@ -180,6 +191,18 @@ impl Sampling {
     pub fn set_condition(&mut self, condition: &HostTensor) -> Result<()> {
         self.settle()?;
         self.program.write("condition", condition)
+    }
+
+    /// What is known of the pictures, for a run with [`Settings::known`]: `mask` (B,H,W,1), 1 where nothing is, the latents
+    /// `clean` (B,H,W,C), and the unit noise `hidden` (B,H,W,C) that hides them until the last step, f32.
+    ///
+    /// # Errors
+    /// When the run has no such inputs, or the axes differ; and as [`Sampling::step`].
+    pub fn set_known(&mut self, mask: &HostTensor, clean: &HostTensor, hidden: &HostTensor) -> Result<()> {
+        self.settle()?;
+        [("mask", mask), ("clean", clean), ("hidden", hidden)]
+            .into_iter()
+            .try_for_each(|(name, x)| self.program.write(name, x))
     }
 
     /// The noises (Z,B,H,W,C) f32, Z = max(1, [`Sampling::noises`]).

@@ -40,6 +40,7 @@ macro_rules! rooms {
             adversarial: LogitLoss, LogitLossGrad, AdaptiveWeight, Scale;
             attention: Attention, AttentionGrad;
             batch_norm: BatchNorm, BatchNormGrad, Running;
+            blend: Blend;
             cast: Cast;
             concat: Concat, Slice;
             conv2d: Conv2d, Linear, WeightGrad, TransposeWeights;

@@ -13,7 +13,7 @@ use super::prelude::*;
 use crate::kernels::sampler as k;
 
 /// Columns of the table, f32: timestep, scale_in, dx, dm, clip (0: none), cm, cd, cz, c\[8\], x_slot, next_slot, keep_m,
-/// keep_d, noise (−1: none for each), guidance, and two unused.
+/// keep_d, noise (−1: none for each), guidance, and for [`super::Blend`] alpha and sigma of the next evaluation.
 pub const TABLE: usize = 24;
 
 /// slots (S,B,H,W,C) f32, table (R,24) f32, counter (4) i32 to x (copies·B,H,W,C), counter.
@@ -37,16 +37,16 @@ pub struct Advance {
 }
 
 /// A row of the table.
-struct Row<'a, V>(&'a [V]);
+pub(super) struct Row<'a, V>(&'a [V]);
 
 impl<'a, V: Copy + Into<f64>> Row<'a, V> {
-    fn at(table: &'a [V], k: usize) -> Row<'a, V> {
+    pub(super) fn at(table: &'a [V], k: usize) -> Row<'a, V> {
         Row(&table[k * TABLE..][..TABLE])
     }
-    fn f(&self, i: usize) -> f64 {
+    pub(super) fn f(&self, i: usize) -> f64 {
         self.0[i].into()
     }
-    fn slot(&self, i: usize) -> Option<usize> {
+    pub(super) fn slot(&self, i: usize) -> Option<usize> {
         let s = self.f(i);
         (s >= 0.0).then_some(s as usize)
     }
@@ -61,13 +61,15 @@ const CD: usize = 6;
 const CZ: usize = 7;
 const C: usize = 8;
 const X_SLOT: usize = 16;
-const NEXT: usize = 17;
+pub(super) const NEXT: usize = 17;
 const KEEP_M: usize = 18;
 const KEEP_D: usize = 19;
 const NOISE: usize = 20;
 const GUIDANCE: usize = 21;
+pub(super) const ALPHA: usize = 22;
+pub(super) const SIGMA: usize = 23;
 
-fn is_table(s: Spec) -> bool {
+pub(super) fn is_table(s: Spec) -> bool {
     s.dtype == DType::F32 && s.shape.len() == 2 && s.shape[1] == TABLE
 }
 
@@ -347,13 +349,13 @@ pub(super) fn checked_row(k: i32, rows: usize) -> Result<usize> {
 }
 
 /// A table with sensible numbers: slots in range, a row never writes what it reads.
-fn table(rows: usize, slots: usize) -> super::Arg {
+pub(super) fn table(rows: usize, slots: usize) -> super::Arg {
     let mut v = Vec::new();
     for r in 0..rows {
         let f = |i: usize| 0.3 + 0.1 * ((r * 7 + i * 3) % 11) as f64;
         let mut row = vec![f(0) * 900.0, f(1), f(2), -f(3), 0.0, f(5), -f(6), f(7)];
         row.extend((0..8).map(|s| if s + 1 < slots && s % 3 != 1 { f(8 + s) } else { 0.0 }));
-        row.extend([0.0, slots as f64 - 1.0, -1.0, -1.0, (r % 2) as f64, 7.5, 0.0, 0.0]);
+        row.extend([0.0, slots as f64 - 1.0, -1.0, -1.0, (r % 2) as f64, 7.5, f(1), f(2)]);
         v.extend(row.into_iter().map(|v| v as f32 as f64));
     }
     f32s([rows, TABLE]).values(v)

@@ -1,7 +1,7 @@
 //! What a folder describes, without its weights: enough to say what a picture costs.
 
 use super::tiles::Axis;
-use super::{Classes, Request};
+use super::{Beside, Classes, Request};
 use crate::diffusion::{Settings, evaluation_graph};
 use crate::error::{Error, Result};
 use crate::exec::{Graph, Program, Target};
@@ -52,12 +52,15 @@ impl Vae {
     }
 }
 
+/// Pipelines whose UNet has no context.
+const WITHOUT: [&str; 2] = ["LDMPipeline", "LDMSuperResolutionPipeline"];
+
 /// What makes the context of a folder's UNet.
 pub(super) fn conditioner(folder: &ModelFolder) -> Result<Conditioner> {
     if folder.has("class_embedder") {
         return Ok(Conditioner::Class(model(folder, "class_embedder")?));
     }
-    if folder.class() == "LDMPipeline" {
+    if WITHOUT.contains(&folder.class()) {
         return Ok(Conditioner::Nothing);
     }
     if folder.has("bert") {
@@ -68,10 +71,10 @@ pub(super) fn conditioner(folder: &ModelFolder) -> Result<Conditioner> {
 
 /// The UNet of a folder; without a condition it is one of the other class.
 fn denoiser(folder: &ModelFolder) -> Result<UNet2DCondition> {
-    match folder.class() {
-        "LDMPipeline" => Ok(model::<UNet2D>(folder, "unet")?.into()),
-        _ => model(folder, "unet"),
+    if WITHOUT.contains(&folder.class()) {
+        return Ok(model::<UNet2D>(folder, "unet")?.into());
     }
+    model(folder, "unet")
 }
 
 /// The folder that the autoencoder is in: older pipelines call it `vqvae`, of whatever kind it is.
@@ -109,6 +112,8 @@ pub struct Blueprint {
     pub classes: Option<Classes>,
     /// The UNet.
     pub unet: UNet2DCondition,
+    /// What the UNet is given beside the latents.
+    pub beside: Beside,
     /// The autoencoder.
     pub vae: Vae,
     /// The noise schedule.
@@ -124,6 +129,7 @@ impl Blueprint {
         "StableDiffusionInpaintPipeline",
         "LDMTextToImagePipeline",
         "LDMPipeline",
+        "LDMSuperResolutionPipeline",
     ];
 
     /// Reads the configurations of a folder.
@@ -167,10 +173,11 @@ impl Blueprint {
                 unet.out_channels,
             );
         }
-        if unet.in_channels < z {
-            return wrong("unet", "in_channels", format!("at least latent_channels {z}"), unet.in_channels);
-        }
-        Ok(Blueprint { condition, classes, unet, vae, schedule, scheduler })
+        let beside = match Beside::read(folder.class(), z, unet.in_channels) {
+            Ok(beside) => beside,
+            Err(want) => return wrong("unet", "in_channels", want, unet.in_channels),
+        };
+        Ok(Blueprint { condition, classes, unet, beside, vae, schedule, scheduler })
     }
 
     /// Width and height of a request's pictures, in pixels.
@@ -180,17 +187,24 @@ impl Blueprint {
     pub fn size(&self, r: &Request) -> Result<(usize, usize)> {
         let f = self.vae.codec().factor();
         let native = self.unet.sample_size.saturating_mul(f);
-        let init = r.init.as_ref().map(|i| (i.width, i.height));
+        let grown = |n: usize| n.saturating_mul(self.growth());
+        let init = r.init.as_ref().map(|i| (grown(i.width), grown(i.height)));
         let (width, height) = (
             r.width.unwrap_or(init.map_or(native, |i| i.0)),
             r.height.unwrap_or(init.map_or(native, |i| i.1)),
         );
-        if let Some((w, h)) = init.filter(|&i| i != (width, height)) {
-            return Err(Error::invalid(format!(
-                "size {width}x{height}: the initial picture is {w}x{h}; resize it, or leave out the size"
-            )));
-        }
         let m = f * self.unet.multiple();
+        if let (Some(picture), Some((w, h))) = (&r.init, init.filter(|&i| i != (width, height))) {
+            let (small_w, small_h) = (picture.width, picture.height);
+            return Err(Error::invalid(match self.growth() {
+                1 => format!(
+                    "size {width}x{height}: the initial picture is {w}x{h}; resize it, or leave out the size"
+                ),
+                _ => format!(
+                    "size {width}x{height}: the picture of {small_w}x{small_h} becomes {w}x{h}; resize it, or leave out the size"
+                ),
+            }));
+        }
         if width.max(height) > MAX_SIDE {
             return Err(Error::invalid(format!(
                 "size {width}x{height}: want at most {MAX_SIDE} pixels on a side"
@@ -198,6 +212,13 @@ impl Blueprint {
         }
         if width == 0 || height == 0 || width % m != 0 || height % m != 0 {
             let near = |n: usize| ((n + m / 2) / m).max(1) * m;
+            if let (Some(picture), true) = (&r.init, self.growth() > 1) {
+                let (m, [w, h]) = (self.unet.multiple(), [near(width), near(height)].map(|n| n / f));
+                return Err(Error::invalid(format!(
+                    "picture {}x{}: width and height must be multiples of {m} for this model to enlarge it; the nearest is {w}x{h}",
+                    picture.width, picture.height
+                )));
+            }
             return Err(Error::invalid(format!(
                 "size {width}x{height}: width and height must be multiples of {m} for this model; the nearest is {}x{}",
                 near(width),
@@ -263,11 +284,6 @@ impl Blueprint {
             )));
         }
         self.size(r)?;
-        if r.init.is_some() && matches!(self.vae, Vae::Vq(_)) {
-            return Err(Error::invalid(
-                "an initial picture needs a model with an AutoencoderKL; this one has a VQModel",
-            ));
-        }
         let (method, schedule) = self.choose(r)?;
         method.ladder(&schedule, r.steps, 0).map(|_| ())
     }
@@ -296,13 +312,12 @@ impl Blueprint {
 
     /// The encoder's graph for a request's initial picture, or for one tile of it.
     pub(super) fn encode_graph(&self, r: &Request, dtype: DType) -> Result<Graph> {
-        let Vae::Kl(vae) = &self.vae else {
-            return Err(Error::invalid(
-                "an initial picture needs a model with an AutoencoderKL; this one has a VQModel",
-            ));
-        };
-        let ([rows, columns], f) = (self.tiles(r)?, vae.codec.factor());
-        vae.sample_graph([1, rows.tile * f, columns.tile * f], dtype)
+        let ([rows, columns], f) = (self.tiles(r)?, self.vae.codec().factor());
+        let size = [1, rows.tile * f, columns.tile * f];
+        match &self.vae {
+            Vae::Kl(vae) => vae.sample_graph(size, dtype),
+            Vae::Vq(vq) => vq.encode_graph(size, dtype),
+        }
     }
 
     /// The sampler of a request with its schedule.
@@ -348,7 +363,7 @@ impl Blueprint {
         let (method, schedule) = self.choose(r)?;
         let table = method.table(&method.ladder(&schedule, r.steps, 0)?)?;
         let (batch, tokens) = (r.batch, self.condition.tokens());
-        let s = Settings { batch, size, tokens, guidance: self.guidance(r), dtype };
+        let s = Settings { batch, size, tokens, guidance: self.guidance(r), known: self.blends(r), dtype };
         Ok((evaluation_graph(&self.unet, &table, &s)?, table.rows.len(), s))
     }
 
@@ -368,8 +383,11 @@ pub(super) fn scheduler(folder: &ModelFolder) -> Result<(String, ScheduleConfig)
     let text =
         std::fs::read_to_string(&path).map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?;
     let mut schedule = ScheduleConfig::from_text(&text, &path)?;
-    if folder.class().starts_with("StableDiffusion") {
-        // diffusers' pipelines overrule old configurations in these two, whatever they say.
+    // diffusers' pipelines overrule old configurations in these, whatever they say.
+    if folder.class() == "StableDiffusionInpaintPipeline" {
+        schedule.steps_offset = Some(1);
+        schedule.skip_prk = Some(true);
+    } else if folder.class().starts_with("StableDiffusion") {
         schedule.steps_offset = Some(1);
         schedule.clip_sample = Some(false);
     }

@@ -1,7 +1,7 @@
 //! What a request takes, stage by stage, before anything runs; and what would fit instead.
 
 use super::blueprint::MAX_BATCH;
-use super::{Blueprint, Init, Request, Residency, Vae};
+use super::{Beside, Blueprint, Init, Mask, Request, Residency, Vae};
 use crate::error::{Error, Result};
 use crate::exec::{Device, Graph, Program, Target, human_bytes};
 use crate::models::{Conditioner, Inventory, Model};
@@ -113,6 +113,9 @@ impl Blueprint {
         let float = size_of::<f32>();
         let latents = r.batch * s.size[0] * s.size[1] * self.unet.out_channels * float;
         let context = s.copies() * r.batch * s.tokens * self.unet.context * float;
+        let z = self.unet.out_channels;
+        let channels = s.copies() * self.beside.channels(z) + if s.known { 1 + 2 * z } else { 0 };
+        let beside = channels * r.batch * s.size[0] * s.size[1] * float;
         let pixels = width * height * 3;
         // A picture as the decoder puts it out; in tiles, one tile beside the whole.
         let tile = rows.tile * columns.tile * self.vae.codec().factor().pow(2) * 3;
@@ -124,15 +127,16 @@ impl Blueprint {
             let text = self.condition.context_graph(s.copies(), s.tokens, dtype, r.clip_skip)?;
             stages.push(stage("text", &text, target, context)?);
         }
-        if r.init.is_some() {
-            stages.push(stage(
-                "encoding",
-                &self.encode_graph(r, dtype)?,
-                target,
-                context + image + pixels + 3 * latents,
-            )?);
+        // A model for inpainting takes the masked picture; another starts from the whole one.
+        let masked = self.beside == Beside::Mask;
+        let encoded = usize::from(masked) + usize::from(s.known || !self.starts_from_noise(r));
+        if encoded > 0 {
+            // Pictures as they come and as the encoder takes them, all of it, and of a tile what is cut out.
+            let given = pixels + if masked || s.known { pixels / 3 } else { 0 };
+            let host = context + encoded * image + given + 3 * latents + beside;
+            stages.push(stage("encoding", &self.encode_graph(r, dtype)?, target, host)?);
         }
-        stages.push(stage("sampling", &unet, target, context + 2 * latents)?);
+        stages.push(stage("sampling", &unet, target, context + 2 * latents + beside)?);
         stages.push(stage("decoding", &decoder, target, image + r.batch * pixels + 3 * latents)?);
         if residency == Residency::Always {
             let all = self.weight_bytes(dtype)?;
@@ -194,22 +198,28 @@ impl Blueprint {
         let (width, height) = self.size(r)?;
         let unit = self.vae.codec().factor() * self.unet.multiple();
         // Only its size counts; its pixels are not copied.
-        let init =
-            |w, h| r.init.as_ref().map(|i| Init { width: w, height: h, rgb: vec![], strength: i.strength });
+        let init = |w: usize, h: usize| {
+            let [width, height] = [w, h].map(|n| n / self.growth());
+            r.init.as_ref().map(|i| Init { width, height, rgb: vec![], strength: i.strength })
+        };
+        let mask = |width, height| {
+            r.mask.as_ref().map(|m| Mask { width, height, gray: vec![], composite: m.composite })
+        };
         let bare = Request {
             width: Some(width),
             height: Some(height),
             init: init(width, height),
+            mask: mask(width, height),
             prompt: String::new(),
             prompts: vec![],
             negative: String::new(),
-            ..Request { init: None, ..r.clone() }
+            ..Request { init: None, mask: None, ..r.clone() }
         };
         let sized = |k: usize| {
             let scale = k as f64 / (width.max(height) / unit) as f64;
             let side = |n: usize| ((n as f64 * scale / unit as f64).round() as usize).max(1) * unit;
             let (w, h) = (side(width), side(height));
-            Request { width: Some(w), height: Some(h), init: init(w, h), ..bare.clone() }
+            Request { width: Some(w), height: Some(h), init: init(w, h), mask: mask(w, h), ..bare.clone() }
         };
         let mut all = Vec::new();
         if !r.vae_tiling && fits(&Request { vae_tiling: true, ..bare.clone() }) {

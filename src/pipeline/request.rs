@@ -32,8 +32,10 @@ pub struct Request {
     pub clip_skip: usize,
     /// Share of fresh noise in DDIM's steps.
     pub eta: f64,
-    /// A picture to start from.
+    /// A picture to start from (img2img), to draw anew in part (inpainting, with `mask`) or to enlarge (super-resolution).
     pub init: Option<Init>,
+    /// Where the initial picture is drawn anew.
+    pub mask: Option<Mask>,
     /// Take pictures through the autoencoder in tiles that overlap: less memory for large ones, not quite the same
     /// picture. Never done unasked.
     pub vae_tiling: bool,
@@ -41,7 +43,7 @@ pub struct Request {
     pub vae_tile_size: Option<usize>,
 }
 
-/// A picture to start from (img2img).
+/// A picture that a request begins with.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Init {
     /// Pixels.
@@ -50,8 +52,23 @@ pub struct Init {
     pub height: usize,
     /// Rows of RGB bytes.
     pub rgb: Vec<u8>,
-    /// How much of it is given up, 0 to 1: this share of the steps runs.
+    /// How much of it is given up, 0 to 1: this share of the steps runs. With a mask, 1 begins with noise alone where less
+    /// begins with what is left of the picture. Super-resolution always begins with noise and does not look at it.
     pub strength: f64,
+}
+
+/// Where a picture is drawn anew (inpainting).
+#[derive(Clone, PartialEq, Debug)]
+pub struct Mask {
+    /// Pixels, as the initial picture.
+    pub width: usize,
+    /// Pixels, as the initial picture.
+    pub height: usize,
+    /// Rows of bytes, one for a pixel: drawn anew from 128 on, which is white.
+    pub gray: Vec<u8>,
+    /// Elsewhere the result has the initial picture's bytes. Otherwise all of it comes out of the autoencoder, as diffusers
+    /// has it.
+    pub composite: bool,
 }
 
 impl Default for Request {
@@ -71,6 +88,7 @@ impl Default for Request {
             clip_skip: 0,
             eta: 0.0,
             init: None,
+            mask: None,
             vae_tiling: false,
             vae_tile_size: None,
         }

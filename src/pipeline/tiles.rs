@@ -218,7 +218,7 @@ mod tests {
         let (method, schedule) = pipeline.blueprint().choose(&r).unwrap();
         let ladder = method.ladder(&schedule, 4, 2).unwrap();
         let table = method.table(&ladder).unwrap();
-        let start = |r: &Request| pipeline.start(r, &table, &ladder, &mut ()).unwrap().0.to_f64();
+        let start = |r: &Request| pipeline.begin(r, &table, &ladder, &mut ()).unwrap().state.to_f64();
         let (a, b) = (start(&r), start(&tiled));
         let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|v| v * v).sum::<f64>().sqrt();
         let error = norm(&mut a.iter().zip(&b).map(|(a, b)| a - b)) / norm(&mut a.iter().copied());

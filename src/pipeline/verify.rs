@@ -6,14 +6,15 @@
 //! bound is 1e-4 at every tensor, in the 16-bit types 1.5 times the floor of that tensor; a tensor without a floor is
 //! shown and not judged. Pictures have at least 50 dB in f32.
 
+use super::beside::RGB;
 use super::blueprint::{conditioner, model, scheduler, vae_name};
-use super::{Blueprint, Inventory, Pipeline, load, repeat, unscaled};
+use super::{Beside, Blueprint, Inventory, Mask, Pipeline, Request, load, repeat, unscaled};
 use crate::diffusion::{Sampling, Settings};
 use crate::error::{Error, Result};
 use crate::exec::{Device, Graph, Program, Weights};
 use crate::io::{Checkpoint, ModelFolder, weights};
 use crate::models::{Conditioner, UNet2DCondition};
-use crate::samplers::{Method, skipped};
+use crate::samplers::{Ladder, Method, skipped};
 use crate::tensor::{DType, HostTensor};
 use serde_json::Value;
 use std::collections::HashMap;
@@ -433,7 +434,7 @@ impl Session<'_> {
             self.compare("context", context.clone(), None)?;
         }
         let tokens = context.as_ref().map_or(0, |context| context.shape()[1]);
-        let settings = Settings { batch, size: [h, w], tokens, guidance, dtype: self.dtype };
+        let settings = Settings { batch, size: [h, w], tokens, guidance, known: false, dtype: self.dtype };
         let (unet, weights) = (&pipeline.blueprint.unet, pipeline.unet.weights(self.device, None)?);
         let mut run = Sampling::new(unet, &weights, self.device, (method, &ladder), settings)?;
         if run.noises() > 0 {
@@ -442,8 +443,8 @@ impl Session<'_> {
         if let Some(context) = &context {
             run.set_context(context)?;
         }
-        if run.program().has("condition") {
-            run.set_condition(&self.condition(unet)?)?;
+        if let Some(beside) = self.beside(&pipeline, &start, guidance, &ladder)? {
+            run.set_condition(&beside)?;
         }
         run.start(&start)?;
         self.timesteps(&run)?;
@@ -457,7 +458,7 @@ impl Session<'_> {
         }
         let z = run.state()?;
         drop(run);
-        let z = unscaled(&z, pipeline.blueprint.vae.codec().scaling_factor)?;
+        let z = unscaled(&z, pipeline.blueprint.scale())?;
         self.compare_nhwc("decoder_input", &z, None)?;
         let image = pipeline.decode_scaled(&z)?;
         let unit = image.to_f32().iter().map(|v| (v / 2.0 + 0.5).clamp(0.0, 1.0)).collect();
@@ -478,15 +479,52 @@ impl Session<'_> {
         repeat(&pipeline.encode_text(&ids, names.len(), 0, &mut ())?, batch)
     }
 
-    /// Mask and masked image, which follow the latents among the channels of the first input.
-    fn condition(&self, unet: &UNet2DCondition) -> Result<HostTensor> {
-        let input = self.picture("unet_input_000", unet.in_channels, unet.multiple())?;
-        let [rows, h, w, c] = *input.shape() else {
-            return Err(Error::invalid("unet_input_000: want four axes"));
+    /// What follows the latents among the channels: of the small picture, or of the masked one, which is encoded with the
+    /// stored noise. Then the first input of the UNet as a whole.
+    fn beside(
+        &mut self,
+        pipeline: &Pipeline,
+        start: &HostTensor,
+        guidance: f64,
+        ladder: &Ladder,
+    ) -> Result<Option<HostTensor>> {
+        let b = &pipeline.blueprint;
+        let ([batch, h, w], z, f) = (size(start)?, b.unet.out_channels, b.vae.codec().factor());
+        let side = if b.beside == Beside::Picture { 1 } else { f };
+        let picture = |s: &Self, name: &str, channels: usize| -> Result<Vec<f32>> {
+            let want = format!("(1,{channels},{},{})", h * side, w * side);
+            s.axes(name, &want, |axes: [usize; 4]| axes == [1, channels, h * side, w * side])?;
+            Ok(s.read_nhwc(name)?.to_f32())
         };
-        let latent = unet.out_channels;
-        let data: Vec<f32> = input.to_f32().chunks(c).flat_map(|p| p[latent..].to_vec()).collect();
-        HostTensor::f32([rows, h, w, c - latent], data)
+        let mut channels = match b.beside {
+            Beside::Nothing => return Ok(None),
+            _ => picture(self, "input_image", RGB)?,
+        };
+        channels.iter_mut().for_each(|v| *v = *v * 2.0 - 1.0);
+        if b.beside == Beside::Mask {
+            let gray = picture(self, "mask", 1)?.iter().map(|v| if *v >= 0.5 { 255 } else { 0 }).collect();
+            let (width, height) = (w * f, h * f);
+            let mask = Mask { width, height, gray, composite: false };
+            mask.hide(&mut channels);
+            let image = HostTensor::f32([1, height, width, RGB], channels)?;
+            let noise = self.picture("masked_noise", z, 1)?;
+            let r = Request { width: Some(width), height: Some(height), ..Request::default() };
+            let latents = pipeline.encoder(&r, &mut ())?.run(&image, &mut || Ok(noise.clone()), &mut ())?;
+            let whole = HostTensor::f32([batch, h, w, z], latents.repeat(batch))?;
+            self.compare_nhwc("masked_latents", &whole, None)?;
+            let rows = mask.latents([h, w], f).zip(latents.chunks_exact(z));
+            channels = rows.flat_map(|(drawn, latents)| [&[drawn], latents].concat()).collect();
+        }
+        let copies = 1 + (guidance > 1.0) as usize;
+        let x = b.beside.channels(z);
+        let scale = ladder.steps[0].at.scale_in as f32;
+        let rows = start.to_f32().repeat(copies);
+        let rows = rows.chunks_exact(z).zip(channels.chunks_exact(x).cycle());
+        let input = rows
+            .flat_map(|(latents, beside)| latents.iter().map(|v| v * scale).chain(beside.iter().copied()));
+        let input = HostTensor::f32([copies * batch, h, w, z + x], input.collect())?;
+        self.compare_nhwc("unet_input_000", &input, None)?;
+        HostTensor::f32([copies * batch, h, w, x], channels.repeat(copies * batch)).map(Some)
     }
 
     /// The timesteps must be those of the file, before anything is computed with them.

@@ -169,7 +169,7 @@ impl Plan {
         // A model without a text encoder is given as many tokens as CLIP has.
         let tokens = self.parts.text.as_ref().map_or(77, |t| t.tokens());
         let (batch, size, guidance, dtype) = (self.batch, self.latent, self.guidance, self.dtype);
-        Ok(Settings { batch, size, tokens, guidance, dtype })
+        Ok(Settings { batch, size, tokens, guidance, known: false, dtype })
     }
 
     fn decoder(&self, batch: usize) -> Result<Graph> {
