@@ -163,6 +163,14 @@ impl Condition {
         }
     }
 
+    /// What a prompt, or a class by its name or number, is as ids (T).
+    pub(super) fn told(&self, words: &str) -> Result<Vec<i32>> {
+        match &self.words {
+            Words::Classes(labels) => self.ids("", Some(labels.find(words)?)),
+            Words::Captions { .. } | Words::Nothing => self.ids(words, None),
+        }
+    }
+
     /// In a few words, for the log.
     pub(super) fn describe(&self) -> String {
         match &self.words {

@@ -1,14 +1,16 @@
 //! Runs of a latent diffusion model: Rombach et al. 2022, sections 3.2 and 3.3. The text encoder, or the table of
 //! classes, is trained with the UNet, unless it is given and stays as it is, or there is none.
 
+use super::concat::{Beside, Concatenated, joined, scaled};
 use super::condition::Condition;
 use super::export;
 use super::frozen::FirstStage;
 use super::grid::Tiles;
-use super::latents::{Latents, draw, dropped};
+use super::latents::{Latents, drawn, dropped};
 use super::objective::Levels;
 use super::run::{Task, Watch, note};
 use super::settings::{DiffusionSettings, Settings};
+use super::shown::Shown;
 use super::source::{Stream, Subject, drawing, normal};
 use super::step::{Trainer, blocks, update};
 use super::{initial, is_zero_module};
@@ -29,11 +31,11 @@ use std::time::Duration;
 /// The UNet's part of the graph of a step, as its parameters are called.
 const UNET: &str = "unet";
 
-/// Inputs of a step: noisy latents (B,h,w,Z), timesteps (B), targets (B,h,w,Z), all f32; ids of captions or classes (B,T) i32, or a context; and weights (B)
-/// of the pictures, f32.
+/// Inputs of a step: noisy latents with the channels that condition beside them (B,h,w,Z + X), timesteps (B), targets (B,h,w,Z), all f32; ids of
+/// captions or classes (B,T) i32, or a context; and weights (B) of the pictures, f32.
 #[derive(Clone, Copy, Debug)]
 pub struct Noised {
-    /// Noisy latents.
+    /// Noisy latents, and after them what [`super::Concatenated`] says.
     pub x: Var,
     /// Timesteps.
     pub t: Var,
@@ -79,6 +81,7 @@ pub(super) struct Diffusion {
     condition: Condition,
     latents: Latents,
     levels: Levels,
+    pictures: Beside,
     /// Factor of the latents.
     scale: f64,
     /// What tells the first stage from others.
@@ -95,7 +98,8 @@ impl Diffusion {
         device: &Device,
         watch: &mut dyn Watch,
     ) -> Result<Diffusion> {
-        let subject = Subject::open(&s.data)?;
+        let pictures = Beside { subject: Subject::open(&s.data)?, kind: own.concat };
+        let subject = &pictures.subject;
         let stage = own.first.fingerprint()?;
         if step > 0 && note::<String>(notes, "first_stage")? != stage {
             let path = own.first.path.display();
@@ -103,17 +107,16 @@ impl Diffusion {
                 "{path}: want the first stage that the run began with; its weights have changed since"
             )));
         }
-        let pictures = s.pictures();
-        let condition = Condition::start(&own.condition, &subject, (folder, s.batch), notes, device, watch)?;
+        let condition = Condition::start(&own.condition, subject, (folder, s.batch), notes, device, watch)?;
         condition.check(&s.sample.prompts)?;
         let options =
-            Options { batch: pictures, seed: s.seed, threads: s.data.threads, ..Options::default() };
+            Options { batch: s.pictures(), seed: s.seed, threads: s.data.threads, ..Options::default() };
         let mut latents = match own.cache && s.data.is_fixed() {
-            false => Latents::live(&subject, options, step, (&own.first, s.batch), device)?,
+            false => Latents::live(&pictures, options, step, (&own.first, s.batch), device)?,
             true => {
                 let file = folder.join("latents.safetensors");
                 let first = (&own.first, s.batch, &stage[..]);
-                Latents::kept(&subject, options, first, (&file, &condition), device, watch)?
+                Latents::kept(subject, options, first, (&file, &condition), device, watch)?
             }
         };
         let scale = match own.first.scaling_factor {
@@ -123,15 +126,16 @@ impl Diffusion {
                 let said = latents.next(0, &condition)?;
                 // The first step takes this batch again.
                 if matches!(latents, Latents::Live { .. }) {
-                    latents = Latents::live(&subject, options, 0, (&own.first, s.batch), device)?;
+                    latents = Latents::live(&pictures, options, 0, (&own.first, s.batch), device)?;
                 }
-                1.0 / deviation(&draw(&own.first, &said.moments, s.seed, 0))
+                1.0 / deviation(&drawn(&own.first, &said.moments, (s.seed, 0, Stream::Latent)))
             }
         };
-        watch.say(&format!("latents are multiplied by {scale:.5}; {}", condition.describe()));
+        let beside = own.concat.map_or("", Concatenated::described);
+        watch.say(&format!("latents are multiplied by {scale:.5}; {}{beside}", condition.describe()));
         let levels = Levels::new(&own.schedule)?;
         let (settings, own) = (s.clone(), own.clone());
-        Ok(Diffusion { settings, own, condition, latents, levels, scale, stage })
+        Ok(Diffusion { settings, own, condition, latents, levels, pictures, scale, stage })
     }
 
     fn first(&self) -> &FirstStage {
@@ -142,6 +146,12 @@ impl Diffusion {
     fn shape(&self, batch: usize) -> [usize; 4] {
         let side = self.settings.data.size / self.first().factor();
         [batch, side, side, self.first().channels()]
+    }
+
+    /// Of the UNet's input.
+    fn wide(&self, batch: usize) -> [usize; 4] {
+        let [b, h, w, _] = self.shape(batch);
+        [b, h, w, self.own.unet.in_channels]
     }
 }
 
@@ -158,7 +168,7 @@ impl Task for Diffusion {
         let (b, t, mut g) = (self.settings.batch, self.condition.length(), Graph::new());
         g.train(true);
         let input = Noised {
-            x: g.input("x", DType::F32, self.shape(b)),
+            x: g.input("x", DType::F32, self.wide(b)),
             t: g.input("t", DType::F32, [b]),
             condition: match self.condition.trained() {
                 Some(_) => Some(g.input("ids", DType::I32, [b, t])),
@@ -193,8 +203,7 @@ impl Task for Diffusion {
         let (seed, b) = (self.settings.seed, self.settings.pictures());
         let shape = self.shape(b);
         let said = self.latents.next(step, &self.condition)?;
-        let z: Vec<f32> = draw(self.first(), &said.moments, seed, step);
-        let z: Vec<f32> = z.into_iter().map(|v| (f64::from(v) * self.scale) as f32).collect();
+        let z = scaled(&drawn(self.first(), &said.moments, (seed, step, Stream::Latent)), self.scale);
         let (n, c) = (z.len() / b, shape[3]);
         let mut noise = normal(seed, step, Stream::Noise, z.len());
         let objective = self.own.objective;
@@ -215,12 +224,16 @@ impl Task for Diffusion {
             times.push(t as f32);
             weights.push(objective.weight(&self.levels, t) as f32);
         }
+        let masked = |moments: &[f32]| Ok(drawn(self.first(), moments, (seed, step, Stream::Masked)));
+        if let Some(more) = said.channels.with(c, self.scale, masked)? {
+            x = joined((&x, c), (&more, self.own.unet.in_channels - c));
+        }
         let drops = dropped(seed, step, self.own.drop, b);
         let nothing = &self.condition.nothing;
         let ids = said.ids.iter().zip(drops).flat_map(|(ids, drop)| if drop { nothing } else { ids });
         let condition = self.condition.input(ids.copied().collect())?;
         let all = [
-            ("x", HostTensor::f32(shape, x)?),
+            ("x", HostTensor::f32(self.wide(b), x)?),
             ("t", HostTensor::f32([b], times)?),
             ("target", HostTensor::f32(shape, target)?),
             ("weights", HostTensor::f32([b], weights)?),
@@ -254,14 +267,27 @@ impl Task for Diffusion {
         export::folder(&at("scheduler"))?;
         export::json(&at("scheduler").join("scheduler_config.json"), &self.own.schedule_config)?;
         let mut index = self.condition.index();
+        if let Some(kind) = self.own.concat {
+            index["_class_name"] = json!(kind.pipeline());
+        }
         index["scheduler"] = json!(["diffusers", self.own.schedule_config["_class_name"]]);
         index["unet"] = json!(["diffusers", self.own.unet_config["_class_name"]]);
         index[name] = json!(["diffusers", self.first().class]);
         export::json(&at("model_index.json"), &index)
     }
 
-    /// A picture of each prompt or class, made as `ldm sample` makes it from the export.
+    /// A picture of each prompt or class, made as `ldm sample` makes it from the export; or pictures of the data, made anew.
     fn grid(&self, _: &Trainer, folder: &Path, device: &Device) -> Result<Tiles> {
+        if self.own.concat.is_some() {
+            return Shown {
+                settings: &self.settings,
+                own: &self.own,
+                condition: &self.condition,
+                pictures: &self.pictures,
+                scale: self.scale,
+            }
+            .tiles(folder, device);
+        }
         let how = &self.settings.sample;
         let pipeline = Pipeline::open(&ModelFolder::open(folder)?, device, Some(DType::F32))?;
         let mut pictures = vec![];

@@ -76,8 +76,13 @@ impl FirstStage {
     /// # Errors
     /// When they cannot be read.
     pub fn reconstruction(&self, device: &Device) -> Result<Reconstruction> {
-        let weights = load(Checkpoint::open(&self.path)?, &self.vae.inventory(DType::F32)?, device)?;
-        Ok(Reconstruction { vae: self.vae.clone(), weights, device: device.clone(), program: None })
+        let (vae, weights) = (self.vae.clone(), self.weights(device)?);
+        Ok(Reconstruction { vae, weights, device: device.clone(), program: None })
+    }
+
+    /// Its weights on a device, in f32.
+    pub(super) fn weights(&self, device: &Device) -> Result<Weights> {
+        load(Checkpoint::open(&self.path)?, &self.vae.inventory(DType::F32)?, device)
     }
 
     /// Channels of the latents.
@@ -108,8 +113,8 @@ impl FirstStage {
             Vae::Kl(m) => (m.encode_graph(size, DType::F32)?, "moments"),
             Vae::Vq(m) => (m.encode_graph(size, DType::F32)?, "latents"),
         };
-        let weights = load(Checkpoint::open(&self.path)?, &self.vae.inventory(DType::F32)?, device)?;
-        Ok(Encoder { program: Program::new(graph, &weights, device)?, output, side, batch })
+        let program = Program::new(graph, &self.weights(device)?, device)?;
+        Ok(Encoder { program, output, side, batch, factor: self.factor() })
     }
 
     /// Latents, not scaled, of one picture from what the encoder says of it and from noise of a latent's length.
@@ -138,9 +143,20 @@ pub(super) struct Encoder {
     output: &'static str,
     side: usize,
     batch: usize,
+    factor: usize,
 }
 
 impl Encoder {
+    /// Of the pictures that it takes, in pixels.
+    pub(super) fn side(&self) -> usize {
+        self.side
+    }
+
+    /// Pixels per latent, on each axis.
+    pub(super) fn factor(&self) -> usize {
+        self.factor
+    }
+
     /// What the encoder says of pictures, a batch of them at a time.
     pub(super) fn encode(&mut self, images: &[f32]) -> Result<Vec<f32>> {
         let shape = [self.batch, self.side, self.side, 3];

@@ -2,6 +2,7 @@
 //!
 //! The file holds moments, not draws: a KL encoder predicts a distribution, and each step draws anew from it.
 
+use super::concat::{Beside, Channels, Concatenated};
 use super::condition::Condition;
 use super::frozen::{Encoder, FirstStage};
 use super::run::Watch;
@@ -17,16 +18,17 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::time::Duration;
 
-/// A batch as a diffusion step takes it: what the encoder says (B,…), and the ids of the condition.
+/// A batch as a diffusion step takes it: what the encoder says (B,…), the ids of the condition, and what stands beside the latents.
 pub(super) struct Said {
     pub(super) moments: Vec<f32>,
     pub(super) ids: Vec<Vec<i32>>,
+    pub(super) channels: Channels,
 }
 
 /// Where batches come from.
 pub(super) enum Latents {
     /// The encoder is asked at every step.
-    Live { loader: Loader, encoder: Box<Encoder> },
+    Live { loader: Loader, encoder: Box<Encoder>, concat: Option<Concatenated> },
     /// All has been said.
     Kept { file: Checkpoint, ids: Vec<Vec<i32>>, seed: u64, batch: usize },
 }
@@ -39,14 +41,15 @@ const PLACES: &str = "places";
 impl Latents {
     /// The encoder sees `batch` pictures at a time, a divisor of those of a step.
     pub(super) fn live(
-        subject: &Subject,
+        pictures: &Beside,
         options: Options,
         step: usize,
         (first, batch): (&FirstStage, usize),
         device: &Device,
     ) -> Result<Latents> {
-        let encoder = Box::new(first.encoder(batch, subject.side(), device)?);
-        Ok(Latents::Live { loader: Loader::at(subject.clone(), options, step as u64)?, encoder })
+        let encoder = Box::new(first.encoder(batch, pictures.side(), device)?);
+        let loader = Loader::at(pictures.clone(), options, step as u64)?;
+        Ok(Latents::Live { loader, encoder, concat: pictures.kind })
     }
 
     /// From `path`, which is made where it is not there or belongs to other pictures or another encoder.
@@ -112,12 +115,19 @@ impl Latents {
     /// Batch number `step`; in order, or any from a file.
     pub(super) fn next(&mut self, step: usize, condition: &Condition) -> Result<Said> {
         match self {
-            Latents::Live { loader, encoder } => {
+            Latents::Live { loader, encoder, concat } => {
                 let batch = loader.next().unwrap_or(Err(Error::Cancelled))?;
                 let class = |i: usize| batch.classes.as_ref().map(|classes| classes[i]);
                 let captions = batch.captions.iter().enumerate();
                 let ids = captions.map(|(i, caption)| condition.ids(caption, class(i)));
-                Ok(Said { ids: ids.collect::<Result<_>>()?, moments: encoder.encode(&batch.images)? })
+                let ids = ids.collect::<Result<_>>()?;
+                let channels = match (concat, &batch.masks) {
+                    (Some(Concatenated::Mask), Some(masks)) => {
+                        Channels::masked(&batch.images, masks, encoder)?
+                    }
+                    _ => Channels::None,
+                };
+                Ok(Said { ids, moments: encoder.encode(&batch.images)?, channels })
             }
             Latents::Kept { file, ids: all, seed, batch } => {
                 let len = all.len() as u64;
@@ -131,7 +141,7 @@ impl Latents {
                     moments.extend(one);
                     ids.push(all[i].clone());
                 }
-                Ok(Said { moments, ids })
+                Ok(Said { moments, ids, channels: Channels::None })
             }
         }
     }
@@ -152,9 +162,13 @@ impl Latents {
 }
 
 /// Draws from what the encoder says of a batch.
-pub(super) fn draw(first: &FirstStage, moments: &[f32], seed: u64, step: usize) -> Vec<f32> {
+pub(super) fn drawn(
+    first: &FirstStage,
+    moments: &[f32],
+    (seed, step, stream): (u64, usize, Stream),
+) -> Vec<f32> {
     let n = moments.len() / first.moments() * first.channels();
-    first.draw(moments, &normal(seed, step, Stream::Latent, n))
+    first.draw(moments, &normal(seed, step, stream, n))
 }
 
 /// By picture of a batch: whether its condition is left out.

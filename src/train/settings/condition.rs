@@ -4,6 +4,7 @@ use super::{DataSettings, completed, in_section, section};
 use crate::error::Result;
 use crate::io::{Config, wordpiece};
 use crate::models::{ClipText, Conditioner, LdmBert, Model};
+use crate::train::Concatenated;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -181,6 +182,26 @@ fn given(own: &Config, kind: TextKind) -> Result<(Conditioned, usize, String)> {
         width,
         format!("the text encoder's {key}"),
     ))
+}
+
+/// What stands beside the noisy latents, where there is a pipeline for it.
+pub(super) fn concatenated(conditioning: &Config, condition: &Conditioned) -> Result<Option<Concatenated>> {
+    if !conditioning.has("concat") {
+        return Ok(None);
+    }
+    let kind = match condition {
+        Conditioned::Captions { kind: TextKind::Clip, .. } | Conditioned::Classes { .. } => {
+            conditioning.one_of("concat", &["mask"], "")?;
+            return Ok(Some(Concatenated::Mask));
+        }
+        Conditioned::Captions { kind: TextKind::Bert, .. } => "bert",
+        Conditioned::Nothing => "none",
+    };
+    conditioning.one_of("concat", &["mask"], "")?;
+    let want = format!(
+        "no such key where conditioning.kind is {kind}: diffusers has no pipeline of this sort; a mask goes with text or class"
+    );
+    Err(conditioning.error("concat", want))
 }
 
 fn classes(
