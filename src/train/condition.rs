@@ -238,7 +238,9 @@ impl Condition {
             Words::Classes(_) | Words::Nothing => "diffusion_pytorch_model",
         };
         match &self.given {
-            Some(given) if !given.train => export::copied(&given.path, (&to, stem), &self.config, s.export)?,
+            Some(given) if !given.train => {
+                export::copied(&given.path, (&to, stem), &self.config, s.export, |_, value| Ok(value))?
+            }
             _ => export::component(&to, stem, &self.config, trainer, part, s)?,
         }
         if let Words::Captions { folder: words, .. } = &self.words {

@@ -98,7 +98,8 @@ impl Diffusion {
         device: &Device,
         watch: &mut dyn Watch,
     ) -> Result<Diffusion> {
-        let pictures = Beside { subject: Subject::open(&s.data)?, kind: own.concat };
+        let (subject, factor) = (Subject::open(&s.data)?, own.first.factor());
+        let pictures = Beside { subject, kind: own.concat, factor };
         let subject = &pictures.subject;
         let stage = own.first.fingerprint()?;
         if step > 0 && note::<String>(notes, "first_stage")? != stage {
@@ -116,7 +117,7 @@ impl Diffusion {
             true => {
                 let file = folder.join("latents.safetensors");
                 let first = (&own.first, s.batch, &stage[..]);
-                Latents::kept(subject, options, first, (&file, &condition), device, watch)?
+                Latents::kept(&pictures, options, first, (&file, &condition), device, watch)?
             }
         };
         let scale = match own.first.scaling_factor {
@@ -260,10 +261,14 @@ impl Task for Diffusion {
         let at = |name: &str| folder.join(name);
         export::component(&at("unet"), "diffusion_pytorch_model", &self.own.unet_config, trainer, UNET, s)?;
         self.condition.export(trainer, folder, s)?;
-        let mut vae = self.first().config.clone();
-        vae["scaling_factor"] = json!(self.scale);
-        let name = self.condition.vae();
-        export::copied(&self.first().path, (&at(name), "diffusion_pytorch_model"), &vae, s.export)?;
+        let (mut vae, name) = (self.first().config.clone(), self.condition.vae());
+        // That pipeline knows no factor of the latents: it is in the autoencoder's weights.
+        let folded = self.own.concat == Some(Concatenated::LowResolution);
+        vae["scaling_factor"] = json!(if folded { 1.0 } else { self.scale });
+        let factor = if folded { self.scale } else { 1.0 };
+        let change = self.first().folded(factor)?;
+        let to = (&*at(name), "diffusion_pytorch_model");
+        export::copied(&self.first().path, to, &vae, s.export, change)?;
         export::folder(&at("scheduler"))?;
         export::json(&at("scheduler").join("scheduler_config.json"), &self.own.schedule_config)?;
         let mut index = self.condition.index();

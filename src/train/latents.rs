@@ -2,7 +2,7 @@
 //!
 //! The file holds moments, not draws: a KL encoder predicts a distribution, and each step draws anew from it.
 
-use super::concat::{Beside, Channels, Concatenated};
+use super::concat::{Beside, Channels, Concatenated, signed};
 use super::condition::Condition;
 use super::frozen::{Encoder, FirstStage};
 use super::run::Watch;
@@ -28,7 +28,7 @@ pub(super) struct Said {
 /// Where batches come from.
 pub(super) enum Latents {
     /// The encoder is asked at every step.
-    Live { loader: Loader, encoder: Box<Encoder>, concat: Option<Concatenated> },
+    Live { loader: Loader, encoder: Box<Encoder> },
     /// All has been said.
     Kept { file: Checkpoint, ids: Vec<Vec<i32>>, seed: u64, batch: usize },
 }
@@ -37,6 +37,8 @@ pub(super) enum Latents {
 const MOMENTS: &str = "moments";
 /// Whose they are, by picture: (N).
 const PLACES: &str = "places";
+/// One picture at the latents' size, where such stand beside them.
+const SMALL: &str = "low_res";
 
 impl Latents {
     /// The encoder sees `batch` pictures at a time, a divisor of those of a step.
@@ -49,19 +51,21 @@ impl Latents {
     ) -> Result<Latents> {
         let encoder = Box::new(first.encoder(batch, pictures.side(), device)?);
         let loader = Loader::at(pictures.clone(), options, step as u64)?;
-        Ok(Latents::Live { loader, encoder, concat: pictures.kind })
+        Ok(Latents::Live { loader, encoder })
     }
 
     /// From `path`, which is made where it is not there or belongs to other pictures or another encoder.
     pub(super) fn kept(
-        subject: &Subject,
+        pictures: &Beside,
         options: Options,
         (first, batch, stage): (&FirstStage, usize, &str),
         (path, condition): (&Path, &Condition),
         device: &Device,
         watch: &mut dyn Watch,
     ) -> Result<Latents> {
-        let key = format!("{stage} {}", subject.fingerprint());
+        let subject = &pictures.subject;
+        let low = pictures.kind == Some(Concatenated::LowResolution);
+        let key = format!("{stage} {}{}", subject.fingerprint(), if low { " low_res" } else { "" });
         let old = path.is_file().then(|| Checkpoint::open(path)).transpose()?;
         let old = old.filter(|c| c.metadata().get("of") == Some(&key));
         let n = subject.len().unwrap_or(0) as usize;
@@ -73,23 +77,28 @@ impl Latents {
                 let mut encoder = first.encoder(batch, side, device)?;
                 let row = (side / first.factor()).pow(2) * first.moments();
                 let mut all = Vec::with_capacity(n * row);
-                let mut places = Vec::with_capacity(n);
+                let (mut places, mut small) = (Vec::with_capacity(n), vec![]);
                 for start in (0..n).step_by(options.batch) {
                     let end = (start + options.batch).min(n);
                     let mut images = Vec::with_capacity(options.batch * side * side * 3);
                     for i in start..end {
                         let told = |what: String| watch.say(&format!("left out: {what}"));
-                        let (place, sample) = subject.readable(i as u64, &mut Small::new(0), told)?;
+                        let (place, mut sample) = subject.readable(i as u64, &mut Small::new(0), told)?;
+                        pictures.extend(&mut sample, &mut Small::new(0))?;
                         places.push(place as f32);
-                        images.extend(sample.pixels.iter().map(|v| f32::from(*v) / 127.5 - 1.0));
+                        images.extend(signed(&sample.pixels));
+                        small.extend(sample.extras.low_resolution.iter().flat_map(|small| signed(small)));
                     }
                     images.resize(options.batch * side * side * 3, 0.0);
                     all.extend(&encoder.encode(&images)?[..(end - start) * row]);
                 }
-                let tensors = [
+                let mut tensors = vec![
                     (MOMENTS.to_string(), HostTensor::f32([n, row], all)?),
                     (PLACES.to_string(), HostTensor::f32([n], places)?),
                 ];
+                if low {
+                    tensors.push((SMALL.to_string(), HostTensor::f32([n, small.len() / n.max(1)], small)?));
+                }
                 weights::save(path, &tensors, Some(HashMap::from([("of".to_string(), key)])))?;
                 Checkpoint::open(path)?
             }
@@ -115,33 +124,29 @@ impl Latents {
     /// Batch number `step`; in order, or any from a file.
     pub(super) fn next(&mut self, step: usize, condition: &Condition) -> Result<Said> {
         match self {
-            Latents::Live { loader, encoder, concat } => {
+            Latents::Live { loader, encoder } => {
                 let batch = loader.next().unwrap_or(Err(Error::Cancelled))?;
                 let class = |i: usize| batch.classes.as_ref().map(|classes| classes[i]);
                 let captions = batch.captions.iter().enumerate();
                 let ids = captions.map(|(i, caption)| condition.ids(caption, class(i)));
                 let ids = ids.collect::<Result<_>>()?;
-                let channels = match (concat, &batch.masks) {
-                    (Some(Concatenated::Mask), Some(masks)) => {
-                        Channels::masked(&batch.images, masks, encoder)?
-                    }
-                    _ => Channels::None,
-                };
+                let (masks, small) = (batch.masks, batch.low_resolution);
+                let channels = Channels::of(&batch.images, masks, small, encoder)?;
                 Ok(Said { ids, moments: encoder.encode(&batch.images)?, channels })
             }
             Latents::Kept { file, ids: all, seed, batch } => {
                 let len = all.len() as u64;
-                let (mut moments, mut ids) = (vec![], vec![]);
-                let tensor = file.tensor(MOMENTS)?;
-                let row = file.entry(MOMENTS).map_or(0, |e| e.shape.get(1).copied().unwrap_or(0));
+                let (mut moments, mut ids, mut small) = (vec![], vec![], vec![]);
                 for number in (step * *batch) as u64..((step + 1) * *batch) as u64 {
                     let i = shuffled(number % len, len, *seed, number / len) as usize;
-                    let mut one = vec![0.0f32; row];
-                    tensor.rows(i..i + 1, DType::F32, Order::Stored, bytemuck::cast_slice_mut(&mut one))?;
-                    moments.extend(one);
+                    moments.extend(row(file, MOMENTS, i)?);
+                    if file.entry(SMALL).is_some() {
+                        small.extend(row(file, SMALL, i)?);
+                    }
                     ids.push(all[i].clone());
                 }
-                Ok(Said { moments, ids, channels: Channels::None })
+                let channels = if small.is_empty() { Channels::None } else { Channels::LowResolution(small) };
+                Ok(Said { moments, ids, channels })
             }
         }
     }
@@ -159,6 +164,14 @@ impl Latents {
             Latents::Kept { .. } => vec![],
         }
     }
+}
+
+/// One row of a matrix of the file.
+fn row(file: &Checkpoint, name: &str, i: usize) -> Result<Vec<f32>> {
+    let width = file.entry(name).map_or(0, |e| e.shape.get(1).copied().unwrap_or(0));
+    let mut one = vec![0.0f32; width];
+    file.tensor(name)?.rows(i..i + 1, DType::F32, Order::Stored, bytemuck::cast_slice_mut(&mut one))?;
+    Ok(one)
 }
 
 /// Draws from what the encoder says of a batch.

@@ -1,6 +1,6 @@
 //! Pictures of the data as a model that is conditioned by channels makes them anew, on the way.
 
-use super::concat::{Beside, Channels};
+use super::concat::{Beside, Channels, signed};
 use super::condition::Condition;
 use super::frozen::Encoder;
 use super::grid::{Tiles, bytes};
@@ -54,12 +54,12 @@ impl Shown<'_> {
             // What is left out has been told of by the loader.
             let mut chance = Small::new(i);
             let (_, mut sample) = self.pictures.subject.readable(i % most, &mut chance, |_| ())?;
-            kind.extend(&mut sample, side, &mut chance);
+            self.pictures.extend(&mut sample, &mut chance)?;
             let ids = match told.get(i as usize) {
                 Some(words) => self.condition.told(words)?,
                 None => self.condition.ids(&sample.caption, sample.class)?,
             };
-            conditions.push(kind.shown(&sample, side));
+            conditions.push(kind.shown(&sample, [side, self.pictures.factor]));
             made.push(self.made(&mut tools, &sample, ids, self.settings.seed + i, device)?);
             data.push(sample.pixels);
         }
@@ -124,14 +124,10 @@ impl Shown<'_> {
         let scale = run.noise_scale();
         let start = noise()?.to_f32().iter().map(|v| v * scale as f32).collect();
         run.start(&HostTensor::f32([1, side, side, c], start)?)?;
-        let images: Vec<f32> = sample.pixels.iter().map(|v| f32::from(*v) / 127.5 - 1.0).collect();
-        let channels = match &sample.extras.mask {
-            Some(mask) => {
-                let mask: Vec<f32> = mask.iter().map(|v| f32::from(*v)).collect();
-                Channels::masked(&images, &mask, &mut tools.encoder)?
-            }
-            None => Channels::None,
-        };
+        let images: Vec<f32> = signed(&sample.pixels).collect();
+        let masks = sample.extras.mask.as_ref().map(|mask| mask.iter().map(|v| f32::from(*v)).collect());
+        let small = sample.extras.low_resolution.as_ref().map(|small| signed(small).collect());
+        let channels = Channels::of(&images, masks, small, &mut tools.encoder)?;
         let drawn = |moments: &[f32]| Ok(own.first.draw(moments, &noise()?.to_f32()));
         if let Some(more) = channels.with(c, self.scale, drawn)? {
             let x = own.unet.in_channels - c;

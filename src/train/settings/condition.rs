@@ -184,24 +184,30 @@ fn given(own: &Config, kind: TextKind) -> Result<(Conditioned, usize, String)> {
     ))
 }
 
-/// What stands beside the noisy latents, where there is a pipeline for it.
+/// What stands beside the noisy latents, where there is a pipeline for both.
 pub(super) fn concatenated(conditioning: &Config, condition: &Conditioned) -> Result<Option<Concatenated>> {
     if !conditioning.has("concat") {
         return Ok(None);
     }
     let kind = match condition {
-        Conditioned::Captions { kind: TextKind::Clip, .. } | Conditioned::Classes { .. } => {
-            conditioning.one_of("concat", &["mask"], "")?;
-            return Ok(Some(Concatenated::Mask));
-        }
+        Conditioned::Captions { kind: TextKind::Clip, .. } => "text",
         Conditioned::Captions { kind: TextKind::Bert, .. } => "bert",
+        Conditioned::Classes { .. } => "class",
         Conditioned::Nothing => "none",
     };
-    conditioning.one_of("concat", &["mask"], "")?;
-    let want = format!(
-        "no such key where conditioning.kind is {kind}: diffusers has no pipeline of this sort; a mask goes with text or class"
-    );
-    Err(conditioning.error("concat", want))
+    let (found, with) = match conditioning.one_of("concat", &["mask", "low_res"], "mask")? {
+        "low_res" => (Concatenated::LowResolution, &["none"][..]),
+        _ => (Concatenated::Mask, &["text", "class"][..]),
+    };
+    if with.contains(&kind) {
+        return Ok(Some(found));
+    }
+    Err(conditioning.error(
+        "concat",
+        format!(
+            "no such value where conditioning.kind is {kind}, as no pipeline of diffusers takes both: mask goes with text or class, low_res with none"
+        ),
+    ))
 }
 
 fn classes(
