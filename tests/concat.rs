@@ -66,7 +66,10 @@ fn a_model_that_paints_learns_and_is_exported() {
     let same = conditions.chunks(3).zip(data.chunks(3)).filter(|(a, b)| a == b).count();
     assert_eq!(same, data.len() / 3 - holes(&conditions));
     let export = run.join("export");
-    assert_eq!(read(&export.join("model_index.json"))["_class_name"], "StableDiffusionInpaintPipeline");
+    let index = read(&export.join("model_index.json"));
+    assert_eq!(index["_class_name"], "StableDiffusionInpaintPipeline");
+    assert!(index["_diffusers_version"].is_string(), "diffusers loads no such pipeline without");
+    assert!(!o.err.contains("will not run the export"), "{}", o.err);
     let config = read(&export.join("unet/config.json"));
     assert_eq!((&config["in_channels"], &config["out_channels"]), (&json!(9), &json!(4)));
     let unet = Checkpoint::open(export.join("unet")).unwrap();
@@ -94,7 +97,7 @@ fn classes_paint_too_and_prompts_are_drawn_where_they_are_told() {
     assert_eq!(index["class_embedder"], json!(["ldm", "ClassEmbedder"]));
 }
 
-/// A VQ first stage has latents of three channels.
+/// diffusers' own pipeline wants latents of three channels; these have four.
 #[test]
 fn a_model_that_enlarges_learns_and_is_exported() {
     let f = Folder::new();
@@ -106,6 +109,7 @@ fn a_model_that_enlarges_learns_and_is_exported() {
         "{}",
         o.err
     );
+    assert!(o.err.contains("it wants latents of 3 channels, these have 4"), "{}", o.err);
     learnt(&run);
     let [conditions, _, data] = rows_of_a_grid(&run.join("samples/step-00000030.png"), 4);
     let off: u64 = conditions.iter().zip(&data).map(|(a, b)| u64::from(a.abs_diff(*b))).sum();

@@ -30,11 +30,11 @@ impl Concatenated {
         }
     }
 
-    /// The pipeline of diffusers that an export is one of.
-    pub(super) fn pipeline(self) -> &'static str {
+    /// The pipeline of diffusers that an export is one of, and the channels of latents that diffusers' own runs with.
+    pub(super) fn pipeline(self) -> (&'static str, usize) {
         match self {
-            Concatenated::Mask => "StableDiffusionInpaintPipeline",
-            Concatenated::LowResolution => "LDMSuperResolutionPipeline",
+            Concatenated::Mask => ("StableDiffusionInpaintPipeline", 4),
+            Concatenated::LowResolution => ("LDMSuperResolutionPipeline", 3),
         }
     }
 

@@ -134,6 +134,13 @@ impl Diffusion {
         };
         let beside = own.concat.map_or("", Concatenated::described);
         watch.say(&format!("latents are multiplied by {scale:.5}; {}{beside}", condition.describe()));
+        let z = own.first.channels();
+        if let Some((class, wants)) = own.concat.map(Concatenated::pipeline).filter(|(_, wants)| *wants != z)
+        {
+            watch.say(&format!(
+                "diffusers' own {class} will not run the export: it wants latents of {wants} channels, these have {z}"
+            ));
+        }
         let levels = Levels::new(&own.schedule)?;
         let (settings, own) = (s.clone(), own.clone());
         Ok(Diffusion { settings, own, condition, latents, levels, pictures, scale, stage })
@@ -273,7 +280,9 @@ impl Task for Diffusion {
         export::json(&at("scheduler").join("scheduler_config.json"), &self.own.schedule_config)?;
         let mut index = self.condition.index();
         if let Some(kind) = self.own.concat {
-            index["_class_name"] = json!(kind.pipeline());
+            index["_class_name"] = json!(kind.pipeline().0);
+            // diffusers loads no inpainting pipeline that does not say which version's form it has.
+            index["_diffusers_version"] = json!("0.37.1");
         }
         index["scheduler"] = json!(["diffusers", self.own.schedule_config["_class_name"]]);
         index["unet"] = json!(["diffusers", self.own.unet_config["_class_name"]]);
