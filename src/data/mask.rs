@@ -22,10 +22,10 @@ pub fn draw(side: usize, draw: &mut Small) -> Vec<u8> {
     mask
 }
 
-/// Sides of a tenth to seven tenths of the picture's, somewhere inside.
+/// Sides of a tenth to nine tenths of the picture's, somewhere inside.
 fn rectangle(mask: &mut [u8], side: usize, draw: &mut Small) {
     let mut span = || {
-        let length = ((side as f64 * draw.range(0.1, 0.7)).round() as usize).clamp(1, side);
+        let length = ((side as f64 * draw.range(0.1, 0.9)).round() as usize).clamp(1, side);
         let start = draw.below(side - length + 1);
         start..start + length
     };
