@@ -27,8 +27,8 @@ const TEXT: &[&str] = &[
     "model.text_encoder.max_position_embeddings=12",
 ];
 const MASK: &str = "conditioning.concat=mask";
-const SMALL: &[&str] =
-    &["conditioning.kind=none", "conditioning.concat=low_res", "model.unet.attention_head_dim=8"];
+const NONE: &[&str] = &["conditioning.kind=none", "model.unet.attention_head_dim=8"];
+const SMALL: &[&str] = &[NONE[0], NONE[1], "conditioning.concat=low_res"];
 
 fn read(path: &Path) -> Value {
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
@@ -97,6 +97,28 @@ fn classes_paint_too_and_prompts_are_drawn_where_they_are_told() {
     assert_eq!(index["class_embedder"], json!(["ldm", "ClassEmbedder"]));
 }
 
+/// The inpainting of Rombach et al. 2022: the picture around is all that it is told.
+#[test]
+fn a_mask_may_be_the_only_condition() {
+    let f = Folder::new();
+    let (first, run) = (first_stage(&f), f.path("run"));
+    let own = [NONE[0], NONE[1], MASK, "steps=30", "data.count=6", "sample.every=30", "sample.steps=2"];
+    let o = diffusion(&first, &run, &own);
+    assert!(o.code == 0 && !o.err.contains("no pictures"), "{}", o.err);
+    assert!(o.err.contains("it has no pipeline with a mask and no other condition"), "{}", o.err);
+    learnt(&run);
+    rows_of_a_grid(&run.join("samples/step-00000030.png"), 4);
+    let export = run.join("export");
+    let index = read(&export.join("model_index.json"));
+    assert_eq!(
+        (&index["_class_name"], &index["unet"]),
+        (&json!("LDMPipeline"), &json!(["diffusers", "UNet2DModel"]))
+    );
+    assert_eq!(read(&export.join("unet/config.json"))["in_channels"], 9);
+    let scale = &read(&export.join("vqvae/config.json"))["scaling_factor"];
+    assert!(scale.as_f64().unwrap() != 1.0, "{scale}: that pipeline knows the factor");
+}
+
 /// diffusers' own pipeline wants latents of three channels; these have four.
 #[test]
 fn a_model_that_enlarges_learns_and_is_exported() {
@@ -109,7 +131,11 @@ fn a_model_that_enlarges_learns_and_is_exported() {
         "{}",
         o.err
     );
-    assert!(o.err.contains("it wants latents of 3 channels, these have 4"), "{}", o.err);
+    assert!(
+        o.err.contains("LDMSuperResolutionPipeline wants latents of 3 channels, these have 4"),
+        "{}",
+        o.err
+    );
     learnt(&run);
     let [conditions, _, data] = rows_of_a_grid(&run.join("samples/step-00000030.png"), 4);
     let off: u64 = conditions.iter().zip(&data).map(|(a, b)| u64::from(a.abs_diff(*b))).sum();
@@ -193,7 +219,6 @@ fn settings_that_do_not_go_together_are_refused() {
     let f = Folder::new();
     let first = first_stage(&f);
     let bert = "conditioning.kind=bert";
-    let none = "conditioning.kind=none";
     let low = "conditioning.concat=low_res";
     for (more, say) in [
         (
@@ -205,7 +230,7 @@ fn settings_that_do_not_go_together_are_refused() {
             "`conditioning.conct`: want a key that the engine knows; did the writer mean `concat`?",
         ),
         (&[MASK, bert], "`conditioning.concat`: want no such value where conditioning.kind is bert"),
-        (&[MASK, none], "mask goes with text or class, low_res with none; got \"mask\""),
+        (&[MASK, bert], "mask goes with text, class or none, low_res with none; got \"mask\""),
         (&[low], "`conditioning.concat`: want no such value where conditioning.kind is text"),
         (&[MASK, "first_stage.cache=true"], "`first_stage.cache`: want false, or no such key: with masks"),
         (
@@ -213,7 +238,7 @@ fn settings_that_do_not_go_together_are_refused() {
             "`model.unet.in_channels`: want 9: the first stage's 4 channels, and 5 more",
         ),
         (
-            &[low, none, "model.unet.in_channels=4"],
+            &[low, NONE[0], "model.unet.in_channels=4"],
             "`model.unet.in_channels`: want 7: the first stage's 4 channels, and 3 more",
         ),
         (&["model.unet.in_channels=9"], "`model.unet.in_channels`: want the first stage's 4 channels"),

@@ -30,11 +30,13 @@ impl Concatenated {
         }
     }
 
-    /// The pipeline of diffusers that an export is one of, and the channels of latents that diffusers' own runs with.
-    pub(super) fn pipeline(self) -> (&'static str, usize) {
-        match self {
-            Concatenated::Mask => ("StableDiffusionInpaintPipeline", 4),
-            Concatenated::LowResolution => ("LDMSuperResolutionPipeline", 3),
+    /// The pipeline of diffusers that an export is one of, and the channels of latents that diffusers' own runs with; `None`
+    /// where it has none: a UNet that is given a mask and no context.
+    pub(super) fn pipeline(self, context: usize) -> Option<(&'static str, usize)> {
+        match (self, context) {
+            (Concatenated::Mask, 0) => None,
+            (Concatenated::Mask, _) => Some(("StableDiffusionInpaintPipeline", 4)),
+            (Concatenated::LowResolution, _) => Some(("LDMSuperResolutionPipeline", 3)),
         }
     }
 

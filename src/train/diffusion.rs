@@ -134,12 +134,18 @@ impl Diffusion {
         };
         let beside = own.concat.map_or("", Concatenated::described);
         watch.say(&format!("latents are multiplied by {scale:.5}; {}{beside}", condition.describe()));
-        let z = own.first.channels();
-        if let Some((class, wants)) = own.concat.map(Concatenated::pipeline).filter(|(_, wants)| *wants != z)
-        {
-            watch.say(&format!(
-                "diffusers' own {class} will not run the export: it wants latents of {wants} channels, these have {z}"
-            ));
+        if let Some(kind) = own.concat {
+            let z = own.first.channels();
+            let why = match kind.pipeline(own.unet.context) {
+                None => Some("it has no pipeline with a mask and no other condition".to_string()),
+                Some((class, wants)) if wants != z => {
+                    Some(format!("its {class} wants latents of {wants} channels, these have {z}"))
+                }
+                Some(_) => None,
+            };
+            why.iter().for_each(|why| {
+                watch.say(&format!("diffusers' own pipelines will not run the export: {why}"))
+            });
         }
         let levels = Levels::new(&own.schedule)?;
         let (settings, own) = (s.clone(), own.clone());
@@ -279,8 +285,9 @@ impl Task for Diffusion {
         export::folder(&at("scheduler"))?;
         export::json(&at("scheduler").join("scheduler_config.json"), &self.own.schedule_config)?;
         let mut index = self.condition.index();
-        if let Some(kind) = self.own.concat {
-            index["_class_name"] = json!(kind.pipeline().0);
+        // Without such a pipeline, the parts are those of one without a mask.
+        if let Some((class, _)) = self.own.concat.and_then(|kind| kind.pipeline(self.own.unet.context)) {
+            index["_class_name"] = json!(class);
             // diffusers loads no inpainting pipeline that does not say which version's form it has.
             index["_diffusers_version"] = json!("0.37.1");
         }

@@ -184,7 +184,7 @@ fn given(own: &Config, kind: TextKind) -> Result<(Conditioned, usize, String)> {
     ))
 }
 
-/// What stands beside the noisy latents, where there is a pipeline for both.
+/// What stands beside the noisy latents, where there is a pipeline for both; or as in the paper's inpainting, masks alone.
 pub(super) fn concatenated(conditioning: &Config, condition: &Conditioned) -> Result<Option<Concatenated>> {
     if !conditioning.has("concat") {
         return Ok(None);
@@ -197,7 +197,7 @@ pub(super) fn concatenated(conditioning: &Config, condition: &Conditioned) -> Re
     };
     let (found, with) = match conditioning.one_of("concat", &["mask", "low_res"], "mask")? {
         "low_res" => (Concatenated::LowResolution, &["none"][..]),
-        _ => (Concatenated::Mask, &["text", "class"][..]),
+        _ => (Concatenated::Mask, &["text", "class", "none"][..]),
     };
     if with.contains(&kind) {
         return Ok(Some(found));
@@ -205,7 +205,7 @@ pub(super) fn concatenated(conditioning: &Config, condition: &Conditioned) -> Re
     Err(conditioning.error(
         "concat",
         format!(
-            "no such value where conditioning.kind is {kind}, as no pipeline of diffusers takes both: mask goes with text or class, low_res with none"
+            "no such value where conditioning.kind is {kind}, as no pipeline takes both: mask goes with text, class or none, low_res with none"
         ),
     ))
 }
