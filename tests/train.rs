@@ -47,9 +47,18 @@ fn unet() -> Subject {
 }
 
 fn unet_in(dtype: DType) -> Subject {
-    let config = Config::read(golden("sd15-tiny/unet/config.json")).unwrap();
+    unet_of("sd15-tiny", "unet", dtype)
+}
+
+/// A mask and the latents of a masked picture beside the noisy ones.
+fn inpainting() -> Subject {
+    unet_of("inpaint-tiny", "inpainting", DType::F32)
+}
+
+fn unet_of(folder: &str, name: &str, dtype: DType) -> Subject {
+    let config = Config::read(golden(&format!("{folder}/unet/config.json"))).unwrap();
     let model = UNet2DCondition::from_config(&config).unwrap();
-    let record = record("unet");
+    let record = record(name);
     let mut g = Graph::new();
     g.train(true);
     let input = |g: &mut Graph, name: &str| g.input(name, DType::F32, set(&record, name, 0).shape());
@@ -58,7 +67,7 @@ fn unet_in(dtype: DType) -> Subject {
     let [x, context] = [x, context].map(|v| cast(&mut g, "cast", v, dtype, 1.0).unwrap());
     let y = model.build(&mut g, x, (t, None), context).unwrap();
     let loss = g.push("loss", Loss(Distance::L2), &[y, target, weights]).unwrap();
-    let weights = Checkpoint::open(golden("sd15-tiny/unet")).unwrap();
+    let weights = Checkpoint::open(golden(&format!("{folder}/unet"))).unwrap();
     Subject { record, weights, inputs: vec!["x", "t", "context", "target"], graph: g, loss }
 }
 
@@ -166,6 +175,11 @@ fn gradients_of_a_unet() {
 }
 
 #[test]
+fn gradients_of_an_inpainting_unet() {
+    check_gradients(inpainting, &Device::Cpu, 1e-4);
+}
+
+#[test]
 fn gradients_of_a_unet_without_a_condition() {
     check_gradients(unet_2d, &Device::Cpu, 1e-4);
 }
@@ -179,6 +193,7 @@ fn gradients_of_an_autoencoder() {
 fn gradients_on_cuda() {
     on_cuda_with(&["order=forward;async=late"], |device| {
         check_gradients(unet, device, 1e-4);
+        check_gradients(inpainting, device, 1e-4);
         check_gradients(unet_2d, device, 1e-4);
         check_gradients(kl, device, 1e-4);
     });
@@ -283,6 +298,11 @@ fn check_curve(subject: fn() -> Subject, device: &Device, steps: usize) {
 #[test]
 fn losses_of_a_unet() {
     check_curve(unet, &Device::Cpu, 100);
+}
+
+#[test]
+fn losses_of_an_inpainting_unet() {
+    check_curve(inpainting, &Device::Cpu, 100);
 }
 
 #[test]

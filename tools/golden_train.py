@@ -12,6 +12,8 @@ import pathlib
 import sys
 
 import diffusers
+import numpy as np
+import PIL.Image
 import torch
 from safetensors.torch import save_file
 
@@ -20,20 +22,20 @@ SAMPLES = 256
 STEPS = 100
 
 
-def sampled(x):
+def sampled(x, samples):
     flat = x.flatten()
     n = flat.numel()
-    count = min(n, SAMPLES)
-    at = torch.arange(count) * 7919 % n if n > SAMPLES else torch.arange(n)
+    count = min(n, samples)
+    at = torch.arange(count) * 7919 % n if n > samples else torch.arange(n)
     return flat[at].contiguous()
 
 
-def gradients(model):
+def gradients(model, samples=SAMPLES):
     out = {}
     for name, p in model.named_parameters():
         if p.grad is None:
             continue
-        out[f"grad.{name}"] = sampled(p.grad)
+        out[f"grad.{name}"] = sampled(p.grad, samples)
         out[f"norm.{name}"] = p.grad.norm().reshape(1)
     return out
 
@@ -58,12 +60,12 @@ def write(name, tensors, metadata):
     save_file({k: v.contiguous() for k, v in tensors.items()}, GOLDEN / "train" / f"{name}.safetensors", metadata)
 
 
-def record(name, model, inputs, loss, rate):
+def record(name, model, inputs, loss, rate, samples=SAMPLES):
     torch.set_num_threads(1)
     model.zero_grad()
     value = loss(model, 0)
     value.backward()
-    tensors = {**inputs, **gradients(model), "loss": value.detach().reshape(1)}
+    tensors = {**inputs, **gradients(model, samples), "loss": value.detach().reshape(1)}
     one, two = curve(model, loss, 1, rate), curve(model, loss, 2, rate)
     exact = curve(model, loss, 2, rate, torch.float64)
     tensors["curve"] = one
@@ -91,6 +93,46 @@ def unet():
     # Pictures channels last, as the engine has them.
     last = lambda a: a.permute(0, 1, 3, 4, 2)
     record("unet", model, {"x": last(x), "target": last(target), "context": context, "t": t.float()}, loss, 1e-4)
+
+
+def inpainting():
+    """Mask and masked latents as diffusers' pipeline makes them of pictures, and steps of the UNet with both beside its latents."""
+    pipe = diffusers.StableDiffusionInpaintPipeline.from_pretrained(GOLDEN / "inpaint-tiny", torch_dtype=torch.float32)
+    model = pipe.unet.train()
+    g = torch.Generator().manual_seed(6)
+    pixels = torch.randint(0, 256, (2, 32, 32, 3), generator=g).to(torch.uint8).numpy()
+    holes = np.zeros((2, 32, 32), np.uint8)
+    holes[0, 5:18, 3:30] = holes[1, 16:, :9] = 255
+    picture = pipe.image_processor.preprocess([PIL.Image.fromarray(p) for p in pixels])
+    mask = pipe.mask_processor.preprocess([PIL.Image.fromarray(h) for h in holes])
+    masked = picture * (mask < 0.5)
+    shape = (2, 4, 16, 16)
+    draw = lambda: torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        channels = pipe.prepare_mask_latents(mask, masked, 2, 32, 32, torch.float32, "cpu", draw(), False)
+    channels = torch.cat(channels, dim=1)
+    sets = 4
+    noisy = torch.randn(sets, *shape, generator=g)
+    target = torch.randn(sets, *shape, generator=g)
+    context = torch.randn(sets, 2, 9, 32, generator=g)
+    t = torch.randint(0, 1000, (sets, 2), generator=g)
+    x = torch.stack([torch.cat([latents, channels], dim=1) for latents in noisy])
+
+    def loss(model, step):
+        k = step % sets
+        to = model.dtype
+        y = model(x[k].to(to), t[k], context[k].to(to), return_dict=False)[0]
+        return torch.nn.functional.mse_loss(y, target[k].to(to))
+
+    last = lambda a: a.movedim(-3, -1)
+    inputs = {
+        "picture": last(picture),
+        "mask": mask[:, 0],
+        "noise": last(torch.randn(shape, generator=draw())),
+        "channels": last(channels),
+        **{"x": last(x), "target": last(target), "context": context, "t": t.float()},
+    }
+    record("inpainting", model, inputs, loss, 1e-4, samples=64)
 
 
 def kl():
@@ -380,6 +422,7 @@ def vq_adversarial(legacy, norm=torch.nn.BatchNorm2d):
 
 PARTS = {
     "unet": unet,
+    "inpainting": inpainting,
     "kl": kl,
     "unconditional": unconditional,
     "kl-hinge": kl_adversarial,

@@ -3,6 +3,7 @@
 
 pub mod folder;
 pub mod loader;
+pub mod mask;
 pub mod outline;
 pub mod prompt;
 pub mod quality;

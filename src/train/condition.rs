@@ -179,6 +179,14 @@ impl Condition {
         }
     }
 
+    /// What a prompt, or a class by its name or number, is as ids (T).
+    pub(super) fn told(&self, words: &str) -> Result<Vec<i32>> {
+        match &self.words {
+            Words::Classes(labels) => self.ids("", Some(labels.find(words)?)),
+            Words::Captions { .. } | Words::Nothing => self.ids(words, None),
+        }
+    }
+
     /// In a few words, for the log.
     pub(super) fn describe(&self) -> String {
         match &self.words {
@@ -246,7 +254,9 @@ impl Condition {
             Words::Classes(_) | Words::Nothing => "diffusion_pytorch_model",
         };
         match &self.given {
-            Some(given) if !given.train => export::copied(&given.path, (&to, stem), &self.config, s.export)?,
+            Some(given) if !given.train => {
+                export::copied(&given.path, (&to, stem), &self.config, s.export, |_, value| Ok(value))?
+            }
             _ => export::component(&to, stem, &self.config, trainer, part, s)?,
         }
         if let Words::Captions { folder: words, .. } = &self.words {

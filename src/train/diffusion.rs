@@ -1,15 +1,17 @@
 //! Runs of a latent diffusion model: Rombach et al. 2022, sections 3.2 and 3.3. The text encoder, or the table of
 //! classes, is trained with the UNet, unless it is given and stays as it is, or there is none.
 
+use super::concat::{Concatenated, Paired, joined, scaled};
 use super::condition::Condition;
 use super::export;
 use super::frozen::FirstStage;
 use super::grid::Tiles;
-use super::latents::{Latents, draw, dropped};
+use super::latents::{Latents, drawn, dropped};
 use super::memory::{Beside, Load, image, loaded};
 use super::objective::Levels;
 use super::run::{Task, Watch, note};
 use super::settings::{DiffusionSettings, Settings};
+use super::shown::Shown;
 use super::source::{Stream, Subject, drawing, normal};
 use super::step::{Trainer, blocks, update};
 use super::{initial, is_zero_module};
@@ -20,7 +22,7 @@ use crate::graph::{Graph, Var};
 use crate::io::ModelFolder;
 use crate::models::{Conditioner, UNet2DCondition};
 use crate::ops::{Loss, cast};
-use crate::pipeline::{Blueprint, Pipeline, Request, Residency};
+use crate::pipeline::{Beside as Drawn, Blueprint, Init, Mask, Pipeline, Request, Residency};
 use crate::tensor::{DType, HostTensor};
 use serde_json::json;
 use std::collections::HashMap;
@@ -30,11 +32,11 @@ use std::time::Duration;
 /// The UNet's part of the graph of a step, as its parameters are called.
 const UNET: &str = "unet";
 
-/// Inputs of a step: noisy latents (B,h,w,Z), timesteps (B), targets (B,h,w,Z), all f32; ids of captions or classes (B,T) i32, or a context; and weights (B)
-/// of the pictures, f32.
+/// Inputs of a step: noisy latents with the channels that condition beside them (B,h,w,Z + X), timesteps (B), targets (B,h,w,Z), all f32; ids of
+/// captions or classes (B,T) i32, or a context; and weights (B) of the pictures, f32.
 #[derive(Clone, Copy, Debug)]
 pub struct Noised {
-    /// Noisy latents.
+    /// Noisy latents, and after them what [`super::Concatenated`] says.
     pub x: Var,
     /// Timesteps.
     pub t: Var,
@@ -80,6 +82,7 @@ pub(super) struct Diffusion {
     condition: Condition,
     latents: Latents,
     levels: Levels,
+    pictures: Paired,
     /// Factor of the latents.
     scale: f64,
     /// What tells the first stage from others.
@@ -96,7 +99,9 @@ impl Diffusion {
         device: &Device,
         watch: &mut dyn Watch,
     ) -> Result<Diffusion> {
-        let subject = Subject::open(&s.data)?;
+        let (subject, factor) = (Subject::open(&s.data)?, own.first.factor());
+        let pictures = Paired { subject, kind: own.concat, factor };
+        let subject = &pictures.subject;
         let stage = own.first.fingerprint()?;
         if step > 0 && note::<String>(notes, "first_stage")? != stage {
             let path = own.first.path.display();
@@ -104,17 +109,16 @@ impl Diffusion {
                 "{path}: want the first stage that the run began with; its weights have changed since"
             )));
         }
-        let pictures = s.pictures();
-        let condition = Condition::start(&own.condition, &subject, (folder, s.batch), notes, device, watch)?;
+        let condition = Condition::start(&own.condition, subject, (folder, s.batch), notes, device, watch)?;
         condition.check(&s.sample.prompts)?;
         let options =
-            Options { batch: pictures, seed: s.seed, threads: s.data.threads, ..Options::default() };
+            Options { batch: s.pictures(), seed: s.seed, threads: s.data.threads, ..Options::default() };
         let mut latents = match own.cache && s.data.is_fixed() {
-            false => Latents::live(&subject, options, step, (&own.first, s.batch), device)?,
+            false => Latents::live(&pictures, options, step, (&own.first, s.batch), device)?,
             true => {
                 let file = folder.join("latents.safetensors");
                 let first = (&own.first, s.batch, &stage[..]);
-                Latents::kept(&subject, options, first, (&file, &condition), device, watch)?
+                Latents::kept(&pictures, options, first, (&file, &condition), device, watch)?
             }
         };
         let scale = match own.first.scaling_factor {
@@ -124,15 +128,29 @@ impl Diffusion {
                 let said = latents.next(0, &condition)?;
                 // The first step takes this batch again.
                 if matches!(latents, Latents::Live { .. }) {
-                    latents = Latents::live(&subject, options, 0, (&own.first, s.batch), device)?;
+                    latents = Latents::live(&pictures, options, 0, (&own.first, s.batch), device)?;
                 }
-                1.0 / deviation(&draw(&own.first, &said.moments, s.seed, 0))
+                1.0 / deviation(&drawn(&own.first, &said.moments, (s.seed, 0, Stream::Latent)))
             }
         };
-        watch.say(&format!("latents are multiplied by {scale:.5}; {}", condition.describe()));
+        let beside = own.concat.map_or("", Concatenated::described);
+        watch.say(&format!("latents are multiplied by {scale:.5}; {}{beside}", condition.describe()));
+        if let Some(kind) = own.concat {
+            let z = own.first.channels();
+            let why = match kind.pipeline(own.unet.context) {
+                None => Some("it has no pipeline with a mask and no other condition".to_string()),
+                Some((class, wants)) if wants != z => {
+                    Some(format!("its {class} wants latents of {wants} channels, these have {z}"))
+                }
+                Some(_) => None,
+            };
+            why.iter().for_each(|why| {
+                watch.say(&format!("diffusers' own pipelines will not run the export: {why}"))
+            });
+        }
         let levels = Levels::new(&own.schedule)?;
         let (settings, own) = (s.clone(), own.clone());
-        Ok(Diffusion { settings, own, condition, latents, levels, scale, stage })
+        Ok(Diffusion { settings, own, condition, latents, levels, pictures, scale, stage })
     }
 
     fn first(&self) -> &FirstStage {
@@ -143,6 +161,12 @@ impl Diffusion {
     fn shape(&self, batch: usize) -> [usize; 4] {
         let side = self.settings.data.size / self.first().factor();
         [batch, side, side, self.first().channels()]
+    }
+
+    /// Of the UNet's input.
+    fn wide(&self, batch: usize) -> [usize; 4] {
+        let [b, h, w, _] = self.shape(batch);
+        [b, h, w, self.own.unet.in_channels]
     }
 }
 
@@ -159,7 +183,7 @@ impl Task for Diffusion {
         let (b, t, mut g) = (self.settings.batch, self.condition.length(), Graph::new());
         g.train(true);
         let input = Noised {
-            x: g.input("x", DType::F32, self.shape(b)),
+            x: g.input("x", DType::F32, self.wide(b)),
             t: g.input("t", DType::F32, [b]),
             condition: match self.condition.trained() {
                 Some(_) => Some(g.input("ids", DType::I32, [b, t])),
@@ -182,18 +206,27 @@ impl Task for Diffusion {
         let [words, listening] = self.condition.memory(s.batch, target)?;
         let [opening, encoder, encoding] = first.encoder_memory(s.batch, side, target)?;
         let moments = |n: usize| n * (side / first.factor()).pow(2) * first.moments() * float;
+        // What the channels beside the latents are made from: a mask, a value for each pixel, or a small picture.
+        let more = |n: usize| match self.own.concat {
+            Some(Concatenated::Mask) => n * side * side * float,
+            Some(Concatenated::LowResolution) => n * 3 * (side / first.factor()).pow(2) * float,
+            None => 0,
+        };
         let (before, latents, asking) = match &self.latents {
             Latents::Live { .. } => {
                 // Twice, where the scale is measured on the batch that the first step takes again.
-                let ahead = Load::host(loaded(n, side));
+                let ahead = Load::host(loaded(n, side) + loaded(n, side) / image(1, side) * more(1));
                 let twice = opening.and(encoder).and(encoding).and(ahead).and(ahead);
-                (("the first stage", twice), encoder.and(ahead), encoding.and(Load::host(image(n, side))))
+                // Pictures, and with masks once more without what these cover.
+                let covered = if self.own.concat == Some(Concatenated::Mask) { image(n, side) } else { 0 };
+                let given = Load::host(image(n, side) + more(n) + covered);
+                (("the first stage", twice), encoder.and(ahead), encoding.and(given))
             }
             Latents::Kept { ids, .. } => {
                 // All that is said; then it is in the file, which is mapped. Ids have a vector each, and a copy on the way.
                 let each =
                     moments(1) + self.condition.length() * size_of::<i32>() + 2 * size_of::<Vec<i32>>();
-                let all = Load::host(ids.len() * each);
+                let all = Load::host(ids.len() * (each + more(1)));
                 let made = opening.and(encoding).and(all).and(all).and(Load::host(3 * image(n, side)));
                 (("the latents of all pictures", made), all, Load::default())
             }
@@ -201,21 +234,42 @@ impl Task for Diffusion {
         let latent = self.shape(n).iter().product::<usize>() * float;
         let context = n * self.condition.length() * self.own.unet.context * float;
         // Draw, noise, offset, noisy latents, targets, and the rows of a batch; of contexts two.
-        let own = Load::host(moments(n) + 8 * latent + 2 * context);
+        let wide = self.wide(n).iter().product::<usize>() * float;
+        let own = Load::host(2 * moments(n) + 8 * latent + 3 * (wide - latent) + 2 * context);
         let blueprint = Blueprint {
             condition: self.condition.model.clone(),
             classes: None,
             unet: self.own.unet.clone(),
+            beside: match self.own.concat {
+                None => Drawn::Nothing,
+                Some(Concatenated::Mask) => Drawn::Mask,
+                Some(Concatenated::LowResolution) => Drawn::Picture,
+            },
             vae: first.vae.clone(),
             schedule: self.own.schedule.clone(),
             scheduler: self.own.schedule_config["_class_name"].as_str().unwrap_or_default().into(),
         };
-        let r = Request { steps: s.sample.steps, cfg_scale: s.sample.guidance, ..Request::default() };
+        let mut r = Request { steps: s.sample.steps, cfg_scale: s.sample.guidance, ..Request::default() };
+        // Of what such a picture is made from only the size counts.
+        let init = |side| Some(Init { width: side, height: side, rgb: vec![], strength: 1.0 });
+        match self.own.concat {
+            None => {}
+            Some(Concatenated::Mask) => {
+                r.init = init(side);
+                r.mask = Some(Mask { width: side, height: side, gray: vec![], composite: false });
+            }
+            Some(Concatenated::LowResolution) => r.init = init(side / first.factor()),
+        }
         // Where none can be drawn, the run says so when it comes to it, and goes on.
         let drawn = blueprint.estimate(&r, DType::F32, Residency::Always, target);
         let drawn = drawn.map_or(0, |e| e.beyond_process(target));
         // With a tokenizer of its own.
-        let pictures = Load { device: drawn, host: words.host };
+        let mut pictures = Load { device: drawn, host: words.host };
+        if self.own.concat.is_some() {
+            // By an encoder of its own.
+            let [opening, encoder, encoding] = first.encoder_memory(1, side, target)?;
+            pictures = pictures.and(opening).and(encoder).and(encoding);
+        }
         Ok(Beside {
             before: Some((before.0, before.1.and(words))),
             held: words.and(latents).and(own),
@@ -248,8 +302,7 @@ impl Task for Diffusion {
         let (seed, b) = (self.settings.seed, self.settings.pictures());
         let shape = self.shape(b);
         let said = self.latents.next(step, &self.condition)?;
-        let z: Vec<f32> = draw(self.first(), &said.moments, seed, step);
-        let z: Vec<f32> = z.into_iter().map(|v| (f64::from(v) * self.scale) as f32).collect();
+        let z = scaled(&drawn(self.first(), &said.moments, (seed, step, Stream::Latent)), self.scale);
         let (n, c) = (z.len() / b, shape[3]);
         let mut noise = normal(seed, step, Stream::Noise, z.len());
         let objective = self.own.objective;
@@ -270,12 +323,16 @@ impl Task for Diffusion {
             times.push(t as f32);
             weights.push(objective.weight(&self.levels, t) as f32);
         }
+        let masked = |moments: &[f32]| Ok(drawn(self.first(), moments, (seed, step, Stream::Masked)));
+        if let Some(more) = said.channels.with(c, self.scale, masked)? {
+            x = joined((&x, c), (&more, self.own.unet.in_channels - c));
+        }
         let drops = dropped(seed, step, self.own.drop, b);
         let nothing = &self.condition.nothing;
         let ids = said.ids.iter().zip(drops).flat_map(|(ids, drop)| if drop { nothing } else { ids });
         let condition = self.condition.input(ids.copied().collect())?;
         let all = [
-            ("x", HostTensor::f32(shape, x)?),
+            ("x", HostTensor::f32(self.wide(b), x)?),
             ("t", HostTensor::f32([b], times)?),
             ("target", HostTensor::f32(shape, target)?),
             ("weights", HostTensor::f32([b], weights)?),
@@ -302,21 +359,41 @@ impl Task for Diffusion {
         let at = |name: &str| folder.join(name);
         export::component(&at("unet"), "diffusion_pytorch_model", &self.own.unet_config, trainer, UNET, s)?;
         self.condition.export(trainer, folder, s)?;
-        let mut vae = self.first().config.clone();
-        vae["scaling_factor"] = json!(self.scale);
-        let name = self.condition.vae();
-        export::copied(&self.first().path, (&at(name), "diffusion_pytorch_model"), &vae, s.export)?;
+        let (mut vae, name) = (self.first().config.clone(), self.condition.vae());
+        // That pipeline knows no factor of the latents: it is in the autoencoder's weights.
+        let folded = self.own.concat == Some(Concatenated::LowResolution);
+        vae["scaling_factor"] = json!(if folded { 1.0 } else { self.scale });
+        let factor = if folded { self.scale } else { 1.0 };
+        let change = self.first().folded(factor)?;
+        let to = (&*at(name), "diffusion_pytorch_model");
+        export::copied(&self.first().path, to, &vae, s.export, change)?;
         export::folder(&at("scheduler"))?;
         export::json(&at("scheduler").join("scheduler_config.json"), &self.own.schedule_config)?;
         let mut index = self.condition.index();
+        // Without such a pipeline, the parts are those of one without a mask.
+        if let Some((class, _)) = self.own.concat.and_then(|kind| kind.pipeline(self.own.unet.context)) {
+            index["_class_name"] = json!(class);
+            // diffusers loads no inpainting pipeline that does not say which version's form it has.
+            index["_diffusers_version"] = json!("0.37.1");
+        }
         index["scheduler"] = json!(["diffusers", self.own.schedule_config["_class_name"]]);
         index["unet"] = json!(["diffusers", self.own.unet_config["_class_name"]]);
         index[name] = json!(["diffusers", self.first().class]);
         export::json(&at("model_index.json"), &index)
     }
 
-    /// A picture of each prompt or class, made as `ldm sample` makes it from the export.
+    /// A picture of each prompt or class, made as `ldm sample` makes it from the export; or pictures of the data, made anew.
     fn grid(&self, _: &Trainer, folder: &Path, device: &Device) -> Result<Tiles> {
+        if self.own.concat.is_some() {
+            return Shown {
+                settings: &self.settings,
+                own: &self.own,
+                condition: &self.condition,
+                pictures: &self.pictures,
+                scale: self.scale,
+            }
+            .tiles(folder, device);
+        }
         let how = &self.settings.sample;
         let pipeline = Pipeline::open(&ModelFolder::open(folder)?, device, Some(DType::F32))?;
         let mut pictures = vec![];

@@ -5,7 +5,7 @@ use super::settings::Settings;
 use super::step::Trainer;
 use crate::error::{Error, Result};
 use crate::io::{Checkpoint, atomic, weights};
-use crate::tensor::DType;
+use crate::tensor::{DType, HostTensor};
 use serde_json::Value;
 use std::collections::HashMap;
 use std::fs;
@@ -65,8 +65,14 @@ pub(super) fn component(
     json(&path.join("config.json"), config)
 }
 
-/// Writes a component that is not trained, with another configuration.
-pub(super) fn copied(from: &Path, (to, stem): (&Path, &str), config: &Value, dtype: DType) -> Result<()> {
+/// Writes a component that is not trained, with another configuration, and each tensor (f32) as `change` makes it by its name.
+pub(super) fn copied(
+    from: &Path,
+    (to, stem): (&Path, &str),
+    config: &Value,
+    dtype: DType,
+    change: impl Fn(&str, HostTensor) -> Result<HostTensor>,
+) -> Result<()> {
     folder(to)?;
     let file = to.join(format!("{stem}.safetensors"));
     let checkpoint = Checkpoint::open(from)?;
@@ -74,7 +80,7 @@ pub(super) fn copied(from: &Path, (to, stem): (&Path, &str), config: &Value, dty
     let all = checkpoint
         .names()
         .filter(|name| !checkpoint.is_integer(name))
-        .map(|name| Ok((name.to_string(), checkpoint.read(name, dtype)?)));
+        .map(|name| Ok((name.to_string(), change(name, checkpoint.read(name, DType::F32)?)?.to(dtype))));
     weights::save(&file, &all.collect::<Result<Vec<_>>>()?, notes())?;
     json(&to.join("config.json"), config)
 }

@@ -77,8 +77,13 @@ impl FirstStage {
     /// # Errors
     /// When they cannot be read.
     pub fn reconstruction(&self, device: &Device) -> Result<Reconstruction> {
-        let weights = load(Checkpoint::open(&self.path)?, &self.vae.inventory(DType::F32)?, device)?;
-        Ok(Reconstruction { vae: self.vae.clone(), weights, device: device.clone(), program: None })
+        let (vae, weights) = (self.vae.clone(), self.weights(device)?);
+        Ok(Reconstruction { vae, weights, device: device.clone(), program: None })
+    }
+
+    /// Its weights on a device, in f32.
+    pub(super) fn weights(&self, device: &Device) -> Result<Weights> {
+        load(Checkpoint::open(&self.path)?, &self.vae.inventory(DType::F32)?, device)
     }
 
     /// Channels of the latents.
@@ -105,8 +110,8 @@ impl FirstStage {
     /// When its weights cannot be read, or memory runs out.
     pub(super) fn encoder(&self, batch: usize, side: usize, device: &Device) -> Result<Encoder> {
         let (graph, output) = self.encoder_graph(batch, side)?;
-        let weights = load(Checkpoint::open(&self.path)?, &self.vae.inventory(DType::F32)?, device)?;
-        Ok(Encoder { program: Program::new(graph, &weights, device)?, output, side, batch })
+        let program = Program::new(graph, &self.weights(device)?, device)?;
+        Ok(Encoder { program, output, side, batch, factor: self.factor() })
     }
 
     /// The memory of [`FirstStage::encoder`]: while its weights are read, then as long as it is there, and while it runs.
@@ -140,6 +145,44 @@ impl FirstStage {
         }
     }
 
+    /// What makes of its tensors (f32, by name) those of an autoencoder whose latents are `factor` times as large and whose pictures
+    /// are the same: for pipelines that know no factor. The last layer before the latents takes it in, the codebook too, and
+    /// the first layer behind them takes it out.
+    pub(super) fn folded(&self, factor: f64) -> Result<impl Fn(&str, HostTensor) -> Result<HostTensor>> {
+        let there = Checkpoint::open(&self.path)?;
+        let layer = |own: &str, other: &str| {
+            let found = there.entry(&format!("{own}.weight")).is_some();
+            if found { own.to_string() } else { other.to_string() }
+        };
+        let before = layer("quant_conv", "encoder.conv_out");
+        let behind = layer("post_quant_conv", "decoder.conv_in");
+        // A KL encoder says means, and after them logarithms of variances.
+        let (said, z) = (self.moments(), self.channels());
+        Ok(move |name: &str, value: HostTensor| {
+            let Some((layer, kind)) = name.rsplit_once('.').filter(|_| factor != 1.0) else {
+                return Ok(value);
+            };
+            let (shape, mut x) = (value.shape(), value.to_f32());
+            let times = |part: &mut [f32], by: f64| {
+                part.iter_mut().for_each(|v| *v = (f64::from(*v) * by) as f32);
+            };
+            if layer == before {
+                let (means, variances) = x.split_at_mut(value.shape().numel() / said * z);
+                times(means, factor);
+                if kind == "bias" {
+                    variances.iter_mut().for_each(|v| *v = (f64::from(*v) + 2.0 * factor.ln()) as f32);
+                }
+            } else if layer == "quantize.embedding" {
+                times(&mut x, factor);
+            } else if layer == behind && kind == "weight" {
+                times(&mut x, 1.0 / factor);
+            } else {
+                return Ok(value);
+            }
+            HostTensor::f32(shape, x)
+        })
+    }
+
     /// What stays the same as long as the encoder does: a hash of its weights' names and values.
     pub(super) fn fingerprint(&self) -> Result<String> {
         let encoder = |name: &str| name.starts_with("encoder.") || name.starts_with("quant_conv.");
@@ -153,9 +196,20 @@ pub(super) struct Encoder {
     output: &'static str,
     side: usize,
     batch: usize,
+    factor: usize,
 }
 
 impl Encoder {
+    /// Of the pictures that it takes, in pixels.
+    pub(super) fn side(&self) -> usize {
+        self.side
+    }
+
+    /// Pixels per latent, on each axis.
+    pub(super) fn factor(&self) -> usize {
+        self.factor
+    }
+
     /// What the encoder says of pictures, a batch of them at a time.
     pub(super) fn encode(&mut self, images: &[f32]) -> Result<Vec<f32>> {
         let shape = [self.batch, self.side, self.side, 3];
@@ -230,4 +284,40 @@ pub(super) fn give_back(program: &mut Program, [n, h, w]: [usize; 3], pixels: &[
     }
     program.run(&mut ())?;
     Ok(bytes(&program.read("reconstruction")?.to_f32()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::concat::signed;
+    use super::super::export::copied;
+    use super::*;
+    use crate::io::scratch::Scratch;
+
+    /// Latents are so many times as large, also such as are drawn; pictures are the same.
+    #[test]
+    fn a_factor_in_the_weights_changes_latents_and_no_picture() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+        for name in ["sd15-tiny/vae", "vq4-tiny/vqvae"] {
+            let first = FirstStage::open(&golden.join(name)).unwrap();
+            let dir = Scratch::new("folded");
+            let to = (dir.path(), "diffusion_pytorch_model");
+            copied(&first.path, to, &first.config, DType::F32, first.folded(3.0).unwrap()).unwrap();
+            let other = FirstStage::open(dir.path()).unwrap();
+            let pixels: Vec<u8> = (0..32 * 32 * 3).map(|i| ((i / 96 * 5 + i % 32 * 7) % 256) as u8).collect();
+            let images: Vec<f32> = signed(&pixels).collect();
+            let said = [&first, &other]
+                .map(|first| first.encoder(1, 32, &Device::Cpu).unwrap().encode(&images).unwrap());
+            for noise in [0.0, 1.0] {
+                let noise = vec![noise; said[0].len() / first.moments() * first.channels()];
+                let [a, b] = [0, 1].map(|i| [&first, &other][i].draw(&said[i], &noise));
+                let most = a.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+                let off = a.iter().zip(&b).fold(0.0f32, |off, (a, b)| off.max((3.0 * a - b).abs()));
+                assert!(off <= 1e-5 * most, "{name}: latents of up to {most}, off by {off:e}");
+            }
+            let seen = [&first, &other]
+                .map(|first| first.reconstruction(&Device::Cpu).unwrap().of([32, 32], &pixels).unwrap());
+            let off = seen[0].iter().zip(&seen[1]).map(|(a, b)| a.abs_diff(*b)).max();
+            assert!(off <= Some(1), "{name}: a picture off by {off:?} of 255");
+        }
+    }
 }

@@ -2,6 +2,7 @@
 //!
 //! The file holds moments, not draws: a KL encoder predicts a distribution, and each step draws anew from it.
 
+use super::concat::{Channels, Concatenated, Paired, signed};
 use super::condition::Condition;
 use super::frozen::{Encoder, FirstStage};
 use super::run::Watch;
@@ -17,10 +18,11 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::time::Duration;
 
-/// A batch as a diffusion step takes it: what the encoder says (B,…), and the ids of the condition.
+/// A batch as a diffusion step takes it: what the encoder says (B,…), the ids of the condition, and what stands beside the latents.
 pub(super) struct Said {
     pub(super) moments: Vec<f32>,
     pub(super) ids: Vec<Vec<i32>>,
+    pub(super) channels: Channels,
 }
 
 /// Where batches come from.
@@ -35,30 +37,35 @@ pub(super) enum Latents {
 const MOMENTS: &str = "moments";
 /// Whose they are, by picture: (N).
 const PLACES: &str = "places";
+/// One picture at the latents' size, where such stand beside them.
+const SMALL: &str = "low_res";
 
 impl Latents {
     /// The encoder sees `batch` pictures at a time, a divisor of those of a step.
     pub(super) fn live(
-        subject: &Subject,
+        pictures: &Paired,
         options: Options,
         step: usize,
         (first, batch): (&FirstStage, usize),
         device: &Device,
     ) -> Result<Latents> {
-        let encoder = Box::new(first.encoder(batch, subject.side(), device)?);
-        Ok(Latents::Live { loader: Loader::at(subject.clone(), options, step as u64)?, encoder })
+        let encoder = Box::new(first.encoder(batch, pictures.side(), device)?);
+        let loader = Loader::at(pictures.clone(), options, step as u64)?;
+        Ok(Latents::Live { loader, encoder })
     }
 
     /// From `path`, which is made where it is not there or belongs to other pictures or another encoder.
     pub(super) fn kept(
-        subject: &Subject,
+        pictures: &Paired,
         options: Options,
         (first, batch, stage): (&FirstStage, usize, &str),
         (path, condition): (&Path, &Condition),
         device: &Device,
         watch: &mut dyn Watch,
     ) -> Result<Latents> {
-        let key = format!("{stage} {}", subject.fingerprint());
+        let subject = &pictures.subject;
+        let low = pictures.kind == Some(Concatenated::LowResolution);
+        let key = format!("{stage} {}{}", subject.fingerprint(), if low { " low_res" } else { "" });
         let old = path.is_file().then(|| Checkpoint::open(path)).transpose()?;
         let old = old.filter(|c| c.metadata().get("of") == Some(&key));
         let n = subject.len().unwrap_or(0) as usize;
@@ -70,23 +77,28 @@ impl Latents {
                 let mut encoder = first.encoder(batch, side, device)?;
                 let row = (side / first.factor()).pow(2) * first.moments();
                 let mut all = Vec::with_capacity(n * row);
-                let mut places = Vec::with_capacity(n);
+                let (mut places, mut small) = (Vec::with_capacity(n), vec![]);
                 for start in (0..n).step_by(options.batch) {
                     let end = (start + options.batch).min(n);
                     let mut images = Vec::with_capacity(options.batch * side * side * 3);
                     for i in start..end {
                         let told = |what: String| watch.say(&format!("left out: {what}"));
-                        let (place, sample) = subject.readable(i as u64, &mut Small::new(0), told)?;
+                        let (place, mut sample) = subject.readable(i as u64, &mut Small::new(0), told)?;
+                        pictures.extend(&mut sample, &mut Small::new(0))?;
                         places.push(place as f32);
-                        images.extend(sample.pixels.iter().map(|v| f32::from(*v) / 127.5 - 1.0));
+                        images.extend(signed(&sample.pixels));
+                        small.extend(sample.extras.low_resolution.iter().flat_map(|small| signed(small)));
                     }
                     images.resize(options.batch * side * side * 3, 0.0);
                     all.extend(&encoder.encode(&images)?[..(end - start) * row]);
                 }
-                let tensors = [
+                let mut tensors = vec![
                     (MOMENTS.to_string(), HostTensor::f32([n, row], all)?),
                     (PLACES.to_string(), HostTensor::f32([n], places)?),
                 ];
+                if low {
+                    tensors.push((SMALL.to_string(), HostTensor::f32([n, small.len() / n.max(1)], small)?));
+                }
                 weights::save(path, &tensors, Some(HashMap::from([("of".to_string(), key)])))?;
                 Checkpoint::open(path)?
             }
@@ -117,21 +129,24 @@ impl Latents {
                 let class = |i: usize| batch.classes.as_ref().map(|classes| classes[i]);
                 let captions = batch.captions.iter().enumerate();
                 let ids = captions.map(|(i, caption)| condition.ids(caption, class(i)));
-                Ok(Said { ids: ids.collect::<Result<_>>()?, moments: encoder.encode(&batch.images)? })
+                let ids = ids.collect::<Result<_>>()?;
+                let (masks, small) = (batch.masks, batch.low_resolution);
+                let channels = Channels::of(&batch.images, masks, small, encoder)?;
+                Ok(Said { ids, moments: encoder.encode(&batch.images)?, channels })
             }
             Latents::Kept { file, ids: all, seed, batch } => {
                 let len = all.len() as u64;
-                let (mut moments, mut ids) = (vec![], vec![]);
-                let tensor = file.tensor(MOMENTS)?;
-                let row = file.entry(MOMENTS).map_or(0, |e| e.shape.get(1).copied().unwrap_or(0));
+                let (mut moments, mut ids, mut small) = (vec![], vec![], vec![]);
                 for number in (step * *batch) as u64..((step + 1) * *batch) as u64 {
                     let i = shuffled(number % len, len, *seed, number / len) as usize;
-                    let mut one = vec![0.0f32; row];
-                    tensor.rows(i..i + 1, DType::F32, Order::Stored, bytemuck::cast_slice_mut(&mut one))?;
-                    moments.extend(one);
+                    moments.extend(row(file, MOMENTS, i)?);
+                    if file.entry(SMALL).is_some() {
+                        small.extend(row(file, SMALL, i)?);
+                    }
                     ids.push(all[i].clone());
                 }
-                Ok(Said { moments, ids })
+                let channels = if small.is_empty() { Channels::None } else { Channels::LowResolution(small) };
+                Ok(Said { moments, ids, channels })
             }
         }
     }
@@ -151,10 +166,22 @@ impl Latents {
     }
 }
 
+/// One row of a matrix of the file.
+fn row(file: &Checkpoint, name: &str, i: usize) -> Result<Vec<f32>> {
+    let width = file.entry(name).map_or(0, |e| e.shape.get(1).copied().unwrap_or(0));
+    let mut one = vec![0.0f32; width];
+    file.tensor(name)?.rows(i..i + 1, DType::F32, Order::Stored, bytemuck::cast_slice_mut(&mut one))?;
+    Ok(one)
+}
+
 /// Draws from what the encoder says of a batch.
-pub(super) fn draw(first: &FirstStage, moments: &[f32], seed: u64, step: usize) -> Vec<f32> {
+pub(super) fn drawn(
+    first: &FirstStage,
+    moments: &[f32],
+    (seed, step, stream): (u64, usize, Stream),
+) -> Vec<f32> {
     let n = moments.len() / first.moments() * first.channels();
-    first.draw(moments, &normal(seed, step, Stream::Latent, n))
+    first.draw(moments, &normal(seed, step, stream, n))
 }
 
 /// By picture of a batch: whether its condition is left out.

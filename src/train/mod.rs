@@ -2,6 +2,7 @@
 //! devices that sample. A [`run()`] takes steps, and leaves checkpoints, metrics, pictures and a folder that samples.
 
 mod autoencoder;
+mod concat;
 mod condition;
 mod diffusion;
 mod export;
@@ -16,10 +17,12 @@ mod perceptual;
 mod rates;
 mod run;
 mod settings;
+mod shown;
 mod source;
 mod step;
 mod store;
 
+pub use concat::Concatenated;
 pub use diffusion::{Noised, diffusion_loss};
 pub use first_stage::{Adversary, Codebook, FirstStageLoss, Gan, Side, initial_discriminator};
 pub use frozen::{FirstStage, Reconstruction};

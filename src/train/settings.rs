@@ -9,7 +9,7 @@ mod diffusion;
 pub use condition::{Conditioned, GivenEncoder, TextKind};
 
 use super::frozen::FirstStage;
-use super::{FirstStageLoss, Objective, Optimiser, Schedule};
+use super::{Concatenated, FirstStageLoss, Objective, Optimiser, Schedule};
 use crate::data::transform::{Crop, Filter, Transform};
 use crate::error::{Error, Result};
 use crate::io::Config;
@@ -66,6 +66,8 @@ pub struct DiffusionSettings {
     pub unet_config: Value,
     /// What the model is conditioned on.
     pub condition: Conditioned,
+    /// What stands beside the noisy latents in its input, if anything.
+    pub concat: Option<Concatenated>,
     /// Where latents come from.
     pub first: FirstStage,
     /// Whether the latents of all pictures are computed once and kept in a file.

@@ -161,6 +161,8 @@ pub(super) enum Stream {
     Drop,
     /// Of noise that is the same all over a picture.
     Offset,
+    /// Of the latents of masked pictures.
+    Masked,
 }
 
 /// The generator of a stream at a step: a pure function, so that a run can be taken up anywhere.

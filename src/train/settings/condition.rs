@@ -4,6 +4,7 @@ use super::{DataSettings, completed, in_section, section};
 use crate::error::Result;
 use crate::io::{Config, wordpiece};
 use crate::models::{ClipText, Conditioner, LdmBert, Model};
+use crate::train::Concatenated;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -180,6 +181,32 @@ fn given(own: &Config, kind: TextKind) -> Result<(Conditioned, usize, String)> {
         Conditioned::Captions { kind, config, vocabulary: 0, given },
         width,
         format!("the text encoder's {key}"),
+    ))
+}
+
+/// What stands beside the noisy latents, where there is a pipeline for both; or as in the paper's inpainting, masks alone.
+pub(super) fn concatenated(conditioning: &Config, condition: &Conditioned) -> Result<Option<Concatenated>> {
+    if !conditioning.has("concat") {
+        return Ok(None);
+    }
+    let kind = match condition {
+        Conditioned::Captions { kind: TextKind::Clip, .. } => "text",
+        Conditioned::Captions { kind: TextKind::Bert, .. } => "bert",
+        Conditioned::Classes { .. } => "class",
+        Conditioned::Nothing => "none",
+    };
+    let (found, with) = match conditioning.one_of("concat", &["mask", "low_res"], "mask")? {
+        "low_res" => (Concatenated::LowResolution, &["none"][..]),
+        _ => (Concatenated::Mask, &["text", "class", "none"][..]),
+    };
+    if with.contains(&kind) {
+        return Ok(Some(found));
+    }
+    Err(conditioning.error(
+        "concat",
+        format!(
+            "no such value where conditioning.kind is {kind}, as no pipeline takes both: mask goes with text, class or none, low_res with none"
+        ),
     ))
 }
 

@@ -8,17 +8,36 @@ use crate::io::Config;
 use crate::models::{Model, UNet2D, UNet2DCondition};
 use crate::samplers::ScheduleConfig;
 use crate::train::frozen::FirstStage;
-use crate::train::{Conditioned, Objective};
+use crate::train::{Concatenated, Conditioned, Objective};
 use serde_json::json;
 
 pub(super) fn read(c: &Config, data: &DataSettings) -> Result<DiffusionSettings> {
     let size = data.size;
-    let conditioning = section(c, "conditioning", &["kind", "drop"])?;
+    let conditioning = section(c, "conditioning", &["kind", "drop", "concat"])?;
     let (condition, width, setting) = condition::read(c, &conditioning, data)?;
+    let concat = condition::concatenated(&conditioning, &condition)?;
     let models = section(c, "model", &["unet", "text_encoder", "class_embedder"])?;
     let stage = section(c, "first_stage", &["path", "cache", "scaling_factor"])?;
     let first = FirstStage::read(&stage)?;
     let (z, f) = (first.channels(), first.factor());
+    if concat == Some(Concatenated::Mask) && stage.bool_or("cache", false)? {
+        let want =
+            "false, or no such key: with masks, pictures are other ones at each step, and are encoded then";
+        return Err(stage.error("cache", want));
+    }
+    let (wide, channels_in) = match concat {
+        None => (z, format!("the first stage's {z} channels")),
+        Some(kind) => {
+            let wide = z + kind.channels(z);
+            (
+                wide,
+                format!(
+                    "{wide}: the first stage's {z} channels, and {} more by conditioning.concat",
+                    kind.channels(z)
+                ),
+            )
+        }
+    };
     if size % f != 0 {
         return Err(
             c.error("data", format!("a size that is a multiple of {f}, by the first stage; it is {size}"))
@@ -36,7 +55,7 @@ pub(super) fn read(c: &Config, data: &DataSettings) -> Result<DiffusionSettings>
     let down: Vec<_> = (0..n).map(|i| block(i, "Down")).collect();
     let up: Vec<_> = (0..n).rev().map(|i| block(i, "Up")).collect();
     let mut defaults = json!({
-        "_class_name": class, "sample_size": size / f, "in_channels": z, "out_channels": z,
+        "_class_name": class, "sample_size": size / f, "in_channels": wide, "out_channels": z,
         "down_block_types": down, "up_block_types": up, "block_out_channels": channels, "layers_per_block": 1,
         "norm_num_groups": 32, "act_fn": "silu", "flip_sin_to_cos": true, "freq_shift": 0,
     });
@@ -55,10 +74,11 @@ pub(super) fn read(c: &Config, data: &DataSettings) -> Result<DiffusionSettings>
     let unet = in_section(unet, "model.unet")?;
     let wrong =
         |key: &str, want: String| in_section::<()>(Err(read.error(key, want)), "model.unet").unwrap_err();
-    for (key, n) in [("in_channels", unet.in_channels), ("out_channels", unet.out_channels)] {
-        if n != z {
-            return Err(wrong(key, format!("the first stage's {z} channels")));
-        }
+    if unet.in_channels != wide {
+        return Err(wrong("in_channels", channels_in));
+    }
+    if unet.out_channels != z {
+        return Err(wrong("out_channels", format!("the first stage's {z} channels")));
     }
     if unet.context != width {
         return Err(wrong("cross_attention_dim", format!("{setting} {width}")));
@@ -97,8 +117,9 @@ pub(super) fn read(c: &Config, data: &DataSettings) -> Result<DiffusionSettings>
         unet,
         unet_config,
         condition,
+        concat,
         first,
-        cache: stage.bool_or("cache", true)?,
+        cache: stage.bool_or("cache", concat != Some(Concatenated::Mask))?,
         schedule,
         schedule_config,
         objective,
