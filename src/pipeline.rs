@@ -368,6 +368,7 @@ fn finite(program: &mut Program, output: &str, part: &str) -> Result<HostTensor>
     program.run(&mut ())?;
     let y = program.read(output)?;
     if check_finite(&y, part, "").is_err() {
+        program.unsettle();
         program.run(&mut crate::exec::CheckFinite)?;
         check_finite(&y, part, "")?;
     }

@@ -137,6 +137,23 @@ const BERT: &[&str] = &[
     "tokenizer.vocab_size=150",
 ];
 
+/// A run that came to no checkpoint is none, and its vocabulary is not another one's.
+#[test]
+fn a_new_run_learns_its_own_vocabulary() {
+    let f = Folder::new();
+    let (first, run) = (first_stage(&f), f.path("run"));
+    let words = |size: &str| {
+        let o =
+            diffusion(&first, &run, &[BERT, &["steps=1", "data.count=6", "sample.every=0", size]].concat());
+        assert_eq!(o.code, 0, "{}", o.err);
+        let words = fs::read_to_string(run.join("export/tokenizer/vocab.txt")).unwrap();
+        fs::remove_dir_all(run.join("checkpoints")).unwrap();
+        words.lines().count()
+    };
+    let sizes = ["tokenizer.vocab_size=150", "tokenizer.vocab_size=110", "tokenizer.vocab_size=130"];
+    assert_eq!(sizes.map(words), [150, 110, 130]);
+}
+
 /// The folder is one of diffusers' `LDMTextToImagePipeline`; `tests/models.rs` compares such a one with it.
 #[test]
 fn a_model_with_the_text_encoder_of_2022_learns_is_exported_and_samples() {

@@ -11,7 +11,7 @@ use ldm::exec::{Hook, Program, Weights};
 use ldm::graph::{Graph, Layout, Node};
 use ldm::io::ModelFolder;
 use ldm::models::{Inventory, Model};
-use ldm::ops::{Act, Activation, Add, Op};
+use ldm::ops::{Act, Activation, Add, Op, Running};
 use ldm::pipeline::{Blueprint, Observer, Pipeline, Request, load};
 use ldm::rng::Generator;
 use ldm::samplers::{Ladder, Method};
@@ -339,14 +339,45 @@ fn what_weights_alone_make_is_made_once(device: &Device) {
     }
 }
 
+/// What is made once may be read by what is made for each input alone: it stays there for the next input.
+fn what_is_made_once_stays_for_what_an_input_makes(device: &Device) {
+    let (mut g, mut weights) = (Graph::new(), Weights::new(device));
+    weights.insert("w", &random(&[120], 9)).unwrap();
+    let w = g.weight("w", Layout::Same, DType::F32, [120]).unwrap();
+    let p = g.input("p", DType::F32, [120]);
+    let s = g.state("s", DType::F32, [120]);
+    let once = g.push("once", Activation(Act::Silu), &[w]).unwrap();
+    let per_input = g.push("per_input", Add, &[once, p]).unwrap();
+    let passing = g.push("passing", Activation(Act::Silu), &[s]).unwrap();
+    let value = g.push("value", Add, &[passing, per_input]).unwrap();
+    let next = g.push("next", Running { momentum: 0.5, factor: 1.0 }, &[s, value]).unwrap();
+    g.update(s, next);
+    let make = || Program::new(g.clone(), &weights, device).unwrap();
+    let mut program = make();
+    for seed in 0..3 {
+        program.write("p", &random(&[120], seed)).unwrap();
+        program.write("s", &random(&[120], 20 + seed)).unwrap();
+        let mut fresh = make();
+        fresh.write("p", &random(&[120], seed)).unwrap();
+        fresh.write("s", &random(&[120], 20 + seed)).unwrap();
+        program.run(&mut ()).unwrap();
+        fresh.run(&mut ()).unwrap();
+        assert_eq!(program.read("s").unwrap(), fresh.read("s").unwrap(), "input {seed}");
+    }
+}
+
 #[test]
 fn what_weights_alone_make_is_made_once_on_a_cpu() {
     what_weights_alone_make_is_made_once(&Device::Cpu);
+    what_is_made_once_stays_for_what_an_input_makes(&Device::Cpu);
 }
 
 #[test]
 fn what_weights_alone_make_is_made_once_on_a_gpu() {
-    common::on_cuda(what_weights_alone_make_is_made_once);
+    common::on_cuda(|device| {
+        what_weights_alone_make_is_made_once(device);
+        what_is_made_once_stays_for_what_an_input_makes(device);
+    });
 }
 
 #[test]

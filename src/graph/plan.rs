@@ -110,13 +110,12 @@ impl Plan {
         for (i, v) in values.iter().enumerate() {
             pinned[i] |= v.origin == Origin::Input;
         }
-        // What nodes make that do not run each time stays in its place for those that do, as inputs do.
+        // What a node makes stays in its place for nodes that run more often, as inputs do.
         let due = g.due();
-        let made_once =
-            |i: usize| matches!(values[i].origin, Origin::Node(maker, _) if due[maker] < Due::Always);
-        let mut kept: Vec<bool> = (0..values.len()).map(|i| made_once(i) && pinned[i]).collect();
-        for (_, node) in g.nodes().iter().enumerate().filter(|(step, _)| due[*step] == Due::Always) {
-            node.x.iter().filter(|x| made_once(x.index())).for_each(|x| kept[x.index()] = true);
+        let before = |i: usize, other: Due| matches!(values[i].origin, Origin::Node(n, _) if due[n] < other);
+        let mut kept: Vec<bool> = (0..values.len()).map(|i| before(i, Due::Always) && pinned[i]).collect();
+        for (node, own) in g.nodes().iter().zip(&due) {
+            node.x.iter().filter(|x| before(x.index(), *own)).for_each(|x| kept[x.index()] = true);
         }
         for i in (0..values.len()).filter(|&i| kept[i]) {
             (pinned[i], last[i]) = (true, end);

@@ -50,10 +50,12 @@ impl Inventory {
 /// Names that a tensor goes by in older files.
 fn aliases(name: &str) -> Vec<String> {
     let mut all = vec![name.to_string()];
-    // The autoencoders' attention before diffusers 0.18.
+    // Attention between pixels before diffusers 0.18; that of transformers has blocks between.
+    let layer = name.split_once(".attentions.").and_then(|(_, rest)| Some(rest.split_once('.')?.1));
     for (new, old) in [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")] {
-        if name.contains("mid_block.attentions.") && name.contains(&format!(".{new}.")) {
-            all.push(name.replace(&format!(".{new}."), &format!(".{old}.")));
+        let inner = layer.and_then(|layer| layer.strip_prefix(new)?.strip_prefix('.'));
+        if let Some(inner) = inner {
+            all.push(format!("{}{old}.{inner}", &name[..name.len() - new.len() - 1 - inner.len()]));
         }
     }
     // Text encoders saved without their outer module, or with it.
@@ -239,5 +241,25 @@ pub fn stored_type(checkpoint: &Checkpoint) -> DType {
         Some("F16") => DType::F16,
         Some("BF16") => DType::BF16,
         _ => DType::F32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attention_between_pixels_has_older_names() {
+        let old = |name: &str| {
+            aliases(name).contains(&"x.attentions.1.query.weight".to_string())
+                || aliases(name).contains(&"x.attentions.1.proj_attn.bias".to_string())
+        };
+        assert!(old("x.attentions.1.to_q.weight") && old("x.attentions.1.to_out.0.bias"));
+        let transformer = "x.attentions.1.transformer_blocks.0.attn1.to_q.weight";
+        assert_eq!(aliases(transformer).len(), 2, "{:?}", aliases(transformer));
+        assert_eq!(
+            aliases("encoder.mid_block.attentions.0.to_k.weight")[1],
+            "encoder.mid_block.attentions.0.key.weight"
+        );
     }
 }

@@ -115,7 +115,9 @@ impl Blueprint {
         let context = s.copies() * r.batch * s.tokens * self.unet.context * float;
         let z = self.unet.out_channels;
         let channels = s.copies() * self.beside.channels(z) + if s.known { 1 + 2 * z } else { 0 };
-        let beside = channels * r.batch * s.size[0] * s.size[1] * float;
+        // The steps' noises are drawn before the first.
+        let noises = unet.values().iter().find(|v| v.name == "noise").map_or(0, |v| v.spec.bytes());
+        let beside = channels * r.batch * s.size[0] * s.size[1] * float + noises;
         let pixels = width * height * 3;
         // A picture as the decoder puts it out; in tiles, one tile beside the whole.
         let tile = rows.tile * columns.tile * self.vae.codec().factor().pow(2) * 3;

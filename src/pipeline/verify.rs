@@ -433,6 +433,14 @@ impl Session<'_> {
         if let Some(context) = &context {
             self.compare("context", context.clone(), None)?;
         }
+        if self.folder.class() == "StableDiffusionInpaintPipeline"
+            && pipeline.blueprint.beside == Beside::Nothing
+        {
+            return Err(Error::invalid(
+                "this model's UNet is given no mask: what is known is put back after each step, which the file does not \
+                 store; parts can be verified (`tools/record.py modules`)",
+            ));
+        }
         let tokens = context.as_ref().map_or(0, |context| context.shape()[1]);
         let settings = Settings { batch, size: [h, w], tokens, guidance, known: false, dtype: self.dtype };
         let (unet, weights) = (&pipeline.blueprint.unet, pipeline.unet.weights(self.device, None)?);

@@ -56,6 +56,10 @@ impl Condition {
         device: &Device,
         watch: &mut dyn Watch,
     ) -> Result<Condition> {
+        if notes.is_empty() {
+            // There is no checkpoint: a vocabulary that is there is of a run that came to nothing, perhaps with other settings.
+            let _ = std::fs::remove_file(folder.join("tokenizer/tokenizer_config.json"));
+        }
         let mut condition = match own {
             Conditioned::Captions { kind, config, vocabulary, given: None } => {
                 let words = folder.join("tokenizer");
