@@ -22,7 +22,7 @@ fn cases(room: &Room) -> Vec<Case> {
     listed.chain(random).collect()
 }
 
-/// Bound in norm (DESIGN 4).
+/// Bound in norm.
 fn norm_bound(t: DType) -> f64 {
     match t {
         DType::F32 => 1e-5,

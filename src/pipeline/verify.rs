@@ -20,7 +20,7 @@ use serde_json::Value;
 use std::collections::HashMap;
 use std::path::Path;
 
-/// Relative error in f32 (DESIGN 4).
+/// Relative error in f32, as the tests of whole models have it.
 const BOUND_F32: f64 = 1e-4;
 /// Of PyTorch's own error, in the 16-bit types.
 const FLOOR_FACTOR: f64 = 1.5;

@@ -44,7 +44,7 @@ pub fn applies(s: &ConvShape, dtype: DType) -> bool {
     let pair = if dot { 2 } else { 1 };
     let tiles = s.b * s.out_h.div_ceil(OUT) * s.out_w.div_ceil(OUT);
     // Where more than one row of zeros stands around the image, a result at its edge is a sum of few products, but its error is
-    // that of a whole tile's: off by 1.5 times what DESIGN allows, seen with two rows.
+    // that of a whole tile's: off by 1.5 times what the tests allow, seen with two rows.
     let scale = if s.upsample { 2 } else { 1 };
     let narrow = |out: usize, size: usize, before: usize| before <= 1 && out + 2 <= size * scale + before + 1;
     (s.kh, s.kw, s.stride) == (3, 3, 1)
