@@ -239,26 +239,17 @@ fn what_does_not_go_together_is_refused() {
     check("upscale-tiny", 2, &[&["-i", &*odd]], "picture 31x30: width and height must be multiples of 2");
 
     let pipeline = open(&golden("inpaint-tiny"), &Device::Cpu);
+    let refused = |r: &Request, say: &str| {
+        let said = pipeline.generate(r, &mut ()).unwrap_err().to_string();
+        assert!(said.contains(say), "{said}");
+    };
     let mut r = request(0, 0, 1.0);
     r.mask.as_mut().unwrap().gray.pop();
-    let said = pipeline.generate(&r, &mut ()).unwrap_err().to_string();
-    assert!(said.contains("mask: want 32x32x1 bytes; got 1023"), "{said}");
+    refused(&r, "mask: want 32x32x1 bytes; got 1023");
     let mut r = request(0, 0, 1.5);
-    assert!(
-        pipeline
-            .generate(&r, &mut ())
-            .unwrap_err()
-            .to_string()
-            .contains("strength: want a number from 0 to 1")
-    );
+    refused(&r, "strength: want a number from 0 to 1");
     r.init.as_mut().unwrap().rgb.clear();
-    assert!(
-        pipeline
-            .generate(&r, &mut ())
-            .unwrap_err()
-            .to_string()
-            .contains("initial picture: want 32x32x3 bytes")
-    );
+    refused(&r, "initial picture: want 32x32x3 bytes");
 }
 
 #[test]

@@ -7,6 +7,7 @@ use crate::data::mask;
 use crate::data::source::{Sample, Source};
 use crate::data::transform::{Filter, resize};
 use crate::error::Result;
+use crate::pipeline::{Beside, Init, Mask, Request};
 use crate::rng::Small;
 
 /// What stands beside the noisy latents in the UNet's input.
@@ -22,11 +23,34 @@ pub enum Concatenated {
 const CHECK: usize = 4;
 
 impl Concatenated {
+    /// What the pipeline of an export gives its UNet.
+    pub(super) fn beside(self) -> Beside {
+        match self {
+            Concatenated::Mask => Beside::Mask,
+            Concatenated::LowResolution => Beside::Picture,
+        }
+    }
+
     /// Channels beside the Z channels of the latents.
     pub fn channels(self, z: usize) -> usize {
+        self.beside().channels(z)
+    }
+
+    /// A request with what such a picture (S,S,3), with so many pixels to a latent, is made from.
+    pub(super) fn asked(self, request: Request, sample: &Sample, [side, factor]: [usize; 2]) -> Request {
+        let init =
+            |side, rgb: &[u8]| Some(Init { width: side, height: side, rgb: rgb.to_vec(), strength: 1.0 });
+        let extras = &sample.extras;
         match self {
-            Concatenated::Mask => 1 + z,
-            Concatenated::LowResolution => 3,
+            Concatenated::Mask => {
+                let gray = extras.mask.iter().flatten().map(|drawn| 255 * drawn).collect();
+                let mask = Some(Mask { width: side, height: side, gray, composite: false });
+                Request { init: init(side, &sample.pixels), mask, ..request }
+            }
+            Concatenated::LowResolution => Request {
+                init: init(side / factor, extras.low_resolution.as_deref().unwrap_or_default()),
+                ..request
+            },
         }
     }
 

@@ -6,6 +6,7 @@ use super::run::{Watch, note};
 use super::settings::{Conditioned, GivenEncoder, Settings, TextKind};
 use super::source::Subject;
 use super::step::Trainer;
+use crate::data::source::Sample;
 use crate::error::{Error, Result};
 use crate::exec::{Device, Program, Target};
 use crate::io::{Checkpoint, Config, Labels, Tokenizer, vocabulary, wordpiece};
@@ -183,14 +184,6 @@ impl Condition {
         }
     }
 
-    /// What a prompt, or a class by its name or number, is as ids (T).
-    pub(super) fn told(&self, words: &str) -> Result<Vec<i32>> {
-        match &self.words {
-            Words::Classes(labels) => self.ids("", Some(labels.find(words)?)),
-            Words::Captions { .. } | Words::Nothing => self.ids(words, None),
-        }
-    }
-
     /// In a few words, for the log.
     pub(super) fn describe(&self) -> String {
         match &self.words {
@@ -227,11 +220,28 @@ impl Condition {
                     .into()
             }
         };
-        let request = |text| match &self.words {
-            Words::Captions { .. } | Words::Nothing => Request { prompt: text, ..Request::default() },
-            Words::Classes(_) => Request { class: Some(text), ..Request::default() },
+        some.into_iter().map(|words| self.request(words)).collect()
+    }
+
+    /// A request for a picture of a prompt or class.
+    pub(super) fn request(&self, words: String) -> Request {
+        match &self.words {
+            Words::Captions { .. } => Request { prompt: words, ..Request::default() },
+            Words::Classes(_) => Request { class: Some(words), ..Request::default() },
+            Words::Nothing => Request::default(),
+        }
+    }
+
+    /// A request for a picture of what one of the data shows.
+    pub(super) fn request_of(&self, sample: &Sample) -> Request {
+        let class = |labels: &Labels| {
+            let found = labels.iter().find(|(number, _)| Some(*number) == sample.class);
+            found.map(|(_, name)| name.to_string()).unwrap_or_default()
         };
-        some.into_iter().map(request).collect()
+        self.request(match &self.words {
+            Words::Captions { .. } | Words::Nothing => sample.caption.clone(),
+            Words::Classes(labels) => class(labels),
+        })
     }
 
     /// Checks prompts or classes before a run.

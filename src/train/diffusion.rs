@@ -16,13 +16,14 @@ use super::source::{Stream, Subject, drawing, normal};
 use super::step::{Trainer, blocks, update};
 use super::{initial, is_zero_module};
 use crate::data::loader::Options;
+use crate::data::source::Sample;
 use crate::error::{Error, Result};
 use crate::exec::{Device, Target};
 use crate::graph::{Graph, Var};
 use crate::io::ModelFolder;
 use crate::models::{Conditioner, UNet2DCondition};
 use crate::ops::{Loss, cast};
-use crate::pipeline::{Beside as Drawn, Blueprint, Init, Mask, Pipeline, Request, Residency};
+use crate::pipeline::{Blueprint, Pipeline, Request, Residency};
 use crate::tensor::{DType, HostTensor};
 use serde_json::json;
 use std::collections::HashMap;
@@ -240,36 +241,22 @@ impl Task for Diffusion {
             condition: self.condition.model.clone(),
             classes: None,
             unet: self.own.unet.clone(),
-            beside: match self.own.concat {
-                None => Drawn::Nothing,
-                Some(Concatenated::Mask) => Drawn::Mask,
-                Some(Concatenated::LowResolution) => Drawn::Picture,
-            },
+            beside: self.own.concat.map(Concatenated::beside).unwrap_or_default(),
             vae: first.vae.clone(),
             schedule: self.own.schedule.clone(),
             scheduler: self.own.schedule_config["_class_name"].as_str().unwrap_or_default().into(),
         };
-        let mut r = Request { steps: s.sample.steps, cfg_scale: s.sample.guidance, ..Request::default() };
+        let r = Request { steps: s.sample.steps, cfg_scale: s.sample.guidance, ..Request::default() };
         // Of what such a picture is made from only the size counts.
-        let init = |side| Some(Init { width: side, height: side, rgb: vec![], strength: 1.0 });
-        match self.own.concat {
-            None => {}
-            Some(Concatenated::Mask) => {
-                r.init = init(side);
-                r.mask = Some(Mask { width: side, height: side, gray: vec![], composite: false });
-            }
-            Some(Concatenated::LowResolution) => r.init = init(side / first.factor()),
-        }
+        let r = match self.own.concat {
+            Some(kind) => kind.asked(r, &Sample::default(), [side, first.factor()]),
+            None => r,
+        };
         // Where none can be drawn, the run says so when it comes to it, and goes on.
         let drawn = blueprint.estimate(&r, DType::F32, Residency::Always, target);
         let drawn = drawn.map_or(0, |e| e.beyond_process(target));
         // With a tokenizer of its own.
-        let mut pictures = Load { device: drawn, host: words.host };
-        if self.own.concat.is_some() {
-            // By an encoder of its own.
-            let [opening, encoder, encoding] = first.encoder_memory(1, side, target)?;
-            pictures = pictures.and(opening).and(encoder).and(encoding);
-        }
+        let pictures = Load { device: drawn, host: words.host };
         Ok(Beside {
             before: Some((before.0, before.1.and(words))),
             held: words.and(latents).and(own),
@@ -385,14 +372,8 @@ impl Task for Diffusion {
     /// A picture of each prompt or class, made as `ldm sample` makes it from the export; or pictures of the data, made anew.
     fn grid(&self, _: &Trainer, folder: &Path, device: &Device) -> Result<Tiles> {
         if self.own.concat.is_some() {
-            return Shown {
-                settings: &self.settings,
-                own: &self.own,
-                condition: &self.condition,
-                pictures: &self.pictures,
-                scale: self.scale,
-            }
-            .tiles(folder, device);
+            return Shown { settings: &self.settings, condition: &self.condition, pictures: &self.pictures }
+                .tiles(folder, device);
         }
         let how = &self.settings.sample;
         let pipeline = Pipeline::open(&ModelFolder::open(folder)?, device, Some(DType::F32))?;
