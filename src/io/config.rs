@@ -48,10 +48,18 @@ impl Config {
             std::io::ErrorKind::InvalidData => Error::file(path, "want JSON; got something that is not text"),
             _ => Error::file(path, format!("cannot be read: {e}")),
         })?;
-        let value = serde_json::from_str(&text)
-            .or_else(|e| serde_json::from_str(&quote_bare_words(&text)).map_err(|_| e))
-            .map_err(|e| Error::file(path, format!("not valid JSON: {e}; download it again")))?;
-        Config::from_value(path, value)
+        Config::parse(path, &text)
+    }
+
+    /// The same from a file's text; `file` is what errors name.
+    ///
+    /// # Errors
+    /// [`Error::File`] when the text is not JSON, or holds something other than an object.
+    pub fn parse(file: impl AsRef<Path>, text: &str) -> Result<Config> {
+        let value = serde_json::from_str(text)
+            .or_else(|e| serde_json::from_str(&quote_bare_words(text)).map_err(|_| e))
+            .map_err(|e| Error::file(&file, format!("not valid JSON: {e}; download it again")))?;
+        Config::from_value(file, value)
     }
 
     /// The same from a value; `file` is what errors name.

@@ -14,6 +14,9 @@ pub mod labels;
 pub mod mmap;
 pub mod picture;
 pub mod png;
+// Nothing but tests reads from memory yet.
+#[cfg_attr(not(test), expect(dead_code))]
+pub(crate) mod texts;
 pub mod tokenizer;
 pub mod vocabulary;
 pub mod weights;

@@ -3,6 +3,7 @@
 //! punctuation, then byte-level BPE with `</w>` at the end of a word.
 
 use super::config::Config;
+use super::texts::Texts;
 use super::wordpiece;
 use crate::error::{Error, Result};
 use serde_json::{Value, json};
@@ -37,7 +38,8 @@ pub struct Encoded {
 #[derive(Clone, Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    folder: PathBuf,
+    /// Where it was read from, for errors.
+    place: PathBuf,
     max_length: usize,
     bos: i32,
     eos: i32,
@@ -55,33 +57,40 @@ impl Tokenizer {
     /// [`Error::File`] when a file is missing, damaged, or those of another kind; [`Error::Config`] for a value that
     /// is not understood.
     pub fn open(folder: impl AsRef<Path>) -> Result<Tokenizer> {
-        let folder = folder.as_ref();
-        let config = read_or_empty(folder, "tokenizer_config.json")?;
+        Tokenizer::read(&Texts::folder(folder.as_ref()))
+    }
+
+    /// The same from the files wherever they are.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::open`].
+    pub(crate) fn read(texts: &Texts) -> Result<Tokenizer> {
+        let place = texts.place();
+        let config = read_or_empty(texts, "tokenizer_config.json")?;
         let known = ["CLIPTokenizer", "CLIPTokenizerFast", "BertTokenizer", "BertTokenizerFast"];
-        let has = |name: &str| folder.join(name).is_file();
+        let has = |name: &str| texts.has(name);
         let bert = match config.opt_str("tokenizer_class")? {
             Some(class) => config.one_of("tokenizer_class", &known, class)?.starts_with("Bert"),
             None => has("vocab.txt") && !has("vocab.json") && !has("tokenizer.json"),
         };
-        let roles = Roles::read(folder, &config, bert)?;
-        let json = folder.join("tokenizer.json");
+        let roles = Roles::read(texts, &config, bert)?;
         let mut inner = match bert {
-            true => wordpiece::open(folder, &config, &roles.unk)?,
-            false if json.is_file() => from_json(&json)?,
-            false => from_vocabulary(folder, &roles.unk)?,
+            true => wordpiece::open(texts, &config, &roles.unk)?,
+            false if has("tokenizer.json") => from_json(texts)?,
+            false => from_vocabulary(texts, &roles.unk)?,
         };
         inner.with_padding(None);
-        inner.with_truncation(None).map_err(|e| Error::file(folder, e))?;
-        add_tokens(&mut inner, &config, &roles)?;
+        inner.with_truncation(None).map_err(|e| Error::file(&place, e))?;
+        add_tokens(&mut inner, texts, &config, &roles)?;
 
         let id = |role: &str, token: &str| {
             let found = inner.token_to_id(token).and_then(|id| i32::try_from(id).ok());
             found.ok_or_else(|| {
-                Error::file(folder, format!("its {role} token {token:?} is not in its vocabulary"))
+                Error::file(&place, format!("its {role} token {token:?} is not in its vocabulary"))
             })
         };
         let (bos, eos, pad) = (id("bos", &roles.bos)?, id("eos", &roles.eos)?, id("pad", &roles.pad)?);
-        Ok(Tokenizer { folder: folder.into(), max_length: max_length(&config)?, bos, eos, pad, inner, bert })
+        Ok(Tokenizer { place, max_length: max_length(&config)?, bos, eos, pad, inner, bert })
     }
 
     /// Prompts of at most so many tokens, for an encoder that takes no more than that (BERT's tokenizers say 512).
@@ -120,7 +129,7 @@ impl Tokenizer {
     /// [`Error::Invalid`] when the tokenizer's own rules fail on the prompt.
     pub fn encode(&self, prompt: &str) -> Result<Encoded> {
         let failed =
-            |e| Error::invalid(format!("prompt: the tokenizer in {} fails: {e}", self.folder.display()));
+            |e| Error::invalid(format!("prompt: the tokenizer in {} fails: {e}", self.place.display()));
         let encoding = self.inner.encode_fast(prompt, false).map_err(failed)?;
         let all = encoding.get_ids();
         let room = self.max_length - 2;
@@ -185,8 +194,8 @@ struct Roles {
 
 impl Roles {
     /// A file with `added_tokens_decoder` is complete; an older one is overruled by `special_tokens_map.json`.
-    fn read(folder: &Path, config: &Config, bert: bool) -> Result<Roles> {
-        let map = read_or_empty(folder, "special_tokens_map.json")?;
+    fn read(texts: &Texts, config: &Config, bert: bool) -> Result<Roles> {
+        let map = read_or_empty(texts, "special_tokens_map.json")?;
         let order = if config.has("added_tokens_decoder") { [config, &map] } else { [&map, config] };
         let mut written = Vec::new();
         let mut role = |key: &str, default: &str| -> Result<String> {
@@ -211,9 +220,8 @@ impl Roles {
     }
 }
 
-fn read_or_empty(folder: &Path, name: &str) -> Result<Config> {
-    let path = folder.join(name);
-    if path.is_file() { Config::read(path) } else { Config::from_value(path, json!({})) }
+fn read_or_empty(texts: &Texts, name: &str) -> Result<Config> {
+    if texts.has(name) { texts.config(name) } else { Config::from_value(texts.path(name), json!({})) }
 }
 
 /// Absent, or far beyond any encoder (transformers writes 10^30 for "no limit"), means CLIP's own.
@@ -226,35 +234,35 @@ fn max_length(config: &Config) -> Result<usize> {
     }
 }
 
-fn from_json(path: &Path) -> Result<tokenizers::Tokenizer> {
-    let text = std::fs::read(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
+fn from_json(texts: &Texts) -> Result<tokenizers::Tokenizer> {
+    let (path, text) = (texts.path("tokenizer.json"), texts.text("tokenizer.json")?);
     let tokenizer = tokenizers::Tokenizer::from_bytes(&text)
-        .map_err(|e| Error::file(path, format!("not a tokenizer: {e}; download it again")))?;
+        .map_err(|e| Error::file(&path, format!("not a tokenizer: {e}; download it again")))?;
     match tokenizer.get_model() {
         ModelWrapper::BPE(bpe) if bpe.end_of_word_suffix.as_deref() == Some(END) => {}
         _ => {
             return Err(Error::file(
-                path,
+                &path,
                 format!("want CLIP's byte-level BPE with {END:?}; got another tokenizer"),
             ));
         }
     }
     // `encode` hands ids out as i32.
     if tokenizer.get_vocab(true).values().any(|&id| i32::try_from(id).is_err()) {
-        return Err(Error::file(path, "its vocabulary has an id above 2^31 - 1"));
+        return Err(Error::file(&path, "its vocabulary has an id above 2^31 - 1"));
     }
     Ok(tokenizer)
 }
 
-fn from_vocabulary(folder: &Path, unk: &str) -> Result<tokenizers::Tokenizer> {
-    let (vocab_path, merges_path) = (folder.join("vocab.json"), folder.join("merges.txt"));
-    if !vocab_path.is_file() {
+fn from_vocabulary(texts: &Texts, unk: &str) -> Result<tokenizers::Tokenizer> {
+    let (vocab_path, merges_path) = (texts.path("vocab.json"), texts.path("merges.txt"));
+    if !texts.has("vocab.json") {
         return Err(Error::file(
-            folder,
+            texts.place(),
             "holds no tokenizer: want tokenizer.json, or vocab.json and merges.txt, or BERT's vocab.txt; download the folder",
         ));
     }
-    let words = Config::read(&vocab_path)?;
+    let words = texts.config("vocab.json")?;
     let id = |token: &str| match words.usize(token) {
         Ok(id) if i32::try_from(id).is_ok() => Ok((token.to_owned(), id as u32)),
         _ => Err(words.error(token, "an id from 0 to 2^31 - 1")),
@@ -264,7 +272,7 @@ fn from_vocabulary(folder: &Path, unk: &str) -> Result<tokenizers::Tokenizer> {
         return Err(Error::file(&vocab_path, format!("the unk token {unk:?} is not in it")));
     }
     let bpe = BPE::builder()
-        .vocab_and_merges(vocab, merges(&merges_path)?)
+        .vocab_and_merges(vocab, merges(&merges_path, &texts.text("merges.txt")?)?)
         .unk_token(unk.into())
         .continuing_subword_prefix(String::new())
         .end_of_word_suffix(END.into())
@@ -272,7 +280,7 @@ fn from_vocabulary(folder: &Path, unk: &str) -> Result<tokenizers::Tokenizer> {
         .map_err(|e| {
             Error::file(&merges_path, format!("does not go with vocab.json: {e}; download both again"))
         })?;
-    around(bpe).map_err(|e| Error::file(folder, e))
+    around(bpe).map_err(|e| Error::file(texts.place(), e))
 }
 
 /// A model with CLIP's rules for the text in front of it.
@@ -288,9 +296,7 @@ pub(super) fn around(bpe: BPE) -> std::result::Result<tokenizers::Tokenizer, tok
     Ok(tokenizer)
 }
 
-fn merges(path: &Path) -> Result<Merges> {
-    let text =
-        std::fs::read_to_string(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
+fn merges(path: &Path, text: &str) -> Result<Merges> {
     let mut all = Vec::new();
     for (i, line) in text.lines().enumerate() {
         if (i == 0 && line.starts_with("#version")) || line.trim().is_empty() {
@@ -307,7 +313,12 @@ fn merges(path: &Path) -> Result<Merges> {
 }
 
 /// Tokens that are found in the text before it is split: begin, end and pad, and what a fine-tune has added.
-fn add_tokens(tokenizer: &mut tokenizers::Tokenizer, config: &Config, roles: &Roles) -> Result<()> {
+fn add_tokens(
+    tokenizer: &mut tokenizers::Tokenizer,
+    texts: &Texts,
+    config: &Config,
+    roles: &Roles,
+) -> Result<()> {
     let mut wanted: Vec<(usize, AddedToken, Config)> = Vec::new();
     if let Some(listed) = config.section("added_tokens_decoder")? {
         for key in listed.keys() {
@@ -320,9 +331,8 @@ fn add_tokens(tokenizer: &mut tokenizers::Tokenizer, config: &Config, roles: &Ro
             wanted.push((id, token, listed.clone()));
         }
     }
-    let old = config.file().with_file_name("added_tokens.json");
-    if wanted.is_empty() && old.is_file() {
-        let listed = Config::read(old)?;
+    if wanted.is_empty() && texts.has("added_tokens.json") {
+        let listed = texts.config("added_tokens.json")?;
         for key in listed.keys() {
             let special = roles.written.iter().any(|v| token(v, false).is_some_and(|t| t.content == key));
             wanted.push((listed.usize(key)?, AddedToken::from(key, special), listed.clone()));
@@ -421,6 +431,26 @@ mod tests {
             );
             matches(&t, "ids");
         }
+    }
+
+    #[test]
+    fn files_in_memory_give_the_same_tokenizer() {
+        for folder in ["tokenizer", "tokenizer-fast"] {
+            let files = std::fs::read_dir(golden(folder)).unwrap().map(|f| f.unwrap().path());
+            let all = files.map(|path| {
+                let name = path.file_name().unwrap().to_str().unwrap();
+                (format!("tokenizer/{name}"), std::fs::read_to_string(&path).unwrap())
+            });
+            let held = Texts::held(Path::new("m.safetensors"), std::sync::Arc::new(all.collect()));
+            matches(&Tokenizer::read(&held.inner("tokenizer")).unwrap(), "ids");
+            let e = Tokenizer::read(&held.inner("text")).unwrap_err().to_string();
+            assert!(e.starts_with("m.safetensors:text: holds no tokenizer"), "{e}");
+        }
+        let texts = [("vocab.json", r#"{"<|endoftext|>": 0}"#), ("merges.txt", "a\n")];
+        let texts = texts.map(|(name, text)| (name.to_string(), text.to_string())).into();
+        let e = Tokenizer::read(&Texts::held(Path::new("m.safetensors"), std::sync::Arc::new(texts)));
+        let want = "m.safetensors:merges.txt: line 1: want two parts; got \"a\"";
+        assert_eq!(e.unwrap_err().to_string(), want);
     }
 
     #[test]

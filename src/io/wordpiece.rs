@@ -2,6 +2,7 @@
 //! longest pieces that the vocabulary has (`##` begins those inside a word), as transformers' `BertTokenizer` of 4.57 does.
 
 use super::config::Config;
+use super::texts::Texts;
 use super::{atomic, vocabulary};
 use crate::error::{Error, Result};
 use serde_json::json;
@@ -25,10 +26,8 @@ const SPECIAL: [&str; 5] = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"];
 pub const LEAST: usize = SPECIAL.len() + 68 + 36;
 
 /// A tokenizer from `vocab.txt`, a token a line, and the flags of `tokenizer_config.json`.
-pub(super) fn open(folder: &Path, config: &Config, unk: &str) -> Result<tokenizers::Tokenizer> {
-    let path = folder.join("vocab.txt");
-    let text =
-        std::fs::read_to_string(&path).map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?;
+pub(super) fn open(texts: &Texts, config: &Config, unk: &str) -> Result<tokenizers::Tokenizer> {
+    let (path, text) = (texts.path("vocab.txt"), texts.text("vocab.txt")?);
     let mut vocab = Vocab::new();
     for (id, token) in text.lines().enumerate() {
         // Of a token that stands there twice the last line counts, as in transformers.
