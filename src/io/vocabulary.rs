@@ -13,9 +13,10 @@ use tokenizers::{
     NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
 };
 
+/// CLIP's begin token.
 const BOS: &str = "<|startoftext|>";
-const EOS: &str = "<|endoftext|>";
-const FILES: [&str; 4] = ["vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"];
+/// CLIP's end token.
+pub(super) const EOS: &str = "<|endoftext|>";
 /// Files that tokenizers of either kind may have; the one that says that all are there last.
 const ALL: [&str; 7] = [
     "vocab.json",
@@ -42,9 +43,6 @@ pub struct Vocabulary {
 /// [`Error::Invalid`] when the captions cannot be split.
 pub fn learn(captions: &[String], most: usize) -> Result<Vocabulary> {
     let failed = |e: tokenizers::Error| Error::invalid(format!("tokenizer: cannot be trained: {e}"));
-    // The alphabet in CLIP's order: printable characters first.
-    let mut alphabet: Vec<char> = ByteLevel::alphabet().into_iter().collect();
-    alphabet.sort_unstable();
     let inner = tokenizer::around(BPE::default()).map_err(failed)?;
     let mut counts: BTreeMap<String, u64> = BTreeMap::new();
     for caption in captions {
@@ -56,11 +54,9 @@ pub fn learn(captions: &[String], most: usize) -> Result<Vocabulary> {
             *counts.entry(word.to_string()).or_default() += 1;
         }
     }
-    let most_merges = most.saturating_sub(2 * alphabet.len() + 2);
-    let mut merges = merges(&counts, most_merges, characters, |a, b| format!("{a}{b}"));
-    let mut words: Vec<String> = alphabet.iter().map(char::to_string).collect();
-    words.extend(alphabet.iter().map(|c| format!("{c}{}", tokenizer::END)));
-    merges.truncate(most.saturating_sub(words.len() + 2));
+    let mut words = bytes();
+    let most_merges = most.saturating_sub(words.len() + 2);
+    let merges = merges(&counts, most_merges, characters, |a, b| format!("{a}{b}"));
     for (a, b) in &merges {
         let word = format!("{a}{b}");
         if !words.contains(&word) {
@@ -69,6 +65,14 @@ pub fn learn(captions: &[String], most: usize) -> Result<Vocabulary> {
     }
     words.extend([BOS.to_string(), EOS.to_string()]);
     Ok(Vocabulary { size: words.len(), words, merges })
+}
+
+/// The first tokens: a character for each byte, in CLIP's order (printable ones first), and the same at the end of a word.
+fn bytes() -> Vec<String> {
+    let mut alphabet: Vec<char> = ByteLevel::alphabet().into_iter().collect();
+    alphabet.sort_unstable();
+    let last = alphabet.iter().map(|c| format!("{c}{}", tokenizer::END));
+    alphabet.iter().map(char::to_string).chain(last).collect()
 }
 
 /// A word as characters, the last of which ends it.
@@ -135,12 +139,16 @@ pub(super) fn merges(
 }
 
 impl Vocabulary {
-    /// Writes the files of a tokenizer for prompts of `length` tokens, begin and end counted, into a folder that is there; the
-    /// one that says that all are there last.
-    ///
-    /// # Errors
-    /// [`Error::File`] when one cannot be written.
-    pub fn write(&self, folder: &Path, length: usize) -> Result<()> {
+    /// The vocabulary of these merges, each of which makes a token that no other makes.
+    pub(super) fn of(merges: Vec<(String, String)>) -> Vocabulary {
+        let mut words = bytes();
+        words.extend(merges.iter().map(|(a, b)| format!("{a}{b}")));
+        words.extend([BOS.to_string(), EOS.to_string()]);
+        Vocabulary { size: words.len(), words, merges }
+    }
+
+    /// The files of a tokenizer for prompts of `length` tokens, begin and end counted, filled up with `pad`: name and text.
+    pub(super) fn texts(&self, length: usize, pad: &str) -> [(&'static str, String); 4] {
         let ids: Map<String, Value> =
             self.words.iter().enumerate().map(|(i, w)| (w.clone(), json!(i))).collect();
         let merges: String = self.merges.iter().map(|(a, b)| format!("{a} {b}\n")).collect();
@@ -155,19 +163,38 @@ impl Vocabulary {
             token
         };
         let [bos, eos] = [self.size.saturating_sub(2), self.size.saturating_sub(1)].map(|id| id.to_string());
-        let map = json!({"bos_token": token(BOS), "eos_token": token(EOS), "pad_token": EOS, "unk_token": token(EOS)});
+        let mut added = Map::new();
+        if let Some(id) = ids.get(pad).filter(|_| pad != EOS) {
+            // As transformers has it for Stable Diffusion 2.x: found in the text as it was typed.
+            let mut found = special(pad);
+            found["normalized"] = json!(false);
+            added.insert(id.to_string(), found);
+        }
+        added.insert(bos, special(BOS));
+        added.insert(eos, special(EOS));
+        let map = json!({"bos_token": token(BOS), "eos_token": token(EOS), "pad_token": pad, "unk_token": token(EOS)});
         let config = json!({
-            "added_tokens_decoder": {bos: special(BOS), eos: special(EOS)},
-            "bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "unk_token": EOS, "errors": "replace",
+            "added_tokens_decoder": added,
+            "bos_token": BOS, "eos_token": EOS, "pad_token": pad, "unk_token": EOS, "errors": "replace",
             "clean_up_tokenization_spaces": false, "model_max_length": length, "tokenizer_class": "CLIPTokenizer",
         });
-        let texts = [
-            Value::Object(ids).to_string(),
-            format!("#version: 0.2\n{merges}"),
-            map.to_string(),
-            config.to_string(),
-        ];
-        FILES.iter().zip(texts).try_for_each(|(name, text)| atomic::write(folder.join(name), text.as_bytes()))
+        [
+            ("vocab.json", Value::Object(ids).to_string()),
+            ("merges.txt", format!("#version: 0.2\n{merges}")),
+            ("special_tokens_map.json", map.to_string()),
+            ("tokenizer_config.json", config.to_string()),
+        ]
+    }
+
+    /// Writes the files of a tokenizer for prompts of `length` tokens, begin and end counted, into a folder that is there; the
+    /// one that says that all are there last.
+    ///
+    /// # Errors
+    /// [`Error::File`] when one cannot be written.
+    pub fn write(&self, folder: &Path, length: usize) -> Result<()> {
+        self.texts(length, EOS)
+            .iter()
+            .try_for_each(|(name, text)| atomic::write(folder.join(name), text.as_bytes()))
     }
 }
 
