@@ -31,8 +31,8 @@ evaluations, so that it adds up. Comparisons end with exit code 1 at a \
 regression. On a GPU evaluations and (with --per-op) nodes are NVTX ranges, if libnvToolsExt (CUDA 12) is installed; \
 how fast a GPU multiplies at most is not measured.")]
 pub(super) struct Arguments {
-    /// A checkpoint: a diffusers folder (with model_index.json)
-    #[arg(short, long, value_name = "FOLDER", conflicts_with = "preset")]
+    /// A checkpoint: a diffusers folder (with model_index.json), or one .safetensors file with a whole model
+    #[arg(short, long, value_name = "MODEL", conflicts_with = "preset")]
     model: Option<PathBuf>,
     #[arg(long, value_name = "NAME", help = preset_help())]
     preset: Option<String>,

@@ -16,8 +16,8 @@ use std::process::ExitCode;
 /// A checkpoint, and the picture that is asked about.
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
-    /// A checkpoint: a diffusers folder (with model_index.json)
-    #[arg(value_name = "FOLDER")]
+    /// A checkpoint: a diffusers folder (with model_index.json), or one .safetensors file with a whole model
+    #[arg(value_name = "MODEL")]
     model: PathBuf,
     #[command(flatten)]
     size: SizeFlags,
@@ -57,7 +57,7 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     for c in folder.components() {
         let known = CLASSES.iter().any(|classes| classes.contains(&&*c.class));
         // A part may be left out of a copy.
-        let there = c.path.is_dir();
+        let there = c.path.exists();
         let model = if known && there { AnyModel::read(&c.class, &folder.config(&c.name)?)? } else { None };
         let row = match model {
             None if known && !there => "its folder is not there".into(),
@@ -91,7 +91,7 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let used = ["text_encoder", "bert", "class_embedder", "tokenizer", "unet", "vae", "vqvae", "scheduler"];
-    if folder.components().iter().any(|c| used.contains(&&*c.name) && !c.path.is_dir()) {
+    if folder.components().iter().any(|c| used.contains(&&*c.name) && !c.path.exists()) {
         print("\nthis version does not sample from it: parts are not there\n")?;
         return Ok(ExitCode::SUCCESS);
     }

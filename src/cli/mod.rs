@@ -1,6 +1,7 @@
 //! The commands: one file each, one line in the list.
 
 mod bench;
+mod convert;
 mod data;
 mod eval;
 mod info;
@@ -50,6 +51,8 @@ commands! {
     Verify(verify),
     /// Say what a checkpoint is, and what a picture costs
     Info(info),
+    /// Make one file of a model's folder, or a folder of its file
+    Convert(convert),
     /// Measure parts of a model: time, rates, memory, each operation
     Bench(bench),
     /// Make data sets to train on

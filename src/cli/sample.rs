@@ -24,8 +24,8 @@ const TOGETHER: usize = 8;
 /// Flags are those of stable-diffusion.cpp and diffusers.
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
-    /// A checkpoint: a diffusers folder (with model_index.json) [default: assets/shapes-64, a small model of the shapes world]
-    #[arg(short, long, value_name = "FOLDER")]
+    /// A checkpoint: a diffusers folder (with model_index.json), or one .safetensors file with a whole model [default: assets/shapes-64, a small model of the shapes world]
+    #[arg(short, long, value_name = "MODEL")]
     model: Option<PathBuf>,
     /// What the picture shows; models without a condition take none
     #[arg(short, long, value_name = "TEXT")]

@@ -92,7 +92,9 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     if let (Device::Cpu, Some(peak)) = (&device, peak()) {
         bar.say(&format!("memory: {peak} bytes at the peak, {} planned", summary.planned));
     }
-    print(&format!("{}\n", summary.export.display()))?;
+    for path in [Some(&summary.export), summary.single.as_ref()].into_iter().flatten() {
+        print(&format!("{}\n", path.display()))?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -12,8 +12,8 @@ use std::process::ExitCode;
 /// What to compare, and where the result goes.
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
-    /// A checkpoint: a diffusers folder (with model_index.json)
-    #[arg(short, long, value_name = "FOLDER")]
+    /// A checkpoint: a diffusers folder (with model_index.json), or one .safetensors file with a whole model
+    #[arg(short, long, value_name = "MODEL")]
     model: PathBuf,
     /// Tensors recorded from diffusers: single parts, or a whole pipeline step by step
     #[arg(long, value_name = "FILE")]

@@ -1,10 +1,14 @@
-//! A pipeline as diffusers stores it: `model_index.json`, and one folder for each component.
+//! A pipeline as diffusers stores it: `model_index.json`, and one folder for each component. Or all of it in one file.
 
+use super::compvis::{self, Names};
 use super::config::Config;
+use super::single_file::{self, Prediction};
+use super::texts::Texts;
 use super::tokenizer::Tokenizer;
 use super::weights::Checkpoint;
 use crate::error::{Error, Result};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// One part of a pipeline.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -15,32 +19,45 @@ pub struct Component {
     pub library: String,
     /// Its class: `UNet2DConditionModel`, `AutoencoderKL`, …
     pub class: String,
-    /// Its folder.
+    /// Its folder; of a model in one file, that file.
     pub path: PathBuf,
 }
 
-/// A model folder. Opening it reads `model_index.json` alone.
+/// A model: a folder, or a file with all of it. Opening it reads `model_index.json` alone, or the file's header.
 #[derive(Clone, Debug)]
 pub struct ModelFolder {
     path: PathBuf,
+    texts: Texts,
     index: Config,
     class: String,
     components: Vec<Component>,
 }
 
 impl ModelFolder {
-    /// Reads `model_index.json`. Components that are null there do not count.
+    /// Reads `model_index.json`, or the header of a single file. Components that are null there do not count.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when the path is not such a folder, with what it is instead; [`Error::File`] when the index
+    /// [`Error::Invalid`] when the path is neither, with what it is instead; [`Error::File`] when the index or the file
     /// cannot be read, [`Error::Config`] when it is not understood.
     pub fn open(path: impl AsRef<Path>) -> Result<ModelFolder> {
+        ModelFolder::open_as(path, None)
+    }
+
+    /// [`ModelFolder::open`]; where a single file does not say what its UNet predicts, it is this.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open_as(path: impl AsRef<Path>, prediction: Option<Prediction>) -> Result<ModelFolder> {
         let path = path.as_ref();
-        let file = path.join("model_index.json");
-        if !file.is_file() {
+        let single = path.is_file();
+        let texts = match single {
+            true => Texts::held(path, Arc::new(single_file::texts(path, prediction)?)),
+            false => Texts::folder(path),
+        };
+        if !texts.has("model_index.json") {
             return Err(Error::invalid(format!("{}: {}", path.display(), what_it_is(path))));
         }
-        let index = Config::read(&file)?;
+        let index = texts.config("model_index.json")?;
         let class = index.str("_class_name")?.to_owned();
         let mut components = Vec::new();
         for name in index.keys().filter(|k| !k.starts_with('_')) {
@@ -51,16 +68,16 @@ impl ModelFolder {
                     name: name.into(),
                     library: words[0].into(),
                     class: words[1].into(),
-                    path: path.join(name),
+                    path: if single { path.into() } else { path.join(name) },
                 }),
                 (2, None) if pair.iter().any(|v| v.is_null()) => {}
                 _ => return Err(index.error(name, "[library, class], or [null, null]")),
             }
         }
-        Ok(ModelFolder { path: path.into(), index, class, components })
+        Ok(ModelFolder { path: path.into(), texts, index, class, components })
     }
 
-    /// The folder.
+    /// The folder, or the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -85,6 +102,11 @@ impl ModelFolder {
         self.components.iter().any(|c| c.name == name)
     }
 
+    /// Whether all of it is in one file.
+    pub fn is_single_file(&self) -> bool {
+        self.path.is_file()
+    }
+
     /// A component, whose folder exists.
     ///
     /// # Errors
@@ -95,7 +117,7 @@ impl ModelFolder {
             let want = format!("this component (there are: {})", all.join(", "));
             return Err(self.index.error(name, want));
         };
-        if found.path.is_dir() {
+        if found.path.exists() {
             return Ok(found);
         }
         let class = &found.class;
@@ -105,37 +127,56 @@ impl ModelFolder {
         ))
     }
 
+    /// The small files of a component.
+    ///
+    /// # Errors
+    /// As [`ModelFolder::component`].
+    pub(crate) fn texts(&self, name: &str) -> Result<Texts> {
+        self.component(name).map(|c| self.texts.inner(&c.name))
+    }
+
     /// A component's `config.json`.
     ///
     /// # Errors
     /// As [`ModelFolder::component`] and [`Config::read`].
     pub fn config(&self, name: &str) -> Result<Config> {
-        Config::read(self.component(name)?.path.join("config.json"))
+        self.texts(name)?.config("config.json")
     }
 
-    /// A component's weights.
+    /// A component's weights, by diffusers' names.
     ///
     /// # Errors
     /// As [`ModelFolder::component`] and [`Checkpoint::open`].
     pub fn checkpoint(&self, name: &str) -> Result<Checkpoint> {
-        Checkpoint::open(&self.component(name)?.path)
+        let component = self.component(name)?;
+        if !self.is_single_file() {
+            return Checkpoint::open(&component.path);
+        }
+        let (file, config) = (Checkpoint::open(&self.path)?, self.config(name)?);
+        let open_clip = component.class == "CLIPTextModel"
+            && file.names().any(|tensor| tensor.starts_with(compvis::OPEN_CLIP));
+        let names = match open_clip {
+            true => Names::open_clip(&config)?,
+            false => Names::of(&component.class, &config, false)?,
+        };
+        file.renamed(|tensor, entry| names.ours(tensor, entry))
     }
 
-    /// The CLIP tokenizer in a component's folder.
+    /// The tokenizer of a component.
     ///
     /// # Errors
     /// As [`ModelFolder::component`] and [`Tokenizer::open`].
     pub fn tokenizer(&self, name: &str) -> Result<Tokenizer> {
-        Tokenizer::open(&self.component(name)?.path)
+        Tokenizer::read(&self.texts(name)?)
     }
 }
 
 /// Why a path is not a model folder, and what to give instead.
 fn what_it_is(path: &Path) -> String {
     let has = |name: &str| path.join(name).is_file();
-    let want = "want a folder with model_index.json, as diffusers saves it";
+    let want = "want a folder with model_index.json, as diffusers saves it, or one file with a whole model";
     if path.is_file() {
-        return format!("{want}; got a single file (a checkpoint in one file is no folder of components)");
+        return format!("{want}; got a file with an autoencoder alone");
     }
     if !path.is_dir() {
         return format!(

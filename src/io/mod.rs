@@ -5,9 +5,8 @@
 
 pub mod atomic;
 pub mod chart;
-// No checkpoint without a vocabulary is read yet.
-#[cfg_attr(not(test), expect(dead_code))]
-pub(crate) mod clip_vocabulary;
+mod clip_vocabulary;
+pub(crate) mod compvis;
 pub mod config;
 mod convert;
 pub mod events;
@@ -17,8 +16,7 @@ pub mod labels;
 pub mod mmap;
 pub mod picture;
 pub mod png;
-// Nothing but tests reads from memory yet.
-#[cfg_attr(not(test), expect(dead_code))]
+pub(crate) mod single_file;
 pub(crate) mod texts;
 pub mod tokenizer;
 pub mod vocabulary;
@@ -31,6 +29,7 @@ pub use config::Config;
 pub use folder::{Component, ModelFolder};
 pub use labels::Labels;
 pub use png::Rgb8;
+pub use single_file::Prediction;
 pub use tokenizer::{Encoded, Tokenizer};
 pub use weights::{Checkpoint, Entry, Order, StoredType};
 

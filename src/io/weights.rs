@@ -7,6 +7,7 @@ use super::words::distance;
 use super::{atomic, convert, header};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, HostTensor};
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -61,7 +62,40 @@ struct Place {
     entry: Entry,
     /// Index into `maps`.
     map: usize,
+    /// All of the stored tensor.
     range: Range<usize>,
+    /// Where only some of its rows are meant.
+    rows: Option<Rows>,
+    /// What the file calls it, where that is something else.
+    stored: Option<String>,
+}
+
+/// One of the matrices that a file holds in one: `head` rows of the first, as many of the second, …, then again of the first.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Rows {
+    /// Which one, from 0.
+    pub(crate) part: usize,
+    /// How many there are.
+    pub(crate) of: usize,
+    /// Rows of one at a time.
+    pub(crate) head: usize,
+}
+
+impl Rows {
+    /// These rows of a tensor with axes `shape`, which are axes of whole turns.
+    fn pick(self, shape: &[usize], bytes: &[u8]) -> Vec<u8> {
+        let rows: usize = shape.first().copied().unwrap_or(0) * self.of;
+        let run = bytes.len().checked_div(rows).unwrap_or(0) * self.head;
+        let own = bytes.chunks_exact(run.max(1)).skip(self.part).step_by(self.of);
+        own.flatten().copied().collect()
+    }
+}
+
+/// A tensor under another name: the name, its axes, and which rows it has of the stored one.
+pub(crate) struct Alias {
+    pub(crate) name: String,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) rows: Option<Rows>,
 }
 
 /// What the weights of a component are called, by preference.
@@ -96,7 +130,7 @@ impl Checkpoint {
         let map = Map::open(file)?;
         let header = header::read(&map)?;
         for (name, entry, range) in header.tensors {
-            let place = Place { entry, map: self.maps.len(), range };
+            let place = Place { entry, map: self.maps.len(), range, rows: None, stored: None };
             if let Some(other) = self.tensors.insert(name.clone(), place) {
                 let first = self.maps[other.map].path().display();
                 return Err(wrong(file, &name, "each tensor in one shard", format!("it is in {first} too")));
@@ -144,6 +178,35 @@ impl Checkpoint {
             }
             None => Ok(()),
         }
+    }
+
+    /// The same tensors as `view` calls them: any number of names for one, and those without a name are left out. An alias
+    /// has as many elements as it has rows of the stored tensor.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] when two tensors get one name, or a tensor's rows cannot be shared out.
+    pub(crate) fn renamed(self, view: impl Fn(&str, &Entry) -> Vec<Alias>) -> Result<Checkpoint> {
+        let mut tensors: BTreeMap<String, Place> = BTreeMap::new();
+        for (stored, place) in &self.tensors {
+            for Alias { name, shape, rows } in view(stored, &place.entry) {
+                let entry = Entry { dtype: place.entry.dtype, shape };
+                let parts = rows.map_or(1, |r| r.of);
+                let turns = rows.map_or(1, |r| r.of * r.head.max(1));
+                let first = place.entry.shape.first().copied().unwrap_or(1);
+                if entry.bytes() * parts != place.entry.bytes() || first % turns != 0 {
+                    let want = format!("rows in turns of {turns}, for `{name}` {:?}", entry.shape);
+                    return Err(wrong(self.file(stored), stored, want, format!("{:?}", place.entry.shape)));
+                }
+                let (map, range) = (place.map, place.range.clone());
+                let own = Place { entry, map, range, rows, stored: Some(stored.clone()) };
+                if let Some(other) = tensors.insert(name.clone(), own) {
+                    let other = other.stored.unwrap_or_default();
+                    let got = format!("`{other}`, which is the same to the model");
+                    return Err(wrong(self.file(stored), stored, "one tensor for each weight", got));
+                }
+            }
+        }
+        Ok(Checkpoint { tensors, ..self })
     }
 
     /// What was opened.
@@ -199,7 +262,7 @@ impl Checkpoint {
     /// As [`Checkpoint::read`].
     pub fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
         let (entry, bytes) = self.bytes(name)?;
-        convert::floats(entry, bytes).map_err(|fault| self.fault(name, fault))
+        convert::floats(entry, &bytes).map_err(|fault| self.fault(name, fault))
     }
 
     /// A tensor in another element type, rounded to nearest: floats to f32, f16 or bf16, integers to i32.
@@ -209,7 +272,7 @@ impl Checkpoint {
     /// a value that `dtype` cannot hold.
     pub fn read(&self, name: &str, dtype: DType) -> Result<HostTensor> {
         let (entry, bytes) = self.bytes(name)?;
-        convert::tensor(entry, bytes, dtype).map_err(|fault| self.fault(name, fault))
+        convert::tensor(entry, &bytes, dtype).map_err(|fault| self.fault(name, fault))
     }
 
     /// Whether a tensor holds whole numbers.
@@ -241,7 +304,7 @@ impl Checkpoint {
     /// [`Error::Tensor`] when it is missing or no integer tensor (I64 or I32).
     pub fn read_i64(&self, name: &str) -> Result<Vec<i64>> {
         let (entry, bytes) = self.bytes(name)?;
-        convert::integers(entry, bytes).map_err(|fault| self.fault(name, fault))
+        convert::integers(entry, &bytes).map_err(|fault| self.fault(name, fault))
     }
 
     /// A tensor to be read row by row, by several threads at once; the system begins to fetch it.
@@ -268,11 +331,20 @@ impl Checkpoint {
         }
     }
 
-    fn bytes(&self, name: &str) -> Result<(&Entry, &[u8])> {
+    /// A tensor's bytes as they are stored, gathered where only some rows of what the file holds are meant.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] when it is missing, [`Error::File`] when the file has become shorter.
+    pub(crate) fn bytes(&self, name: &str) -> Result<(&Entry, Cow<'_, [u8]>)> {
         let p = self.tensors.get(name).ok_or_else(|| self.missing(name))?;
         let map = &self.maps[p.map];
         map.prefetch(p.range.clone());
-        Ok((&p.entry, map.bytes(p.range.clone())?))
+        let all = map.bytes(p.range.clone())?;
+        let own = match p.rows {
+            Some(rows) => Cow::Owned(rows.pick(&p.entry.shape, all)),
+            None => Cow::Borrowed(all),
+        };
+        Ok((&p.entry, own))
     }
 
     fn missing(&self, name: &str) -> Error {
@@ -282,7 +354,8 @@ impl Checkpoint {
     }
 
     fn fault(&self, name: &str, fault: convert::Fault) -> Error {
-        wrong(self.file(name), name, fault.want, fault.got)
+        let stored = self.tensors.get(name).and_then(|p| p.stored.as_deref());
+        wrong(self.file(name), stored.unwrap_or(name), fault.want, fault.got)
     }
 }
 
@@ -292,7 +365,7 @@ pub struct Tensor<'a> {
     name: &'a str,
     place: &'a Place,
     entry: &'a Entry,
-    bytes: &'a [u8],
+    bytes: Cow<'a, [u8]>,
 }
 
 /// How far beyond what is touched the system maps a file, at most.
@@ -314,7 +387,11 @@ impl Tensor<'_> {
     /// As [`Checkpoint::read`]; the place of a value is its place in the file. Also when the rows are not there, or
     /// `out` has another size.
     pub fn rows(&self, rows: Range<usize>, dtype: DType, order: Order, out: &mut [u8]) -> Result<()> {
-        let done = convert::rows(self.entry, self.bytes, (dtype, order), rows.clone(), out);
+        let done = convert::rows(self.entry, &self.bytes, (dtype, order), rows.clone(), out);
+        if matches!(self.bytes, Cow::Owned(_)) {
+            // Gathered: the file's memory is let go when all rows are done.
+            return done.map_err(|fault| self.checkpoint.fault(self.name, fault));
+        }
         let row = self.bytes.len() / self.entry.shape.first().copied().unwrap_or(1).max(1);
         let at = |row_index: usize| self.place.range.start + row_index * row;
         self.checkpoint.maps[self.place.map].release(at(rows.start)..at(rows.end));
@@ -351,6 +428,23 @@ fn weights_of(folder: &Path) -> Result<PathBuf> {
     ))
 }
 
+/// What files call a type.
+pub(crate) fn stored(dtype: DType) -> StoredType {
+    match dtype {
+        DType::F32 => StoredType::F32,
+        DType::F16 => StoredType::F16,
+        DType::BF16 => StoredType::BF16,
+        DType::I32 => StoredType::I32,
+    }
+}
+
+/// A tensor to be written, whose bytes are made when their turn comes.
+pub(crate) struct Piece<'a> {
+    pub(crate) name: String,
+    pub(crate) entry: Entry,
+    pub(crate) bytes: Box<dyn Fn() -> Result<Cow<'a, [u8]>> + 'a>,
+}
+
 /// Writes a safetensors file, atomically. The same tensors give the same bytes: wider types first, then by name.
 ///
 /// # Errors
@@ -360,21 +454,38 @@ pub fn save(
     tensors: &[(String, HostTensor)],
     metadata: Option<HashMap<String, String>>,
 ) -> Result<()> {
-    let mut order: Vec<&(String, HostTensor)> = tensors.iter().collect();
-    order.sort_by_key(|(name, t)| (std::cmp::Reverse(t.spec().dtype.size()), name));
+    let pieces = tensors.iter().map(|(name, t)| Piece {
+        name: name.clone(),
+        entry: Entry { dtype: stored(t.spec().dtype), shape: t.shape().to_vec() },
+        bytes: Box::new(|| Ok(Cow::Borrowed(t.bytes()))),
+    });
+    write(path, pieces.collect(), metadata)
+}
+
+/// [`save`], for tensors that need not be in memory together.
+///
+/// # Errors
+/// As there, and those of the tensors' bytes.
+pub(crate) fn write(
+    path: impl AsRef<Path>,
+    mut order: Vec<Piece>,
+    metadata: Option<HashMap<String, String>>,
+) -> Result<()> {
+    order.sort_by(|a, b| {
+        let key = |p: &Piece| std::cmp::Reverse(p.entry.dtype.bitsize());
+        key(a).cmp(&key(b)).then_with(|| a.name.cmp(&b.name))
+    });
     let mut header = serde_json::Map::new();
     if let Some(notes) = metadata {
         let sorted: BTreeMap<String, String> = notes.into_iter().collect();
         header.insert("__metadata__".into(), serde_json::json!(sorted));
     }
     let mut end = 0;
-    for (name, tensor) in &order {
-        let spec = tensor.spec();
-        let (start, shape) = (end, &spec.shape[..]);
-        end += spec.bytes();
-        let entry = serde_json::json!({
-            "dtype": spec.dtype.name().to_uppercase(), "shape": shape, "data_offsets": [start, end],
-        });
+    for Piece { name, entry, .. } in &order {
+        let start = end;
+        end += entry.bytes();
+        let (dtype, shape) = (entry.dtype.to_string(), &entry.shape);
+        let entry = serde_json::json!({"dtype": dtype, "shape": shape, "data_offsets": [start, end]});
         if name == "__metadata__" || header.insert(name.clone(), entry).is_some() {
             return Err(Error::invalid(format!("tensor `{name}`: the name is reserved, or comes twice")));
         }
@@ -382,165 +493,20 @@ pub fn save(
     let mut text = serde_json::Value::Object(header).to_string();
     // Aligns the data, so that other readers may use it in place.
     text.extend(std::iter::repeat_n(' ', text.len().next_multiple_of(8) - text.len()));
-    atomic::write_with(path, |w| {
+    let mut fault = None;
+    let written = atomic::write_with(path, |w| {
         w.write_all(&(text.len() as u64).to_le_bytes())?;
         w.write_all(text.as_bytes())?;
-        order.iter().try_for_each(|(_, tensor)| w.write_all(tensor.bytes()))
-    })
+        order.iter().try_for_each(|piece| match (piece.bytes)() {
+            Ok(bytes) => w.write_all(&bytes),
+            Err(e) => {
+                fault = Some(e);
+                Err(std::io::Error::other("a tensor cannot be read"))
+            }
+        })
+    });
+    fault.map_or(written, Err)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::io::scratch::Scratch;
-    use crate::tensor::{Data, Spec};
-    use half::{bf16, f16};
-
-    fn sample() -> Vec<(String, HostTensor)> {
-        vec![
-            (
-                "c.half".into(),
-                HostTensor::new([3], Data::F16([0.5, -2.0, 65504.0].map(f16::from_f32).into())).unwrap(),
-            ),
-            ("a.weight".into(), HostTensor::f32([2, 2], vec![1.0, 2.5, -3.0, 1e5]).unwrap()),
-            ("b.brain".into(), HostTensor::new([1], Data::BF16(vec![bf16::from_f32(1.5)])).unwrap()),
-            ("d.ids".into(), HostTensor::i32([2, 1], vec![7, -9]).unwrap()),
-        ]
-    }
-
-    fn text<T: std::fmt::Debug>(r: Result<T>) -> String {
-        r.unwrap_err().to_string()
-    }
-
-    #[test]
-    fn threads_may_share_a_checkpoint() {
-        fn shared<T: Send + Sync>() {}
-        shared::<Checkpoint>();
-    }
-
-    #[test]
-    fn what_is_saved_is_read_back() {
-        let dir = Scratch::new("weights");
-        let path = dir.path().join("x.safetensors");
-        let notes = HashMap::from([("format".to_string(), "pt".to_string()), ("a".into(), "ü".into())]);
-        save(&path, &sample(), Some(notes.clone())).unwrap();
-        let bytes = std::fs::read(&path).unwrap();
-        save(&path, &sample(), Some(notes.clone())).unwrap();
-        assert_eq!(std::fs::read(&path).unwrap(), bytes, "the same bytes each time");
-        assert!(safetensors::SafeTensors::deserialize(&bytes).is_ok());
-
-        let c = Checkpoint::open(&path).unwrap();
-        assert_eq!(c.names().collect::<Vec<_>>(), ["a.weight", "b.brain", "c.half", "d.ids"]);
-        assert_eq!((c.metadata(), c.path(), c.file("a.weight"), c.len()), (&notes, &*path, &*path, 4));
-        for (name, tensor) in sample() {
-            assert_eq!(c.read(&name, tensor.spec().dtype).unwrap(), tensor);
-            c.release(&name);
-            assert_eq!(c.read(&name, tensor.spec().dtype).unwrap(), tensor, "after a release");
-        }
-        assert_eq!(c.entry("c.half"), Some(&Entry { dtype: StoredType::F16, shape: vec![3] }));
-        assert_eq!(c.read_f32("c.half").unwrap(), [0.5, -2.0, 65504.0]);
-        assert_eq!(c.read_i64("d.ids").unwrap(), [7, -9]);
-        assert_eq!(c.dtypes()[&StoredType::F32], Total { tensors: 1, elements: 4, bytes: 16 });
-        assert_eq!(c.dtypes().len(), 4);
-    }
-
-    #[test]
-    fn errors_name_file_tensor_and_value() {
-        let dir = Scratch::new("weights");
-        let path = dir.path().join("x.safetensors");
-        let mut tensors = sample();
-        tensors.push(("bad".into(), HostTensor::f32([2, 3], vec![0., 0., 0., 0., f32::NAN, 0.]).unwrap()));
-        save(&path, &tensors, None).unwrap();
-        let c = Checkpoint::open(&path).unwrap();
-        let at = format!("{}: tensor ", path.display());
-        for (e, say) in [
-            (
-                text(c.read("a.weigth", DType::F32)),
-                "`a.weigth`: want this tensor; got 5 others; the nearest name is `a.weight`",
-            ),
-            (text(c.read("bad", DType::F32)), "`bad`: want finite values; got NaN at [1, 1]"),
-            (text(c.read_f32("bad")), "`bad`: want finite values; got NaN at [1, 1]"),
-            (
-                text(c.read("a.weight", DType::F16)),
-                "`a.weight`: want values that f16 can hold; got 100000 at [1, 1]",
-            ),
-            (text(c.read("a.weight", DType::I32)), "`a.weight`: want I64 or I32; got F32"),
-            (text(c.read("d.ids", DType::BF16)), "`d.ids`: want F32, F16, BF16 or F64; got I32"),
-            (text(c.read_i64("c.half")), "`c.half`: want I64 or I32; got F16"),
-        ] {
-            assert!(e.starts_with(&at) && e.contains(say), "{e}");
-        }
-        let twice = [sample(), sample()].concat();
-        assert!(text(save(&path, &twice, None)).contains("comes twice"));
-        let reserved = [("__metadata__".to_string(), HostTensor::zeros(Spec::new(DType::F32, [1])))];
-        assert!(text(save(&path, &reserved, None)).contains("reserved"));
-        assert!(text(save(dir.path().join("no/x"), &sample(), None)).contains("does not exist"));
-    }
-
-    #[test]
-    fn folders_are_searched_by_preference() {
-        let dir = Scratch::new("weights");
-        let folder = dir.path();
-        assert!(
-            text(Checkpoint::open(folder))
-                .contains("holds no weights: want diffusion_pytorch_model.safetensors")
-        );
-        dir.file("diffusion_pytorch_model.bin", "x");
-        assert!(text(Checkpoint::open(folder)).contains("pickle"));
-        dir.file("model_index.json", "{}");
-        assert!(text(Checkpoint::open(folder)).contains("whole pipeline"));
-        let mut seen = vec![];
-        for name in [
-            "diffusion_pytorch_model.fp16.safetensors",
-            "model.safetensors",
-            "diffusion_pytorch_model.safetensors",
-        ] {
-            save(folder.join(name), &sample()[..1], None).unwrap();
-            seen.push(Checkpoint::open(folder).unwrap().file("c.half").ends_with(name));
-        }
-        assert_eq!(seen, [true; 3]);
-        assert!(text(Checkpoint::open(folder.join("none.safetensors"))).contains("cannot be opened"));
-    }
-
-    #[test]
-    fn shards_are_one_checkpoint() {
-        let dir = Scratch::new("weights");
-        let (one, two) = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors");
-        let tensors = sample();
-        save(dir.path().join(one), &tensors[..2], None).unwrap();
-        save(dir.path().join(two), &tensors[2..], None).unwrap();
-        let index = |map: serde_json::Value| {
-            dir.file(
-                "model.safetensors.index.json",
-                serde_json::json!({"metadata": {}, "weight_map": map}).to_string(),
-            );
-            Checkpoint::open(dir.path())
-        };
-        let right = serde_json::json!({"a.weight": one, "c.half": one, "b.brain": two, "d.ids": two});
-        let c = index(right.clone()).unwrap();
-        assert!(c.file("d.ids").ends_with(two) && c.len() == 4);
-        assert_eq!(c.read("d.ids", DType::I32).unwrap(), tensors[3].1);
-
-        let with = |key: &str, value: serde_json::Value| {
-            let mut map = right.clone();
-            map[key] = value;
-            text(index(map))
-        };
-        assert!(with("a.weight", two.into()).contains("`a.weight`: want this tensor in model-00002"));
-        assert!(with("extra", one.into()).contains("`extra`: want this tensor in model-00001"));
-        assert!(with("a.weight", "gone.safetensors".into()).contains("gone.safetensors: not found;"));
-        assert!(
-            with("a.weight", "../x.safetensors".into())
-                .contains("weight_map.a.weight`: want the name of a file")
-        );
-        assert!(with("a.weight", "/etc/passwd".into()).contains("in the same folder"));
-        assert!(with("a.weight", 3.into()).contains("want a string; got 3"));
-        let mut fewer = right.clone();
-        fewer.as_object_mut().unwrap().remove("d.ids");
-        assert!(text(index(fewer)).contains("`d.ids`: want only tensors that the index lists"));
-        assert!(text(index(serde_json::json!(null))).contains("`weight_map`: want an object"));
-
-        save(dir.path().join(two), &tensors[1..], None).unwrap();
-        assert!(text(index(right)).contains("`a.weight`: want each tensor in one shard"));
-    }
-}
+mod tests;

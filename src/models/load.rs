@@ -72,6 +72,17 @@ fn is_unused(name: &str) -> bool {
     name.ends_with("embeddings.position_ids") || name.starts_with("to_logits.")
 }
 
+/// Whether diffusers has a matrix as a convolution of 1×1: then it is stored (O,I,1,1). `linear`: the configuration's
+/// `use_linear_projection`.
+pub fn is_convolution(name: &str, linear: bool) -> bool {
+    let layer = name.strip_suffix(".weight").and_then(|stem| stem.rsplit('.').next());
+    match layer {
+        Some("conv_shortcut" | "quant_conv" | "post_quant_conv") => true,
+        Some("proj_in" | "proj_out") => !linear,
+        _ => false,
+    }
+}
+
 /// Shapes under which a weight may be stored.
 fn stored(spec: Spec, layout: Layout) -> Vec<Vec<usize>> {
     let s = spec.shape.to_vec();

@@ -378,11 +378,9 @@ impl Blueprint {
 
 /// The scheduler of a folder: its class and settings.
 pub(super) fn scheduler(folder: &ModelFolder) -> Result<(String, ScheduleConfig)> {
-    let component = folder.component("scheduler")?;
-    let path = component.path.join("scheduler_config.json");
-    let text =
-        std::fs::read_to_string(&path).map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?;
-    let mut schedule = ScheduleConfig::from_text(&text, &path)?;
+    let (component, name) = (folder.component("scheduler")?, "scheduler_config.json");
+    let texts = folder.texts("scheduler")?;
+    let mut schedule = ScheduleConfig::from_text(&texts.text(name)?, &texts.path(name))?;
     // diffusers' pipelines overrule old configurations in these, whatever they say.
     if folder.class() == "StableDiffusionInpaintPipeline" {
         schedule.steps_offset = Some(1);

@@ -51,7 +51,7 @@ impl Parts {
         let mut parts = Parts::default();
         let names = ["text_encoder", "bert", "class_embedder", "unet", vae_name(folder), "scheduler"];
         for c in folder.components().iter().filter(|c| names.contains(&&*c.name)) {
-            match (c.path.is_dir(), &*c.name) {
+            match (c.path.exists(), &*c.name) {
                 // A part may be left out of a copy: the others can still be measured.
                 (false, name) => {
                     parts.classes.push((name.into(), format!("{}, without its folder", c.class)))

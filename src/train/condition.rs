@@ -269,7 +269,8 @@ impl Condition {
         };
         match &self.given {
             Some(given) if !given.train => {
-                export::copied(&given.path, (&to, stem), &self.config, s.export, |_, value| Ok(value))?
+                let weights = Checkpoint::open(&given.path)?;
+                export::copied(&weights, (&to, stem), &self.config, s.export, |_, value| Ok(value))?
             }
             _ => export::component(&to, stem, &self.config, trainer, part, s)?,
         }

@@ -353,7 +353,7 @@ impl Task for Diffusion {
         let factor = if folded { self.scale } else { 1.0 };
         let change = self.first().folded(factor)?;
         let to = (&*at(name), "diffusion_pytorch_model");
-        export::copied(&self.first().path, to, &vae, s.export, change)?;
+        export::copied(&self.first().checkpoint()?, to, &vae, s.export, change)?;
         export::folder(&at("scheduler"))?;
         export::json(&at("scheduler").join("scheduler_config.json"), &self.own.schedule_config)?;
         let mut index = self.condition.index();

@@ -5,6 +5,7 @@ use super::settings::Settings;
 use super::step::Trainer;
 use crate::error::{Error, Result};
 use crate::io::{Checkpoint, atomic, weights};
+use crate::models::load::is_convolution;
 use crate::tensor::{DType, HostTensor};
 use serde_json::Value;
 use std::collections::HashMap;
@@ -27,16 +28,6 @@ fn notes() -> Option<HashMap<String, String>> {
     Some(HashMap::from([("format".to_string(), "pt".to_string())]))
 }
 
-/// Whether diffusers has a matrix as a convolution of 1×1: then it is stored (O,I,1,1).
-fn is_convolution(name: &str, config: &Value) -> bool {
-    let layer = name.strip_suffix(".weight").and_then(|stem| stem.rsplit('.').next());
-    match layer {
-        Some("conv_shortcut" | "quant_conv" | "post_quant_conv") => true,
-        Some("proj_in" | "proj_out") => config["use_linear_projection"] != true,
-        _ => false,
-    }
-}
-
 /// Writes configuration and weights of a part of the graph ("" for all of it but a discriminator): the average where one is
 /// kept.
 pub(super) fn component(
@@ -49,6 +40,7 @@ pub(super) fn component(
 ) -> Result<()> {
     folder(path)?;
     let prefix = if part.is_empty() { String::new() } else { format!("{part}.") };
+    let linear = config["use_linear_projection"] == true;
     let mut own = vec![];
     let judge = format!("{DISCRIMINATOR}.");
     let all = trainer.export(s.average.is_some())?;
@@ -56,7 +48,7 @@ pub(super) fn component(
         let Some(name) = name.strip_prefix(&prefix) else { continue };
         let shape = value.shape();
         let value = match shape[..] {
-            [o, i] if is_convolution(name, config) => value.reshape([o, i, 1, 1])?,
+            [o, i] if is_convolution(name, linear) => value.reshape([o, i, 1, 1])?,
             _ => value,
         };
         own.push((name.to_string(), value.to(s.export)));
@@ -67,7 +59,7 @@ pub(super) fn component(
 
 /// Writes a component that is not trained, with another configuration, and each tensor (f32) as `change` makes it by its name.
 pub(super) fn copied(
-    from: &Path,
+    checkpoint: &Checkpoint,
     (to, stem): (&Path, &str),
     config: &Value,
     dtype: DType,
@@ -75,7 +67,6 @@ pub(super) fn copied(
 ) -> Result<()> {
     folder(to)?;
     let file = to.join(format!("{stem}.safetensors"));
-    let checkpoint = Checkpoint::open(from)?;
     // Whole numbers are constants that older versions stored.
     let all = checkpoint
         .names()

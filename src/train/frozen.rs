@@ -5,7 +5,7 @@ use super::memory::Load;
 use crate::error::{Error, Result};
 use crate::exec::{Device, Program, Target, Weights};
 use crate::graph::Graph;
-use crate::io::{Checkpoint, Config};
+use crate::io::{Checkpoint, Config, single_file};
 use crate::models::{AutoencoderKL, Model, VQModel};
 use crate::ops::Gaussian;
 use crate::pipeline::{Vae, load};
@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 /// A trained autoencoder, whose configuration has been read and whose weights have not.
 #[derive(Clone, Debug)]
 pub struct FirstStage {
-    /// Its folder.
+    /// Its folder; or the file that it is in, alone or with the rest of a model.
     pub path: PathBuf,
     /// Its `config.json`.
     pub config: Value,
@@ -30,13 +30,13 @@ pub struct FirstStage {
 
 impl FirstStage {
     /// From the section `first_stage` of a run. `path` is the folder of an autoencoder, of a run that has trained one, or of a
-    /// pipeline that has one.
+    /// pipeline that has one; or a single file with one.
     ///
     /// # Errors
     /// When there is none, or its configuration is not understood.
     pub(super) fn read(c: &Config) -> Result<FirstStage> {
         let want =
-            "the folder of an autoencoder: a run of `ldm train autoencoder`, a diffusers folder, or its vae";
+            "an autoencoder: a run of `ldm train autoencoder`, a diffusers folder, its vae, or a single file with one";
         if !c.has("path") {
             return Err(Error::Config {
                 file: c.file().into(),
@@ -46,12 +46,17 @@ impl FirstStage {
             });
         }
         let given = Path::new(c.str("path")?);
-        let places = ["export/vae", "vae", "vqvae", ""].map(|inner| given.join(inner));
-        let Some(path) = places.into_iter().find(|p| p.join("config.json").is_file()) else {
-            return Err(c.error("path", want));
+        let (path, class, config) = if given.is_file() {
+            let (class, config) = single_file::autoencoder(given)?;
+            (given.into(), class, config)
+        } else {
+            let places = ["export/vae", "vae", "vqvae", ""].map(|inner| given.join(inner));
+            let Some(path) = places.into_iter().find(|p| p.join("config.json").is_file()) else {
+                return Err(c.error("path", want));
+            };
+            let config = Config::read(path.join("config.json"))?;
+            (path, config.str_or("_class_name", "AutoencoderKL")?.to_string(), config)
         };
-        let config = Config::read(path.join("config.json"))?;
-        let class = config.str_or("_class_name", "AutoencoderKL")?.to_string();
         let vae = match config.one_of("_class_name", &["AutoencoderKL", "VQModel"], "AutoencoderKL")? {
             "VQModel" => Vae::Vq(VQModel::from_config(&config)?),
             _ => Vae::Kl(AutoencoderKL::from_config(&config)?),
@@ -81,9 +86,17 @@ impl FirstStage {
         Ok(Reconstruction { vae, weights, device: device.clone(), program: None })
     }
 
+    /// Its weights, by diffusers' names.
+    pub(super) fn checkpoint(&self) -> Result<Checkpoint> {
+        if self.path.is_file() {
+            return single_file::autoencoder_weights(&self.path);
+        }
+        Checkpoint::open(&self.path)
+    }
+
     /// Its weights on a device, in f32.
     pub(super) fn weights(&self, device: &Device) -> Result<Weights> {
-        load(Checkpoint::open(&self.path)?, &self.vae.inventory(DType::F32)?, device)
+        load(self.checkpoint()?, &self.vae.inventory(DType::F32)?, device)
     }
 
     /// Channels of the latents.
@@ -149,7 +162,7 @@ impl FirstStage {
     /// are the same: for pipelines that know no factor. The last layer before the latents takes it in, the codebook too, and
     /// the first layer behind them takes it out.
     pub(super) fn folded(&self, factor: f64) -> Result<impl Fn(&str, HostTensor) -> Result<HostTensor>> {
-        let there = Checkpoint::open(&self.path)?;
+        let there = self.checkpoint()?;
         let layer = |own: &str, other: &str| {
             let found = there.entry(&format!("{own}.weight")).is_some();
             if found { own.to_string() } else { other.to_string() }
@@ -186,7 +199,7 @@ impl FirstStage {
     /// What stays the same as long as the encoder does: a hash of its weights' names and values.
     pub(super) fn fingerprint(&self) -> Result<String> {
         let encoder = |name: &str| name.starts_with("encoder.") || name.starts_with("quant_conv.");
-        Checkpoint::open(&self.path)?.fingerprint(encoder)
+        self.checkpoint()?.fingerprint(encoder)
     }
 }
 
@@ -301,7 +314,7 @@ mod tests {
             let first = FirstStage::open(&golden.join(name)).unwrap();
             let dir = Scratch::new("folded");
             let to = (dir.path(), "diffusion_pytorch_model");
-            copied(&first.path, to, &first.config, DType::F32, first.folded(3.0).unwrap()).unwrap();
+            copied(&first.checkpoint().unwrap(), to, &first.config, DType::F32, first.folded(3.0).unwrap()).unwrap();
             let other = FirstStage::open(dir.path()).unwrap();
             let pixels: Vec<u8> = (0..32 * 32 * 3).map(|i| ((i / 96 * 5 + i % 32 * 7) % 256) as u8).collect();
             let images: Vec<f32> = signed(&pixels).collect();

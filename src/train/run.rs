@@ -11,6 +11,7 @@ use super::store::Store;
 use crate::error::{Error, Result};
 use crate::exec::{Device, Target, Weights};
 use crate::graph::Graph;
+use crate::pipeline::convert;
 use crate::tensor::{DType, HostTensor, Shape, Spec};
 use serde_json::json;
 use std::collections::{BTreeSet, HashMap};
@@ -93,6 +94,8 @@ pub struct Summary {
     pub loss: Option<f64>,
     /// What was exported.
     pub export: PathBuf,
+    /// The same as one file.
+    pub single: Option<PathBuf>,
     /// Bytes that the run was said to take at the most: on a CPU by the whole process, on a GPU there.
     pub planned: usize,
 }
@@ -139,7 +142,14 @@ pub fn run(
     let loss = steps(s, task.as_mut(), &mut trainer, (&mut store, folder), device, watch)?;
     let export = folder.join("export");
     task.export(&trainer, &export)?;
-    Ok(Summary { loss, export, planned: plan.peak() })
+    let single = s.single_file.then(|| folder.join("export.safetensors"));
+    if let Some(file) = &single {
+        // An autoencoder is exported into a folder of its own.
+        let whole = export.join("model_index.json").is_file();
+        let from = if whole { export.clone() } else { export.join("vae") };
+        convert(&from, file, None, None)?;
+    }
+    Ok(Summary { loss, export, single, planned: plan.peak() })
 }
 
 /// Rows n · batch, …, (n + 1) · batch − 1 of a tensor.

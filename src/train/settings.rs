@@ -13,6 +13,7 @@ use super::{Concatenated, FirstStageLoss, Objective, Optimiser, Schedule};
 use crate::data::transform::{Crop, Filter, Transform};
 use crate::error::{Error, Result};
 use crate::io::Config;
+use crate::io::compvis::Names;
 use crate::models::UNet2DCondition;
 use crate::ops::Distance;
 use crate::pipeline::Vae;
@@ -154,6 +155,8 @@ pub struct Settings {
     pub sample: SampleSettings,
     /// Type of the exported weights.
     pub export: DType,
+    /// Whether the export is written as one file too, beside its folder.
+    pub single_file: bool,
     /// The rest.
     pub parts: Parts,
     /// All that the run was told, as it is stored beside it.
@@ -375,7 +378,14 @@ impl Settings {
             true => sample.str_list("prompts")?,
             false => vec![],
         };
-        let export = section(&c, "export", &["dtype"])?;
+        let export = section(&c, "export", &["dtype", "single_file"])?;
+        let single_file = export.bool_or("single_file", false)?;
+        if let (true, Parts::Diffusion(own)) = (single_file, &parts) {
+            // Said before the run, not behind it.
+            let class = own.unet_config["_class_name"].as_str().unwrap_or_default();
+            let unet = Config::from_value(c.file(), own.unet_config.clone())?;
+            in_section(Names::of(class, &unet, false), "model.unet")?;
+        }
         let compute = dtype(&c, "dtype")?;
         // Small gradients would be lost in f16.
         let optimiser = Optimiser { loss_scale: compute == DType::F16, ..optimiser };
@@ -401,6 +411,7 @@ impl Settings {
                 guidance: within(&sample, "guidance", 3.0, 0.0, 100.0)?,
             },
             export: dtype(&export, "dtype")?,
+            single_file,
             parts,
             value,
         })

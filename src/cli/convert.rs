@@ -1,0 +1,39 @@
+//! `ldm convert`: a model from a folder to one file, and back.
+
+use super::print;
+use crate::error::Result;
+use crate::exec::human_bytes;
+use crate::io::Prediction;
+use crate::pipeline::convert;
+use clap::Args;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// What is converted, and to what.
+#[derive(Args, Debug)]
+pub(super) struct Arguments {
+    /// A model: a diffusers folder, a file with all of it (.safetensors), or an autoencoder alone as either
+    #[arg(value_name = "MODEL")]
+    model: PathBuf,
+    /// Where to write: a file that ends in .safetensors, in CompVis's names; else a new folder, in diffusers'
+    #[arg(short, long, value_name = "PATH")]
+    output: PathBuf,
+    /// Type of the weights: f32, f16 or bf16 [default: as they are stored]
+    #[arg(long, alias = "type", value_name = "TYPE")]
+    dtype: Option<String>,
+    /// What the UNet predicts, for a file of Stable Diffusion 2, which does not say: eps (512 pixels) or v (768)
+    #[arg(long, value_name = "WHAT")]
+    prediction: Option<Prediction>,
+}
+
+pub(super) fn run(a: Arguments) -> Result<ExitCode> {
+    let dtype = a.dtype.as_deref().map(str::parse).transpose()?;
+    let done = convert(&a.model, &a.output, dtype, a.prediction)?;
+    let mut text =
+        format!("{}: {} tensors, {}\n", a.output.display(), done.tensors, human_bytes(done.bytes));
+    for (name, class) in done.left_out {
+        text += &format!("left out: {name} ({class}), which nothing here runs\n");
+    }
+    print(&text)?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,234 @@
+//! A model in one safetensors file, with the names of the original code ([`super::compvis`]): what it says of its parts.
+//!
+//! A file that `ldm` wrote carries the small files of its folder in its header, so nothing has to be guessed. Files of Stable Diffusion
+//! carry nothing; what they are is told by a few axes, and then every tensor is checked against that.
+
+use super::compvis::{CONDITION, FIRST_STAGE, Names, OPEN_CLIP, UNET};
+use super::texts::Texts;
+use super::weights::Checkpoint;
+use super::{Config, ModelFolder, clip_vocabulary};
+use crate::error::{Error, Result};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::{Component, Path};
+use std::sync::Arc;
+
+/// What Stable Diffusion's versions are: the presets' data.
+const SD15: &str = include_str!("../presets/sd15.json");
+const SD21: &str = include_str!("../presets/sd21.json");
+const SD21_BASE: &str = include_str!("../presets/sd21-base.json");
+
+/// Before the path of a small file, in the notes of a file that `ldm` wrote.
+pub(crate) const NOTE: &str = "ldm.file:";
+
+/// Which answer of a UNet means what, where a file does not say.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Prediction {
+    /// The noise.
+    Epsilon,
+    /// v = alpha * noise - sigma * clean latent (Salimans and Ho 2022).
+    V,
+}
+
+impl std::str::FromStr for Prediction {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Prediction> {
+        match s {
+            "eps" | "epsilon" => Ok(Prediction::Epsilon),
+            "v" | "v_prediction" => Ok(Prediction::V),
+            _ => Err(Error::invalid(format!("prediction: want eps or v; got `{s}`"))),
+        }
+    }
+}
+
+/// The small files of a folder (`model_index.json`, `unet/config.json`, …), by path, for the model or the autoencoder in a file.
+///
+/// # Errors
+/// [`Error::File`] when it is neither, or of a kind that the engine does not know; as [`Checkpoint::open`].
+pub(crate) fn texts(path: &Path, prediction: Option<Prediction>) -> Result<BTreeMap<String, String>> {
+    let file = Checkpoint::open(path)?;
+    let notes = file.metadata().iter().filter_map(|(k, v)| Some((k.strip_prefix(NOTE)?, v)));
+    let held: BTreeMap<String, String> = notes.map(|(k, v)| (k.to_string(), v.clone())).collect();
+    if let Some(bad) = held.keys().find(|name| !is_plain(name)) {
+        let want = "its notes to name files as `unet/config.json`";
+        return Err(Error::file(path, format!("want {want}; got `{NOTE}{bad}`: the file is not from ldm")));
+    }
+    if !held.is_empty() {
+        return Ok(held);
+    }
+    guess(&file, prediction)
+}
+
+/// A file, or a file in a folder, and nothing else: it may be written.
+fn is_plain(name: &str) -> bool {
+    let words: Vec<_> = Path::new(name).components().collect();
+    let plain = words.iter().all(|w| matches!(w, Component::Normal(_)));
+    plain && (1..=2).contains(&words.len()) && !name.contains('\\') && !name.ends_with('/')
+}
+
+/// Whether a file holds an autoencoder and nothing else.
+pub(crate) fn is_autoencoder(file: &Checkpoint) -> bool {
+    file.entry("encoder.conv_in.weight").is_some() && file.entry("decoder.conv_in.weight").is_some()
+}
+
+/// Class and configuration of the autoencoder in a file: alone there, or a part of a whole model.
+///
+/// # Errors
+/// As [`ModelFolder::open`], and when the model has none.
+pub(crate) fn autoencoder(path: &Path) -> Result<(String, Config)> {
+    if is_autoencoder(&Checkpoint::open(path)?) {
+        let config = Texts::held(path, Arc::new(texts(path, None)?)).config("config.json")?;
+        let class = config.one_of("_class_name", &["AutoencoderKL", "VQModel"], "AutoencoderKL")?.into();
+        return Ok((class, config));
+    }
+    let folder = ModelFolder::open(path)?;
+    let name = if folder.has("vqvae") { "vqvae" } else { "vae" };
+    Ok((folder.component(name)?.class.clone(), folder.config(name)?))
+}
+
+/// Its weights, by diffusers' names.
+///
+/// # Errors
+/// As [`autoencoder`].
+pub(crate) fn autoencoder_weights(path: &Path) -> Result<Checkpoint> {
+    let file = Checkpoint::open(path)?;
+    let (class, config) = autoencoder(path)?;
+    let names = Names::of(&class, &config, is_autoencoder(&file))?;
+    file.renamed(|name, entry| names.ours(name, entry))
+}
+
+fn axis(file: &Checkpoint, name: &str, i: usize) -> Option<usize> {
+    file.entry(name)?.shape.get(i).copied()
+}
+
+/// What Stable Diffusion's files are, by the width of the context and the channels that the UNet takes.
+fn guess(file: &Checkpoint, prediction: Option<Prediction>) -> Result<BTreeMap<String, String>> {
+    let path = file.path();
+    let wrong = |got: &str| {
+        let want = "want a file that ldm wrote, or one of Stable Diffusion 1 or 2";
+        Error::file(path, format!("{want}; got {got}; make a folder of it with diffusers, which is read too"))
+    };
+    let pretty = |v: &Value| serde_json::to_string_pretty(v).unwrap_or_default();
+    if is_autoencoder(file) {
+        let is_sd = axis(file, "post_quant_conv.weight", 0) == Some(4)
+            && file.entry("decoder.up.3.upsample.conv.weight").is_some()
+            && file.entry("quantize.embedding.weight").is_none();
+        if !is_sd {
+            return Err(wrong("an autoencoder that is not Stable Diffusion's, without its configuration"));
+        }
+        return Ok(BTreeMap::from([("config.json".into(), pretty(&version(path, SD15)?["vae"]))]));
+    }
+    let has = |start: &str| file.names().any(|name| name.starts_with(start));
+    if has("conditioner.embedders.") {
+        return Err(wrong("a model of SDXL's kind"));
+    }
+    if has("model.diffusion_model.double_blocks.") || has("model.diffusion_model.joint_blocks.") {
+        return Err(wrong("a transformer in place of the UNet (Flux or Stable Diffusion 3)"));
+    }
+    if has("lora_") || file.names().any(|n| n.contains(".lora_")) {
+        return Err(wrong("a LoRA, which is no model by itself"));
+    }
+    if file.entry("conv_in.weight").is_some() || has("text_model.") {
+        return Err(wrong("the weights of one part of a folder: give the folder"));
+    }
+    let first = format!("{UNET}input_blocks.0.0.weight");
+    let Some(channels) = axis(file, &first, 1) else {
+        return Err(wrong(&format!("{} tensors, but no `{first}`", file.len())));
+    };
+    for (start, what) in [(FIRST_STAGE, "autoencoder"), (CONDITION, "text encoder")] {
+        if !has(start) {
+            return Err(wrong(&format!("a file without its {what} (`{start}…`)")));
+        }
+    }
+    let context = axis(file, &format!("{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"), 1);
+    let said = file.metadata().get("modelspec.prediction_type").map(|said| said.parse()).transpose()?;
+    let said = prediction.or(said);
+    let text = match (context, said) {
+        (Some(768), _) => SD15,
+        (Some(1024), Some(Prediction::V)) => SD21,
+        (Some(1024), Some(Prediction::Epsilon)) => SD21_BASE,
+        (Some(1024), None) => {
+            let how = "ldm convert FILE -o FOLDER --prediction v (or eps), and use the folder";
+            let why = "its shapes are those of Stable Diffusion 2, and do not say whether the UNet predicts v (768 pixels) or noise (512 pixels)";
+            return Err(Error::file(path, format!("{why}; say it once: {how}")));
+        }
+        (Some(n), _) => return Err(wrong(&format!("a UNet with a context of width {n} (want 768 or 1024)"))),
+        (None, _) => return Err(wrong("a UNet without a context, and without its configuration")),
+    };
+    let mut parts = version(path, text)?;
+    let class = match channels {
+        4 => "StableDiffusionPipeline",
+        9 => "StableDiffusionInpaintPipeline",
+        n => return Err(wrong(&format!("a UNet that takes {n} channels (want 4 or 9)"))),
+    };
+    let open_clip = has(OPEN_CLIP);
+    if open_clip != (context == Some(1024)) {
+        return Err(wrong("a text encoder of another version than the UNet"));
+    }
+
+    if said == Some(Prediction::V) {
+        parts["scheduler"]["prediction_type"] = json!("v_prediction");
+    }
+    same_schedule(file, &parts["scheduler"])?;
+    parts["unet"]["in_channels"] = json!(channels);
+    let index = json!({
+        "_class_name": class,
+        "scheduler": ["diffusers", parts["scheduler"]["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    });
+    let mut all = BTreeMap::from([("model_index.json".to_string(), pretty(&index))]);
+    for (name, config) in [
+        ("scheduler", "scheduler_config.json"),
+        ("text_encoder", "config.json"),
+        ("unet", "config.json"),
+        ("vae", "config.json"),
+    ] {
+        all.insert(format!("{name}/{config}"), pretty(&parts[name]));
+    }
+    let pad = if open_clip { "!" } else { "<|endoftext|>" };
+    all.extend(clip_vocabulary::texts(pad).into_iter().map(|(name, text)| (format!("tokenizer/{name}"), text)));
+    Ok(all)
+}
+
+/// The parts of a version of Stable Diffusion.
+fn version(path: &Path, text: &str) -> Result<Value> {
+    serde_json::from_str(text).map_err(|e| Error::file(path, e))
+}
+
+/// A file may carry the noise schedule that it was trained with.
+fn same_schedule(file: &Checkpoint, scheduler: &Value) -> Result<()> {
+    let (path, name) = (file.path(), "alphas_cumprod");
+    if file.entry(name).is_none() {
+        return Ok(());
+    }
+    // Square roots of betas evenly spaced, and the running product of 1 - beta.
+    let config = Config::from_value(path, scheduler.clone())?;
+    let (n, first, last) =
+        (config.usize("num_train_timesteps")?, config.f64("beta_start")?.sqrt(), config.f64("beta_end")?.sqrt());
+    let beta = |t: usize| (first + (last - first) * t as f64 / (n - 1) as f64).powi(2);
+    let product = |bar: &mut f64, t: usize| {
+        *bar *= 1.0 - beta(t);
+        Some(*bar as f32)
+    };
+    let own: Vec<f32> = (0..n).scan(1.0, product).collect();
+    let there = file.read_f32(name)?;
+    // Of files in half precision, it is too.
+    let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 2e-3 * b.abs() + 1e-4;
+    if own.len() == there.len() && there.iter().zip(&own).all(near) {
+        return Ok(());
+    }
+    let last = |all: &[f32]| all.last().copied().unwrap_or_default();
+    Err(Error::Tensor {
+        file: path.into(),
+        name: name.into(),
+        want: format!("Stable Diffusion's noise schedule, {} values down to {:.6}", own.len(), last(&own)),
+        got: format!(
+            "{} values down to {:.6}: make a folder of it with diffusers, with the scheduler it was trained for",
+            there.len(),
+            last(&there)
+        ),
+    })
+}

@@ -1,0 +1,318 @@
+//! Models in one file: from a folder and back without a loss, drawn from as from the folder, and told apart from what only looks so.
+//! That the names are those of the original code is the business of `io::compvis`.
+
+#[path = "common/folder.rs"]
+mod folder;
+#[path = "common/program.rs"]
+mod program;
+#[path = "common/runs.rs"]
+mod runs;
+
+use folder::{Folder, copy, golden, joined, tensors};
+use half::bf16;
+use ldm::exec::Device;
+use ldm::io::{Checkpoint, ModelFolder};
+use ldm::pipeline::{Pipeline, Request};
+use ldm::tensor::DType;
+use program::{ldm, refused, text};
+use runs::{diffusion, first_stage};
+use serde_json::{Value, json};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn convert(from: &Path, to: &Path, more: &[&str]) {
+    let o = ldm(&[&["convert", text(from), "-o", text(to)], more].concat());
+    assert!(o.code == 0 && o.err.is_empty(), "{}{}", o.out, o.err);
+    assert!(o.out.contains("tensors"), "{}", o.out);
+}
+
+/// Files of a folder and of the folders in it, by their path inside.
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).unwrap().map(|e| e.unwrap().path());
+    let inner = |p: PathBuf| if p.is_dir() { files(&p) } else { vec![p] };
+    let mut all: Vec<PathBuf> = entries.flat_map(inner).collect();
+    all.sort();
+    all
+}
+
+/// Every tensor of one component is in the other, the same bytes, and no other is there.
+#[track_caller]
+fn same_tensors(a: &Path, b: &Path) {
+    let [(a_header, a_data), (b_header, b_data)] = [a, b].map(tensors);
+    let names = |h: &serde_json::Map<String, Value>| -> Vec<String> {
+        let mut names: Vec<String> = h.keys().filter(|k| *k != "__metadata__").cloned().collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(&a_header), names(&b_header), "{}", b.display());
+    for name in names(&a_header) {
+        let [x, y] = [(&a_header, &a_data), (&b_header, &b_data)].map(|(header, data)| {
+            let at = |i: usize| header[&name]["data_offsets"][i].as_u64().unwrap() as usize;
+            (header[&name]["dtype"].clone(), header[&name]["shape"].clone(), &data[at(0)..at(1)])
+        });
+        assert!(x == y, "{name} of {}", b.display());
+    }
+}
+
+/// A picture's bytes.
+fn drawn(model: &Path, class: bool) -> Vec<u8> {
+    let pipeline = Pipeline::open(&ModelFolder::open(model).unwrap(), &Device::Cpu, None).unwrap();
+    let mut r = Request { steps: 2, seed: 3, ..Request::default() };
+    match class {
+        true => r.class = Some("ring".into()),
+        false if pipeline.blueprint().unet.context > 0 => r.prompt = "a red circle".into(),
+        false => {}
+    }
+    pipeline.generate(&r, &mut ()).unwrap().remove(0).rgb
+}
+
+/// Every kind of model: to a file, and back to a folder that is as the first one was.
+#[test]
+fn a_model_goes_to_a_file_and_back() {
+    let f = Folder::new();
+    for name in ["sd15-tiny", "sd2-tiny", "ldm-tiny", "class-tiny", "inpaint-tiny", "upscale-tiny", "uncond-ldm-tiny"] {
+        let (from, file, back) = (golden(name), f.path(&format!("{name}.safetensors")), f.path(name));
+        convert(&from, &file, &[]);
+        convert(&file, &back, &[]);
+        let inside = |all: Vec<PathBuf>, root: &Path| -> Vec<PathBuf> {
+            all.into_iter().map(|p| p.strip_prefix(root).unwrap().to_path_buf()).collect()
+        };
+        let (own, others) = (inside(files(&from), &from), inside(files(&back), &back));
+        assert_eq!(own, others, "{name}");
+        for path in own {
+            let (a, b) = (from.join(&path), back.join(&path));
+            match path.extension().and_then(|e| e.to_str()) {
+                Some("safetensors") => same_tensors(&a, &b),
+                Some("json") => {
+                    let [a, b] = [&a, &b].map(|p| serde_json::from_slice::<Value>(&fs::read(p).unwrap()).unwrap());
+                    assert_eq!(a, b, "{name}/{}", path.display());
+                }
+                _ => assert_eq!(fs::read(&a).unwrap(), fs::read(&b).unwrap(), "{name}/{}", path.display()),
+            }
+        }
+        // Neither needs the other.
+        let again = f.path(&format!("again/{name}.safetensors"));
+        fs::create_dir_all(again.parent().unwrap()).unwrap();
+        convert(&back, &again, &[]);
+        assert!(fs::read(&file).unwrap() == fs::read(&again).unwrap(), "{name}");
+        if !["inpaint-tiny", "upscale-tiny"].contains(&name) {
+            assert!(drawn(&from, name == "class-tiny") == drawn(&file, name == "class-tiny"), "{name}");
+        }
+    }
+}
+
+#[test]
+fn an_autoencoder_alone_has_a_file_of_its_own() {
+    let f = Folder::new();
+    for (name, config) in [("vq4-tiny/vqvae", "VQModel"), ("kl-attn-tiny/vae", "AutoencoderKL")] {
+        let (file, back) = (f.path("one.safetensors"), f.path(config));
+        convert(&golden(name), &file, &[]);
+        let names: Vec<String> = tensors(&file).0.keys().cloned().collect();
+        assert!(names.iter().any(|n| n == "decoder.mid.attn_1.q.weight"), "{names:?}");
+        convert(&file, &back, &[]);
+        let weights = "diffusion_pytorch_model.safetensors";
+        same_tensors(&golden(name).join(weights), &back.join(weights));
+        // It is no model to sample from.
+        refused(&f, 2, &["autoencoder alone", text(&file)], || ldm(&["info", text(&file)]));
+    }
+}
+
+#[test]
+fn another_type_is_rounded_once_and_the_schedule_stays() {
+    let f = Folder::new();
+    let (from, file) = (golden("uncond-ldm-tiny"), f.path("half.safetensors"));
+    convert(&from, &file, &["--dtype", "bf16"]);
+    let folder = ModelFolder::open(&file).unwrap();
+    let there = Checkpoint::open(from.join("unet")).unwrap();
+    let unet = folder.checkpoint("unet").unwrap();
+    assert_eq!(unet.len(), there.len());
+    for name in there.names() {
+        assert_eq!(unet.entry(name).unwrap().dtype.to_string(), "BF16");
+        let want: Vec<f32> = there.read_f32(name).unwrap().iter().map(|v| bf16::from_f32(*v).to_f32()).collect();
+        assert_eq!(unet.read_f32(name).unwrap(), want, "{name}");
+        assert_eq!(unet.read(name, DType::F32).unwrap().to_f32(), want, "{name}");
+    }
+    // The original's buffers (Ho et al. 2020): the running product, and the variance of what lies between two steps.
+    let raw = Checkpoint::open(&file).unwrap();
+    let [betas, bars, before, variance] =
+        ["betas", "alphas_cumprod", "alphas_cumprod_prev", "posterior_variance"].map(|n| raw.read_f32(n).unwrap());
+    assert_eq!((betas.len(), before[0], variance[0]), (1000, 1.0, 0.0));
+    for t in 1..1000 {
+        assert!((bars[t] - before[t] * (1.0 - betas[t])).abs() < 1e-6 && before[t] == bars[t - 1]);
+        let want = betas[t] * (1.0 - before[t]) / (1.0 - bars[t]);
+        assert!((variance[t] - want).abs() < 1e-6, "{t}: {} {want}", variance[t]);
+    }
+    assert_eq!(raw.read_f32("scale_factor").unwrap().len(), 1);
+}
+
+/// Reading by rows, from several threads, what lies in turns with other matrices.
+#[test]
+fn weights_inside_another_tensor_are_read_as_those_of_their_own() {
+    let f = Folder::new();
+    let (from, file) = (golden("uncond-ldm-tiny"), f.path("m.safetensors"));
+    convert(&from, &file, &[]);
+    let (raw, folder) = (Checkpoint::open(&file).unwrap(), ModelFolder::open(&file).unwrap());
+    let qkv = raw.entry("model.diffusion_model.middle_block.1.qkv.weight").unwrap();
+    assert_eq!(qkv.shape, [96, 32, 1]);
+    let unet = folder.checkpoint("unet").unwrap();
+    let there = Checkpoint::open(from.join("unet")).unwrap();
+    for part in ["to_q", "to_k", "to_v"] {
+        let name = format!("mid_block.attentions.0.{part}.weight");
+        let want = there.read_f32(&name).unwrap();
+        assert_eq!(unet.read_f32(&name).unwrap(), want);
+        let tensor = unet.tensor(&name).unwrap();
+        let mut rows = vec![0.0f32; 5 * 32];
+        tensor.rows(9..14, DType::F32, ldm::io::Order::Stored, bytemuck::cast_slice_mut(&mut rows)).unwrap();
+        assert_eq!(rows, want[9 * 32..14 * 32]);
+    }
+}
+
+#[test]
+fn parts_that_nothing_runs_are_left_out_and_named() {
+    let f = Folder::with_model();
+    f.edit("model/model_index.json", |v| {
+        v["safety_checker"] = json!(["stable_diffusion", "StableDiffusionSafetyChecker"]);
+        v["requires_safety_checker"] = json!(true);
+    });
+    let file = f.path("m.safetensors");
+    let o = ldm(&["convert", text(&f.path("model")), "-o", text(&file)]);
+    assert!(o.code == 0, "{}", o.err);
+    assert!(o.out.contains("left out: safety_checker (StableDiffusionSafetyChecker)"), "{}", o.out);
+    let folder = ModelFolder::open(&file).unwrap();
+    assert!(!folder.has("safety_checker") && folder.index().bool("requires_safety_checker").unwrap());
+}
+
+/// A header over nothing: what a file is, is said before a value is read.
+fn header(names: &[(&str, &[usize])], notes: Value) -> Vec<u8> {
+    let (mut all, mut end) = (serde_json::Map::new(), 0);
+    all.insert("__metadata__".into(), notes);
+    for (name, shape) in names {
+        let bytes = 2 * shape.iter().product::<usize>();
+        all.insert(name.to_string(), json!({"dtype": "F16", "shape": shape, "data_offsets": [end, end + bytes]}));
+        end += bytes;
+    }
+    joined(&Value::Object(all).to_string(), &vec![0; end])
+}
+
+#[test]
+fn files_that_are_no_model_are_told_apart() {
+    let f = Folder::new();
+    let conv = ("model.diffusion_model.input_blocks.0.0.weight", &[4, 4, 3, 3][..]);
+    let five = (conv.0, &[4, 5, 3, 3][..]);
+    let key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight";
+    let [small, sd1, sd2] = [32, 768, 1024].map(|n| (key, vec![1, n]));
+    let [small, sd1, sd2] = [&small, &sd1, &sd2].map(|(k, v)| (*k, &v[..]));
+    let vae = ("first_stage_model.encoder.conv_in.weight", &[1][..]);
+    let clip = ("cond_stage_model.transformer.text_model.final_layer_norm.weight", &[1][..]);
+    let open = ("cond_stage_model.model.ln_final.weight", &[1][..]);
+    let cases: &[(&[(&str, &[usize])], &str)] = &[
+        (&[("conditioner.embedders.0.x", &[1])], "a model of SDXL's kind"),
+        (&[("model.diffusion_model.double_blocks.0.x", &[1])], "a transformer in place of the UNet"),
+        (&[("lora_unet_x.lora_up.weight", &[1])], "a LoRA"),
+        (&[("conv_in.weight", &[1])], "one part of a folder"),
+        (&[("x", &[1])], "but no `model.diffusion_model.input_blocks.0.0.weight`"),
+        (&[conv, sd1, clip], "without its autoencoder"),
+        (&[conv, sd1, vae], "without its text encoder"),
+        (&[conv, small, vae, clip], "a context of width 32 (want 768 or 1024)"),
+        (&[conv, vae, clip], "without a context"),
+        (&[five, sd1, vae, clip], "takes 5 channels"),
+        (&[conv, sd1, vae, open], "a text encoder of another version"),
+        (&[conv, sd2, vae, open], "--prediction v (or eps)"),
+        (&[("encoder.conv_in.weight", &[1]), ("decoder.conv_in.weight", &[1])], "that is not Stable Diffusion's"),
+    ];
+    for (names, say) in cases {
+        let path = f.write("m.safetensors", header(names, json!({})));
+        refused(&f, 1, &[say, text(&path)], || ldm(&["info", text(&path)]));
+    }
+    // The layers are then looked for: it is not only a few names that make a model.
+    let path = f.write("m.safetensors", header(&[conv, sd1, vae, clip], json!({})));
+    let unet = ModelFolder::open(&path).unwrap().checkpoint("unet").unwrap();
+    assert_eq!(unet.names().collect::<Vec<_>>(), ["conv_in.weight", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"]);
+    refused(&f, 1, &["text_model.", "no such tensor"], || {
+        ldm(&["sample", "-m", text(&path), "-p", "x", "--device", "cpu", "-o", text(&f.path("o.png"))])
+    });
+    // Another noise schedule than Stable Diffusion's is no matter of taste.
+    let path = f.write("m.safetensors", header(&[conv, sd1, vae, clip, ("alphas_cumprod", &[1000])], json!({})));
+    refused(&f, 1, &["alphas_cumprod", "noise schedule"], || ldm(&["info", text(&path)]));
+    // What it says of itself counts; and it says no more than it may.
+    let v = json!({"modelspec.prediction_type": "v"});
+    let path = f.write("m.safetensors", header(&[conv, sd2, vae, open], v));
+    let schedule = ldm::pipeline::Parts::read(&ModelFolder::open(&path).unwrap()).unwrap().schedule.unwrap().1;
+    assert_eq!(schedule.output, ldm::samplers::Output::V);
+    for bad in ["../x", "/x", "a/b/c", "a/../b", "a\\b", "./x", "x/"] {
+        let path = f.write("m.safetensors", header(&[conv], json!({(format!("ldm.file:{bad}")): "{}"})));
+        refused(&f, 1, &["the file is not from ldm", bad], || ldm(&["info", text(&path)]));
+    }
+}
+
+#[test]
+fn what_stands_in_the_way_stays() {
+    let f = Folder::with_model();
+    fs::create_dir(f.path("full")).unwrap();
+    f.write("full/x", "mine");
+    f.write("plain", "mine");
+    let model = f.path("model");
+    for (to, code, say) in [
+        ("full", 2, "is there already"),
+        ("plain", 2, "is there already"),
+        ("none/m.safetensors", 1, "does not exist"),
+        ("none/m", 1, "cannot be written"),
+    ] {
+        refused(&f, code, &[say], || ldm(&["convert", text(&model), "-o", text(&f.path(to))]));
+    }
+    refused(&f, 2, &["want eps or v"], || {
+        ldm(&["convert", text(&model), "-o", text(&f.path("m")), "--prediction", "x"])
+    });
+    // A value that the type cannot hold: neither half a file nor half a folder.
+    f.fill("model/unet/diffusion_pytorch_model.safetensors", "conv_in.weight", 1e6);
+    for to in ["m.safetensors", "m"] {
+        refused(&f, 1, &["conv_in.weight", "values that f16 can hold"], || {
+            ldm(&["convert", text(&model), "-o", text(&f.path(to)), "--dtype", "f16"])
+        });
+    }
+    // A model that the original code cannot express.
+    f.edit("model/unet/config.json", |c| c["freq_shift"] = json!(1));
+    refused(&f, 2, &["freq_shift", "a single file cannot say"], || {
+        ldm(&["convert", text(&model), "-o", text(&f.path("m.safetensors"))])
+    });
+}
+
+/// Both kinds of run leave a file that holds what the folder does, and a first stage may be read from either file.
+#[test]
+fn a_run_exports_one_file_too() {
+    let f = Folder::new();
+    let first = first_stage(&f);
+    let (alone, run) = (f.path("vae.safetensors"), f.path("run"));
+    convert(&first.join("export/vae"), &alone, &[]);
+    let own = ["steps=2", "export.single_file=true", "sample.every=0", "conditioning.kind=none", "model.unet.attention_head_dim=8"];
+    let o = diffusion(&alone, &run, &own);
+    assert!(o.code == 0 && o.out.contains("export.safetensors"), "{}{}", o.out, o.err);
+    let (file, folder) = (run.join("export.safetensors"), run.join("export"));
+    assert!(drawn(&file, false) == drawn(&folder, false));
+    // The autoencoder of a whole model.
+    let other = f.path("other");
+    let o = diffusion(&file, &other, &own);
+    assert!(o.code == 0, "{}", o.err);
+    same_tensors(
+        &folder.join("vqvae/diffusion_pytorch_model.safetensors"),
+        &other.join("export/vqvae/diffusion_pytorch_model.safetensors"),
+    );
+    // Said before the run.
+    let never = f.path("never");
+    let o = diffusion(&first, &never, &[&own[..], &["model.unet.freq_shift=1"]].concat());
+    assert!(o.code == 2 && o.err.contains("model.unet.freq_shift") && !never.exists(), "{}", o.err);
+}
+
+/// A copy whose files the test may change.
+#[test]
+fn a_file_with_a_fault_names_its_own_tensor() {
+    let f = Folder::new();
+    copy(&golden("uncond-ldm-tiny"), &f.path("model"));
+    let weights = "model/unet/diffusion_pytorch_model.safetensors";
+    f.fill(weights, "mid_block.attentions.0.to_k.weight", f32::NAN);
+    let file = f.path("m.safetensors");
+    convert(&f.path("model"), &file, &[]);
+    refused(&f, 1, &["model.diffusion_model.middle_block.1.qkv.weight", "finite values"], || {
+        ldm(&["sample", "-m", text(&file), "--device", "cpu", "-o", text(&f.path("o.png"))])
+    });
+}
