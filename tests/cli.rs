@@ -58,7 +58,7 @@ const TEXT: &str = "model/text_encoder/model.safetensors";
 #[test]
 fn every_command_has_help_and_the_program_a_version() {
     let o = ldm(&["--help"]);
-    for command in ["sample", "verify", "info", "bench", "data", "eval", "train", "plot"] {
+    for command in ["sample", "verify", "info", "convert", "bench", "data", "eval", "train", "plot"] {
         assert!(o.out.contains(command), "{}", o.out);
         let o = ldm(&[command, "--help"]);
         assert!(o.code == 0 && o.out.contains("Usage: ldm ") && o.err.is_empty(), "{}{}", o.out, o.err);
@@ -271,18 +271,18 @@ fn a_place_that_takes_no_picture_is_refused() {
 #[test]
 fn a_path_that_is_no_model_is_refused() {
     let f = Folder::new();
-    f.write("file.safetensors", "x");
+    let file = f.write("file.safetensors", "x");
     fs::create_dir(f.path("empty")).unwrap();
     let component = golden("sd15-tiny/unet");
     for (path, say) in [
         (f.path("none"), "there is nothing at this path"),
-        (f.path("file.safetensors"), "got a single file"),
         (f.path("empty"), "model_index.json"),
         (component, "give the folder above it"),
     ] {
         refused(&f, 2, &[say, text(&path)], || sample(&path, &f.path("x.png"), &[]));
         refused(&f, 2, &[say, text(&path)], || ldm(&["info", text(&path)]));
     }
+    refused(&f, 1, &["not a whole safetensors file", text(&file)], || sample(&file, &f.path("x.png"), &[]));
     // A pipeline of another kind.
     fs::create_dir(f.path("pixels")).unwrap();
     let pixels = f.write("pixels/model_index.json", r#"{"_class_name": "DDPMPipeline"}"#);

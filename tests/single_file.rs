@@ -70,7 +70,9 @@ fn drawn(model: &Path, class: bool) -> Vec<u8> {
 #[test]
 fn a_model_goes_to_a_file_and_back() {
     let f = Folder::new();
-    for name in ["sd15-tiny", "sd2-tiny", "ldm-tiny", "class-tiny", "inpaint-tiny", "upscale-tiny", "uncond-ldm-tiny"] {
+    for name in
+        ["sd15-tiny", "sd2-tiny", "ldm-tiny", "class-tiny", "inpaint-tiny", "upscale-tiny", "uncond-ldm-tiny"]
+    {
         let (from, file, back) = (golden(name), f.path(&format!("{name}.safetensors")), f.path(name));
         convert(&from, &file, &[]);
         convert(&file, &back, &[]);
@@ -84,7 +86,8 @@ fn a_model_goes_to_a_file_and_back() {
             match path.extension().and_then(|e| e.to_str()) {
                 Some("safetensors") => same_tensors(&a, &b),
                 Some("json") => {
-                    let [a, b] = [&a, &b].map(|p| serde_json::from_slice::<Value>(&fs::read(p).unwrap()).unwrap());
+                    let [a, b] =
+                        [&a, &b].map(|p| serde_json::from_slice::<Value>(&fs::read(p).unwrap()).unwrap());
                     assert_eq!(a, b, "{name}/{}", path.display());
                 }
                 _ => assert_eq!(fs::read(&a).unwrap(), fs::read(&b).unwrap(), "{name}/{}", path.display()),
@@ -128,14 +131,16 @@ fn another_type_is_rounded_once_and_the_schedule_stays() {
     assert_eq!(unet.len(), there.len());
     for name in there.names() {
         assert_eq!(unet.entry(name).unwrap().dtype.to_string(), "BF16");
-        let want: Vec<f32> = there.read_f32(name).unwrap().iter().map(|v| bf16::from_f32(*v).to_f32()).collect();
+        let want: Vec<f32> =
+            there.read_f32(name).unwrap().iter().map(|v| bf16::from_f32(*v).to_f32()).collect();
         assert_eq!(unet.read_f32(name).unwrap(), want, "{name}");
         assert_eq!(unet.read(name, DType::F32).unwrap().to_f32(), want, "{name}");
     }
     // The original's buffers (Ho et al. 2020): the running product, and the variance of what lies between two steps.
     let raw = Checkpoint::open(&file).unwrap();
     let [betas, bars, before, variance] =
-        ["betas", "alphas_cumprod", "alphas_cumprod_prev", "posterior_variance"].map(|n| raw.read_f32(n).unwrap());
+        ["betas", "alphas_cumprod", "alphas_cumprod_prev", "posterior_variance"]
+            .map(|n| raw.read_f32(n).unwrap());
     assert_eq!((betas.len(), before[0], variance[0]), (1000, 1.0, 0.0));
     for t in 1..1000 {
         assert!((bars[t] - before[t] * (1.0 - betas[t])).abs() < 1e-6 && before[t] == bars[t - 1]);
@@ -188,7 +193,10 @@ fn header(names: &[(&str, &[usize])], notes: Value) -> Vec<u8> {
     all.insert("__metadata__".into(), notes);
     for (name, shape) in names {
         let bytes = 2 * shape.iter().product::<usize>();
-        all.insert(name.to_string(), json!({"dtype": "F16", "shape": shape, "data_offsets": [end, end + bytes]}));
+        all.insert(
+            name.to_string(),
+            json!({"dtype": "F16", "shape": shape, "data_offsets": [end, end + bytes]}),
+        );
         end += bytes;
     }
     joined(&Value::Object(all).to_string(), &vec![0; end])
@@ -205,7 +213,8 @@ fn files_that_are_no_model_are_told_apart() {
     let vae = ("first_stage_model.encoder.conv_in.weight", &[1][..]);
     let clip = ("cond_stage_model.transformer.text_model.final_layer_norm.weight", &[1][..]);
     let open = ("cond_stage_model.model.ln_final.weight", &[1][..]);
-    let cases: &[(&[(&str, &[usize])], &str)] = &[
+    type Tensors<'a> = &'a [(&'a str, &'a [usize])];
+    let cases: &[(Tensors, &str)] = &[
         (&[("conditioner.embedders.0.x", &[1])], "a model of SDXL's kind"),
         (&[("model.diffusion_model.double_blocks.0.x", &[1])], "a transformer in place of the UNet"),
         (&[("lora_unet_x.lora_up.weight", &[1])], "a LoRA"),
@@ -218,7 +227,10 @@ fn files_that_are_no_model_are_told_apart() {
         (&[five, sd1, vae, clip], "takes 5 channels"),
         (&[conv, sd1, vae, open], "a text encoder of another version"),
         (&[conv, sd2, vae, open], "--prediction v (or eps)"),
-        (&[("encoder.conv_in.weight", &[1]), ("decoder.conv_in.weight", &[1])], "that is not Stable Diffusion's"),
+        (
+            &[("encoder.conv_in.weight", &[1]), ("decoder.conv_in.weight", &[1])],
+            "that is not Stable Diffusion's",
+        ),
     ];
     for (names, say) in cases {
         let path = f.write("m.safetensors", header(names, json!({})));
@@ -227,17 +239,22 @@ fn files_that_are_no_model_are_told_apart() {
     // The layers are then looked for: it is not only a few names that make a model.
     let path = f.write("m.safetensors", header(&[conv, sd1, vae, clip], json!({})));
     let unet = ModelFolder::open(&path).unwrap().checkpoint("unet").unwrap();
-    assert_eq!(unet.names().collect::<Vec<_>>(), ["conv_in.weight", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"]);
+    assert_eq!(
+        unet.names().collect::<Vec<_>>(),
+        ["conv_in.weight", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"]
+    );
     refused(&f, 1, &["text_model.", "no such tensor"], || {
         ldm(&["sample", "-m", text(&path), "-p", "x", "--device", "cpu", "-o", text(&f.path("o.png"))])
     });
     // Another noise schedule than Stable Diffusion's is no matter of taste.
-    let path = f.write("m.safetensors", header(&[conv, sd1, vae, clip, ("alphas_cumprod", &[1000])], json!({})));
+    let path =
+        f.write("m.safetensors", header(&[conv, sd1, vae, clip, ("alphas_cumprod", &[1000])], json!({})));
     refused(&f, 1, &["alphas_cumprod", "noise schedule"], || ldm(&["info", text(&path)]));
     // What it says of itself counts; and it says no more than it may.
     let v = json!({"modelspec.prediction_type": "v"});
     let path = f.write("m.safetensors", header(&[conv, sd2, vae, open], v));
-    let schedule = ldm::pipeline::Parts::read(&ModelFolder::open(&path).unwrap()).unwrap().schedule.unwrap().1;
+    let schedule =
+        ldm::pipeline::Parts::read(&ModelFolder::open(&path).unwrap()).unwrap().schedule.unwrap().1;
     assert_eq!(schedule.output, ldm::samplers::Output::V);
     for bad in ["../x", "/x", "a/b/c", "a/../b", "a\\b", "./x", "x/"] {
         let path = f.write("m.safetensors", header(&[conv], json!({(format!("ldm.file:{bad}")): "{}"})));
@@ -284,7 +301,13 @@ fn a_run_exports_one_file_too() {
     let first = first_stage(&f);
     let (alone, run) = (f.path("vae.safetensors"), f.path("run"));
     convert(&first.join("export/vae"), &alone, &[]);
-    let own = ["steps=2", "export.single_file=true", "sample.every=0", "conditioning.kind=none", "model.unet.attention_head_dim=8"];
+    let own = [
+        "steps=2",
+        "export.single_file=true",
+        "sample.every=0",
+        "conditioning.kind=none",
+        "model.unet.attention_head_dim=8",
+    ];
     let o = diffusion(&alone, &run, &own);
     assert!(o.code == 0 && o.out.contains("export.safetensors"), "{}{}", o.out, o.err);
     let (file, folder) = (run.join("export.safetensors"), run.join("export"));

@@ -29,8 +29,7 @@ pub(super) struct Arguments {
 pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     let dtype = a.dtype.as_deref().map(str::parse).transpose()?;
     let done = convert(&a.model, &a.output, dtype, a.prediction)?;
-    let mut text =
-        format!("{}: {} tensors, {}\n", a.output.display(), done.tensors, human_bytes(done.bytes));
+    let mut text = format!("{}: {} tensors, {}\n", a.output.display(), done.tensors, human_bytes(done.bytes));
     for (name, class) in done.left_out {
         text += &format!("left out: {name} ({class}), which nothing here runs\n");
     }

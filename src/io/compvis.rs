@@ -82,7 +82,9 @@ impl Names {
             "AutoencoderKL" | "VQModel" => FIRST_STAGE,
             "CLIPTextModel" | "LDMBertModel" => "cond_stage_model.transformer.",
             "ClassEmbedder" => CONDITION,
-            _ => return Err(Error::invalid(format!("{class}: the layout of a single file has no such part"))),
+            _ => {
+                return Err(Error::invalid(format!("{class}: the layout of a single file has no such part")));
+            }
         };
         let mut names = Names { prefix, to: HashMap::new(), from: HashMap::new(), ignored: vec![] };
         match class {
@@ -98,7 +100,8 @@ impl Names {
     /// CLIP's names in a file of OpenCLIP's; `width` is the model's.
     pub(crate) fn open_clip(c: &Config) -> Result<Names> {
         let (width, layers) = (c.usize("hidden_size")?, c.usize("num_hidden_layers")?);
-        let mut names = Names { prefix: OPEN_CLIP, to: HashMap::new(), from: HashMap::new(), ignored: vec![] };
+        let mut names =
+            Names { prefix: OPEN_CLIP, to: HashMap::new(), from: HashMap::new(), ignored: vec![] };
         let at = |rest: &str| format!("text_model.{rest}");
         names.add(&at("embeddings.token_embedding"), "token_embedding");
         names.add(&at("embeddings.position_embedding.weight"), "positional_embedding");
@@ -370,7 +373,8 @@ impl Names {
         if self.ignored.iter().any(|word| name.starts_with(word)) {
             return vec![];
         }
-        let Some((found, rest)) = stems(name).find_map(|(stem, rest)| Some((self.from.get(stem)?, rest))) else {
+        let Some((found, rest)) = stems(name).find_map(|(stem, rest)| Some((self.from.get(stem)?, rest)))
+        else {
             return vec![Alias { name: theirs.into(), shape: entry.shape.clone(), rows: None }];
         };
         let one = |(ours, form): &(String, Form)| {

@@ -189,7 +189,9 @@ fn guess(file: &Checkpoint, prediction: Option<Prediction>) -> Result<BTreeMap<S
         all.insert(format!("{name}/{config}"), pretty(&parts[name]));
     }
     let pad = if open_clip { "!" } else { "<|endoftext|>" };
-    all.extend(clip_vocabulary::texts(pad).into_iter().map(|(name, text)| (format!("tokenizer/{name}"), text)));
+    all.extend(
+        clip_vocabulary::texts(pad).into_iter().map(|(name, text)| (format!("tokenizer/{name}"), text)),
+    );
     Ok(all)
 }
 
@@ -206,8 +208,11 @@ fn same_schedule(file: &Checkpoint, scheduler: &Value) -> Result<()> {
     }
     // Square roots of betas evenly spaced, and the running product of 1 - beta.
     let config = Config::from_value(path, scheduler.clone())?;
-    let (n, first, last) =
-        (config.usize("num_train_timesteps")?, config.f64("beta_start")?.sqrt(), config.f64("beta_end")?.sqrt());
+    let (n, first, last) = (
+        config.usize("num_train_timesteps")?,
+        config.f64("beta_start")?.sqrt(),
+        config.f64("beta_end")?.sqrt(),
+    );
     let beta = |t: usize| (first + (last - first) * t as f64 / (n - 1) as f64).powi(2);
     let product = |bar: &mut f64, t: usize| {
         *bar *= 1.0 - beta(t);

@@ -2,7 +2,7 @@
 
 use super::blueprint::scheduler;
 use crate::error::{Error, Result};
-use crate::io::compvis::Names;
+use crate::io::compvis::{Names, Theirs};
 use crate::io::single_file::{self, NOTE};
 use crate::io::texts::Texts;
 use crate::io::weights::{self, Piece};
@@ -104,46 +104,52 @@ impl Part {
     /// The file's tensors: each is one of the part's, or several that lie in turns of rows.
     fn pieces<'a>(&'a self, dtype: Option<DType>, alone: bool) -> Result<Vec<Piece<'a>>> {
         let names = Names::of(&self.class, &self.config, alone)?;
-        let mut all: BTreeMap<String, Vec<(usize, String, Vec<usize>, usize)>> = BTreeMap::new();
+        let mut all: BTreeMap<String, Vec<(Theirs, String)>> = BTreeMap::new();
         for ours in self.weights.names() {
             let Some(theirs) = names.theirs(ours) else {
-                let file = self.weights.file(ours).into();
-                let (want, got) = ("a tensor that a single file has a place for".into(), "no such".into());
-                return Err(Error::Tensor { file, name: ours.into(), want, got });
+                return Err(self.wrong(
+                    ours,
+                    "a tensor that a single file has a place for",
+                    "no such".into(),
+                ));
             };
-            let shape = theirs.shape(&self.entry(ours, dtype)?.shape);
-            let (part, head) = theirs.form.rows.map_or((0, 0), |r| (r.part, r.head));
-            all.entry(theirs.name).or_default().push((part, ours.into(), shape, head));
+            all.entry(theirs.name.clone()).or_default().push((theirs, ours.into()));
         }
-        let piece = |(name, mut parts): (String, Vec<(usize, String, Vec<usize>, usize)>)| {
-            parts.sort();
-            let (_, first, shape, head) = parts[0].clone();
-            let entries = parts.iter().map(|(_, ours, ..)| self.entry(ours, dtype));
-            let entries = entries.collect::<Result<Vec<_>>>()?;
-            let of = shape.first().copied().unwrap_or(1) / entries[0].shape.first().copied().unwrap_or(1).max(1);
-            let same = entries.iter().all(|e| *e == entries[0]);
-            if head > 0 && (parts.len() != of || !same || entries[0].shape[0] % head != 0) {
-                let want = format!("queries, keys and values of one type and shape, in heads of {head}");
-                let got = format!("{} of them, the first {:?}", parts.len(), entries[0]);
-                return Err(Error::Tensor { file: self.weights.file(&first).into(), name: first, want, got });
-            }
-            let row = entries[0].bytes() / entries[0].shape.first().copied().unwrap_or(1).max(1);
-            let bytes = move || -> Result<Cow<'a, [u8]>> {
-                if head == 0 {
-                    return self.bytes(&parts[0].1, dtype);
-                }
-                let parts = parts.iter().map(|(_, ours, ..)| self.bytes(ours, dtype));
-                let parts = parts.collect::<Result<Vec<_>>>()?;
-                let turns = parts[0].len().checked_div(row * head).unwrap_or(0);
-                let runs = (0..turns).flat_map(|i| parts.iter().map(move |p| (i, p)));
-                let run = row * head;
-                let mut whole = Vec::with_capacity(parts.len() * parts[0].len());
-                runs.for_each(|(i, part)| whole.extend_from_slice(&part[i * run..][..run]));
-                Ok(Cow::Owned(whole))
-            };
-            Ok(Piece { name, entry: Entry { dtype: entries[0].dtype, shape }, bytes: Box::new(bytes) })
+        all.into_values().map(|together| self.piece(together, dtype)).collect()
+    }
+
+    /// One tensor of the file from those that lie in it.
+    fn piece<'a>(&'a self, mut together: Vec<(Theirs, String)>, dtype: Option<DType>) -> Result<Piece<'a>> {
+        together.sort_by_key(|(theirs, _)| theirs.form.rows.map(|r| r.part));
+        let entries = together.iter().map(|(_, ours)| self.entry(ours, dtype));
+        let entries = entries.collect::<Result<Vec<_>>>()?;
+        let (first, (theirs, ours)) = (&entries[0], &together[0]);
+        let entry = Entry { dtype: first.dtype, shape: theirs.shape(&first.shape) };
+        let name = theirs.name.clone();
+        let Some(rows) = theirs.form.rows else {
+            let ours = ours.clone();
+            return Ok(Piece { name, entry, bytes: Box::new(move || self.bytes(&ours, dtype)) });
         };
-        all.into_iter().map(piece).collect()
+        let count = first.shape.first().copied().unwrap_or(0);
+        if together.len() != rows.of || entries.iter().any(|e| e != first) || count % rows.head.max(1) != 0 {
+            let want = format!("{} of one type and shape, in heads of {}", rows.of, rows.head);
+            return Err(self.wrong(ours, &want, format!("{}, the first {first:?}", entries.len())));
+        }
+        let run = first.bytes().checked_div(count).unwrap_or(0) * rows.head;
+        let bytes = move || -> Result<Cow<'a, [u8]>> {
+            let parts = together.iter().map(|(_, ours)| self.bytes(ours, dtype));
+            let parts = parts.collect::<Result<Vec<_>>>()?;
+            let mut whole = Vec::with_capacity(parts.iter().map(|p| p.len()).sum());
+            for turn in 0..count / rows.head.max(1) {
+                parts.iter().for_each(|part| whole.extend_from_slice(&part[turn * run..][..run]));
+            }
+            Ok(Cow::Owned(whole))
+        };
+        Ok(Piece { name, entry, bytes: Box::new(bytes) })
+    }
+
+    fn wrong(&self, name: &str, want: &str, got: String) -> Error {
+        Error::Tensor { file: self.weights.file(name).into(), name: name.into(), want: want.into(), got }
     }
 }
 
@@ -193,7 +199,9 @@ impl Model {
                 continue;
             }
             if known {
-                parts.push(Part::new(&c.name, &c.class, folder.config(&c.name)?, || folder.checkpoint(&c.name))?);
+                parts.push(Part::new(&c.name, &c.class, folder.config(&c.name)?, || {
+                    folder.checkpoint(&c.name)
+                })?);
             }
             let own = folder.texts(&c.name)?;
             for name in SMALL.iter().filter(|name| own.has(name)) {
@@ -218,7 +226,8 @@ impl Model {
         if let Some(schedule) = &self.schedule {
             pieces.extend(buffers(schedule)?);
         }
-        if let (false, Some(vae)) = (alone, self.parts.iter().find(|p| ["vae", "vqvae"].contains(&&*p.name))) {
+        if let (false, Some(vae)) = (alone, self.parts.iter().find(|p| ["vae", "vqvae"].contains(&&*p.name)))
+        {
             let scale = vae.config.f64_or("scaling_factor", 0.18215)? as f32;
             pieces.push(values("scale_factor", vec![], vec![scale]));
         }
@@ -265,7 +274,8 @@ impl Model {
             let why = "is there already: want a new folder, or a file that ends in .safetensors";
             return Err(Error::invalid(format!("{}: {why}", to.display())));
         }
-        let name = to.file_name().ok_or_else(|| Error::invalid(format!("{}: names no folder", to.display())))?;
+        let name =
+            to.file_name().ok_or_else(|| Error::invalid(format!("{}: names no folder", to.display())))?;
         let begun = to.with_file_name(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id()));
         fs::create_dir(&begun).map_err(|e| cannot(to, e))?;
         let written = self.fill(&begun, dtype);

@@ -35,8 +35,7 @@ impl FirstStage {
     /// # Errors
     /// When there is none, or its configuration is not understood.
     pub(super) fn read(c: &Config) -> Result<FirstStage> {
-        let want =
-            "an autoencoder: a run of `ldm train autoencoder`, a diffusers folder, its vae, or a single file with one";
+        let want = "an autoencoder: a run of `ldm train autoencoder`, a diffusers folder, its vae, or a single file with one";
         if !c.has("path") {
             return Err(Error::Config {
                 file: c.file().into(),
@@ -314,7 +313,8 @@ mod tests {
             let first = FirstStage::open(&golden.join(name)).unwrap();
             let dir = Scratch::new("folded");
             let to = (dir.path(), "diffusion_pytorch_model");
-            copied(&first.checkpoint().unwrap(), to, &first.config, DType::F32, first.folded(3.0).unwrap()).unwrap();
+            copied(&first.checkpoint().unwrap(), to, &first.config, DType::F32, first.folded(3.0).unwrap())
+                .unwrap();
             let other = FirstStage::open(dir.path()).unwrap();
             let pixels: Vec<u8> = (0..32 * 32 * 3).map(|i| ((i / 96 * 5 + i % 32 * 7) % 256) as u8).collect();
             let images: Vec<f32> = signed(&pixels).collect();

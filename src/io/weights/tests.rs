@@ -91,8 +91,7 @@ fn folders_are_searched_by_preference() {
     let dir = Scratch::new("weights");
     let folder = dir.path();
     assert!(
-        text(Checkpoint::open(folder))
-            .contains("holds no weights: want diffusion_pytorch_model.safetensors")
+        text(Checkpoint::open(folder)).contains("holds no weights: want diffusion_pytorch_model.safetensors")
     );
     dir.file("diffusion_pytorch_model.bin", "x");
     assert!(text(Checkpoint::open(folder)).contains("pickle"));
@@ -139,8 +138,7 @@ fn shards_are_one_checkpoint() {
     assert!(with("extra", one.into()).contains("`extra`: want this tensor in model-00001"));
     assert!(with("a.weight", "gone.safetensors".into()).contains("gone.safetensors: not found;"));
     assert!(
-        with("a.weight", "../x.safetensors".into())
-            .contains("weight_map.a.weight`: want the name of a file")
+        with("a.weight", "../x.safetensors".into()).contains("weight_map.a.weight`: want the name of a file")
     );
     assert!(with("a.weight", "/etc/passwd".into()).contains("in the same folder"));
     assert!(with("a.weight", 3.into()).contains("want a string; got 3"));

@@ -79,7 +79,8 @@ fn every_preset_has_the_names_and_shapes_of_the_original_code() {
             if class == "CLIPTextModel" && original == "sd21" {
                 continue; // below: the file holds more
             }
-            let [tensors, values, sum] = &row(original, theirs).unwrap_or_else(|| panic!("{what}"))[..] else {
+            let [tensors, values, sum] = &row(original, theirs).unwrap_or_else(|| panic!("{what}"))[..]
+            else {
                 panic!("{what}");
             };
             // A preset of one part is a first stage by itself.
@@ -110,8 +111,11 @@ fn plain_attention_and_open_clip_have_theirs() {
     });
     let config = Config::from_value("celeba", config).unwrap();
     let original = golden("celebahq256-vq4.tsv");
-    let want: BTreeSet<String> =
-        original.lines().filter(|l| l.starts_with("model.diffusion_model.")).map(|l| format!("{l}\n")).collect();
+    let want: BTreeSet<String> = original
+        .lines()
+        .filter(|l| l.starts_with("model.diffusion_model."))
+        .map(|l| format!("{l}\n"))
+        .collect();
     assert_eq!(lines("UNet2DModel", &config, false, false), want);
 
     // OpenCLIP's last layer and its logits are in the file, and stay there.
