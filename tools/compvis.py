@@ -22,12 +22,13 @@ written, or all of them with --all; OUT/parts.tsv has a line for each part of ev
 
 tests/golden/compvis is made so.
 
-`check` takes FILE, that `ldm convert CHECKPOINT -o FILE` wrote, and the diffusers folder CHECKPOINT. It builds the original
-modules for the configuration in the file's header, loads the file's tensors without leave to miss or to ignore one, and
-compares each module with that of diffusers for CHECKPOINT, on the same inputs, in f32. The worst difference, relative in
-norm and to the greatest value, must be at most 1e-4. The schedule's 12 buffers are compared with those that the original
-class registers. Of a Stable Diffusion model diffusers reads FILE too, and every tensor must be that of CHECKPOINT, bit for
-bit. A file in f16 or bf16 is compared with CHECKPOINT rounded to that type.
+`check` takes FILE, that `ldm convert CHECKPOINT -o FILE` wrote, and CHECKPOINT, the diffusers folder of a model or of an
+autoencoder alone. It builds the original modules for the configuration in the file's header, loads the file's tensors
+without leave to miss or to ignore one, and compares each module with that of diffusers for CHECKPOINT, on the same inputs,
+in f32. The worst difference, relative in norm and to the greatest value, must be at most 1e-4. The schedule's 12 buffers
+must be those that the original class computes in f64 and rounds, but for a last bit; a `scale_factor` beside them must be
+the autoencoder's. Of a Stable Diffusion model diffusers reads FILE too, and every tensor must be that of CHECKPOINT, bit
+for bit. A file in f16 or bf16 is compared with CHECKPOINT rounded to that type. The exit code is 1 where something is wrong.
 
 Modules that the originals import and that are not needed here have empty stand-ins (pytorch_lightning, clip, kornia).
 What the originals' constructors hold fixed is set from outside, and `check` says so in a line that starts with "set": the
@@ -194,35 +195,38 @@ class Checkpoint:
 
     def __init__(self, file, folder):
         self.file, self.folder, self.faults = Path(file), Path(folder), []
-        if not (self.folder / "model_index.json").is_file():
-            fail(f"{folder}: no model_index.json; want the diffusers folder that FILE was made from")
+        self.alone = (self.folder / "config.json").is_file()
+        if not self.alone and not (self.folder / "model_index.json").is_file():
+            fail(f"{folder}: no model_index.json; want the folder that FILE was made from, of a model or of an autoencoder")
         try:
             with safe_open(file, "pt") as header:
                 self.metadata = header.metadata() or {}
             self.tensors = load_file(file)
         except (OSError, SafetensorError) as e:
             fail(f"{file}: not a safetensors file that can be read: {e}")
-        self.index = self.json("model_index.json")
         whole = self.component("unet")
         self.parts = {}
         for key, x in self.tensors.items():
             prefix = prefix_of(key)
             kind = PART_NAMES.get(prefix) or ("schedule" if whole else "first_stage")
-            if prefix == FIRST_STAGE and not whole:
-                self.fault(f"{key}: a file of an autoencoder alone has no prefix")
             self.parts.setdefault(kind, {})[key.removeprefix(prefix)] = x
         kinds = {x.dtype for kind, part in self.parts.items() if kind != "schedule" for x in part.values()}
         kinds = [kind for kind in kinds if kind.is_floating_point]
         if len(kinds) != 1:
             fail(f"{file}: want one type of weights, got {', '.join(map(str, kinds)) or 'none'}")
         self.dtype = kinds[0]
+        if not whole and any(key.startswith(FIRST_STAGE) for key in self.tensors):
+            self.fault(f"names start with {FIRST_STAGE}: those of an autoencoder alone have no prefix")
 
     def json(self, path):
         """A configuration, from the header; from the folder where the header has none."""
+        path = str(Path(path))
         return json.loads(self.metadata.get(f"ldm.file:{path}") or (self.folder / path).read_text())
 
     def component(self, *names):
-        """The first of these parts that the folder has: its name."""
+        """The first of these parts that the folder has: its name. An autoencoder alone is "."."""
+        if self.alone:
+            return "." if "vae" in names else None
         return next((name for name in names if (self.folder / name / "config.json").is_file()), None)
 
     def reference(self, kind, name):
@@ -328,7 +332,7 @@ def check_first_stage(checkpoint, originals, inputs, name):
     if not checkpoint.load(theirs, "first_stage"):
         return
     ours = checkpoint.reference(getattr(diffusers, config["_class_name"]), name)
-    unit = 2 ** (len(config["block_out_channels"]) - 1)
+    unit, name = 2 ** (len(config["block_out_channels"]) - 1), "autoencoder" if name == "." else name
     image = inputs.randn(2, config["in_channels"], 4 * unit, 6 * unit).clamp(-1, 1)
     latents = inputs.randn(2, theirs.embed_dim, 4, 6)
     if config["_class_name"] == "VQModel":
@@ -382,7 +386,13 @@ def check_classes(checkpoint, originals, _inputs):
 
 def check_schedule(checkpoint, originals):
     want = original.original_schedule(originals, checkpoint.json("scheduler/scheduler_config.json"))
-    got, worst = checkpoint.parts.get("schedule", {}), 0.0
+    got, worst = dict(checkpoint.parts.get("schedule", {})), 0.0
+    # The original registers it where it measured it (`scale_by_std`), and reads it from there.
+    scale, vae = got.pop("scale_factor", None), checkpoint.component("vae", "vqvae")
+    if scale is not None:
+        factor = checkpoint.json(f"{vae}/config.json").get("scaling_factor", 1.0) if vae else 1.0
+        if scale.dtype != torch.float32 or scale.shape != () or scale != torch.tensor(factor):
+            checkpoint.fault(f"scale_factor is {scale}, want the autoencoder's {factor} as a scalar of float32")
     if want.keys() != got.keys():
         return checkpoint.fault(f"schedule: missing or surplus: {', '.join(sorted(want.keys() ^ got.keys())[:12])}")
     for key, theirs in want.items():
@@ -390,13 +400,13 @@ def check_schedule(checkpoint, originals):
         if ours.dtype != torch.float32 or ours.shape != theirs.shape:
             return checkpoint.fault(f"schedule: {key} is {ours.dtype} {list(ours.shape)}, want float32 {list(theirs.shape)}")
         worst = max(worst, float(((ours.double() - theirs.double()).abs() / theirs.double().abs().clamp(min=1e-20)).max()))
-    # They are computed in f64, in which logarithms and powers may differ by the last bit, and rounded once.
+    # In f64 logarithms and powers may differ by the last bit, which rounding may show.
     print(f"{'schedule':28} {f'12 of {len(theirs)}':16} {worst:.2e}")
     if not worst <= 2**-23:
-        checkpoint.fault(f"schedule: differs by {worst:.2e}, more than one unit in the last place")
+        checkpoint.fault(f"schedule: differs by {worst:.2e}, more than a unit in the last place of f32: is it computed in f64?")
 
 
-def check_diffusers(checkpoint, vae):
+def check_diffusers(checkpoint, vae, kind):
     """What diffusers reads from FILE is what it reads from the folder."""
     file, folder = str(checkpoint.file), str(checkpoint.folder)
     settings = dict(config=folder, local_files_only=True, torch_dtype=checkpoint.dtype)
@@ -414,7 +424,7 @@ def check_diffusers(checkpoint, vae):
     checkpoint.same("diffusers: vae", states(vae=single), states(vae=first))
     if checkpoint.component("text_encoder"):
         text = of_folder(transformers.CLIPTextModel, "text_encoder")
-        single = getattr(diffusers, checkpoint.index["_class_name"]).from_single_file(file, safety_checker=None, **settings)
+        single = getattr(diffusers, kind).from_single_file(file, safety_checker=None, **settings)
         parts = states(unet=single.unet, vae=single.vae, text=single.text_encoder)
         checkpoint.same("diffusers: pipeline", parts, states(unet=unet, vae=first, text=text))
 
@@ -432,7 +442,7 @@ def check(a):
     wanted = {"unet": unet, "first_stage": vae, "cond_stage": encoder, "schedule": schedule}
     for kind, part in checkpoint.parts.items():
         if not wanted.get(kind):
-            checkpoint.fault(f"{len(part)} tensors of the file stand for no part of the folder: {', '.join(sorted(part)[:4])}")
+            checkpoint.fault(f"{kind}: {len(part)} tensors stand for no part of the folder: {', '.join(sorted(part)[:4])}")
     print(f"{'part':28} {'shape':16} worst difference")
     if unet:
         check_unet(checkpoint, originals, inputs)
@@ -442,8 +452,9 @@ def check(a):
         encoders[encoder](checkpoint, originals, inputs)
     if schedule:
         check_schedule(checkpoint, originals)
-    if unet and vae and checkpoint.index["_class_name"].startswith("StableDiffusion"):
-        check_diffusers(checkpoint, vae)
+    kind = "" if checkpoint.alone else checkpoint.json("model_index.json")["_class_name"]
+    if unet and vae and kind.startswith("StableDiffusion"):
+        check_diffusers(checkpoint, vae, kind)
     if checkpoint.faults:
         fail(f"{a.file}: {len(checkpoint.faults)} wrong")
     print("all as it should be")
