@@ -103,7 +103,11 @@ impl Part {
 
     /// The file's tensors: each is one of the part's, or several that lie in turns of rows.
     fn pieces<'a>(&'a self, dtype: Option<DType>, alone: bool) -> Result<Vec<Piece<'a>>> {
-        let names = Names::of(&self.class, &self.config, alone)?;
+        let names = match self.class == "CLIPTextModel" && self.config.opt_str("hidden_act")? == Some("gelu") {
+            // Stable Diffusion 2's, by which other tools know that version.
+            true => Names::open_clip(&self.config)?,
+            false => Names::of(&self.class, &self.config, alone)?,
+        };
         let mut all: BTreeMap<String, Vec<(Theirs, String)>> = BTreeMap::new();
         for ours in self.weights.names() {
             let Some(theirs) = names.theirs(ours) else {
@@ -331,7 +335,7 @@ fn values<'a>(name: &str, shape: Vec<usize>, values: Vec<f32>) -> Piece<'a> {
 
 /// What the original code keeps of the noise schedule beside the weights (Ho et al. 2020, equations 4 and 7), (T) f32 each.
 fn buffers<'a>(schedule: &ScheduleConfig) -> Result<Vec<Piece<'a>>> {
-    let betas: Vec<f64> = schedule.train_betas()?.into_iter().map(f64::from).collect();
+    let betas = schedule.train_betas_f64()?;
     let bars: Vec<f64> = betas
         .iter()
         .scan(1.0, |bar, beta| {
