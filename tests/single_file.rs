@@ -12,6 +12,7 @@ use folder::{Folder, copy, golden, joined, tensors};
 use half::bf16;
 use ldm::exec::Device;
 use ldm::io::{Checkpoint, ModelFolder};
+use ldm::models::{Inventory, Model, Source};
 use ldm::pipeline::{Pipeline, Request};
 use ldm::tensor::DType;
 use program::{ldm, refused, text};
@@ -260,6 +261,46 @@ fn files_that_are_no_model_are_told_apart() {
         let path = f.write("m.safetensors", header(&[conv], json!({(format!("ldm.file:{bad}")): "{}"})));
         refused(&f, 1, &["the file is not from ldm", bad], || ldm(&["info", text(&path)]));
     }
+}
+
+/// A file of Stable Diffusion as others hand it on: names and shapes as the original code states them, and no notes. Its values are a hole
+/// in a file.
+#[test]
+fn the_original_codes_own_file_is_known() {
+    let f = Folder::new();
+    let (mut all, mut end) = (serde_json::Map::new(), 0);
+    let table = fs::read_to_string(golden("compvis/sd15.tsv")).unwrap();
+    for (name, shape) in table.lines().map(|l| l.split_once('\t').unwrap()) {
+        let shape: Vec<usize> = shape.split(',').map(|d| d.parse().unwrap()).collect();
+        // Only the noise schedule is read.
+        if name.starts_with("alphas_cumprod") {
+            continue;
+        }
+        let bytes = 2 * shape.iter().product::<usize>();
+        all.insert(name.into(), json!({"dtype": "F16", "shape": shape, "data_offsets": [end, end + bytes]}));
+        end += bytes;
+    }
+    let header = joined(&Value::Object(all).to_string(), &[]);
+    let path = f.write("v1-5-pruned-emaonly.safetensors", &header);
+    fs::File::options().write(true).open(&path).unwrap().set_len((header.len() + end) as u64).unwrap();
+    let folder = ModelFolder::open(&path).unwrap();
+    let blueprint = ldm::pipeline::Blueprint::read(&folder).unwrap();
+    assert_eq!(blueprint.size(&Request::default()).unwrap(), (512, 512));
+    let (unet, text) =
+        (blueprint.unet.inventory(DType::F16).unwrap(), blueprint.condition.inventory(DType::F16).unwrap());
+    let vae = blueprint.vae.inventory(DType::F16).unwrap();
+    for (part, inventory) in
+        [("unet", Inventory::of(&unet)), ("text_encoder", Inventory::of(&text)), ("vae", vae)]
+    {
+        Source::new(folder.checkpoint(part).unwrap(), &inventory).unwrap();
+    }
+    let ids = folder
+        .tokenizer("tokenizer")
+        .unwrap()
+        .encode("a photo of an astronaut riding a horse on mars")
+        .unwrap()
+        .ids;
+    assert_eq!(ids[..13], [49406, 320, 1125, 539, 550, 18376, 6765, 320, 4558, 525, 7496, 49407, 49407]);
 }
 
 #[test]

@@ -173,6 +173,8 @@ fn guess(file: &Checkpoint, prediction: Option<Prediction>) -> Result<BTreeMap<S
     parts["unet"]["in_channels"] = json!(channels);
     let index = json!({
         "_class_name": class,
+        // diffusers loads no inpainting pipeline without.
+        "_diffusers_version": "0.37.1",
         "scheduler": ["diffusers", parts["scheduler"]["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],

@@ -103,7 +103,8 @@ impl Part {
 
     /// The file's tensors: each is one of the part's, or several that lie in turns of rows.
     fn pieces<'a>(&'a self, dtype: Option<DType>, alone: bool) -> Result<Vec<Piece<'a>>> {
-        let names = match self.class == "CLIPTextModel" && self.config.opt_str("hidden_act")? == Some("gelu") {
+        let names = match self.class == "CLIPTextModel" && self.config.opt_str("hidden_act")? == Some("gelu")
+        {
             // Stable Diffusion 2's, by which other tools know that version.
             true => Names::open_clip(&self.config)?,
             false => Names::of(&self.class, &self.config, alone)?,
