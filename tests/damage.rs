@@ -4,11 +4,11 @@
 #[path = "common/folder.rs"]
 mod folder;
 
-use folder::{Folder, golden};
+use folder::{Folder, golden, joined, tensors};
 use ldm::backend::Device;
 use ldm::graph::Target;
 use ldm::io::ModelFolder;
-use ldm::pipeline::{Blueprint, Pipeline, Request, Residency};
+use ldm::pipeline::{Blueprint, Pipeline, Request, Residency, convert};
 use ldm::rng::Small;
 use ldm::tensor::DType;
 use serde_json::{Value, json};
@@ -19,6 +19,8 @@ use std::path::Path;
 /// Opens a model and plans a picture; an error is as good as success.
 fn open(model: &Path) -> bool {
     let Ok(folder) = ModelFolder::open(model) else { return false };
+    // Each by itself too, before any configuration has been found sound.
+    folder.components().iter().for_each(|c| drop(folder.checkpoint(&c.name)));
     let planned = Blueprint::read(&folder)
         .and_then(|b| b.estimate(&Request::default(), DType::F32, Residency::Always, Target::Cpu));
     planned.is_ok() & Pipeline::open(&folder, &Device::Cpu, None).is_ok()
@@ -51,6 +53,72 @@ fn a_damaged_byte_or_a_cut_never_panics() {
             s.spawn(move || damage(name, Small::new(n as u64)));
         }
     });
+}
+
+/// The same in one file, whose header has the configurations too.
+#[test]
+fn a_damaged_single_file_never_panics() {
+    std::thread::scope(|s| {
+        for (n, name) in ["sd15-tiny", "uncond-ldm-tiny", "sd2-tiny"].into_iter().enumerate() {
+            s.spawn(move || {
+                let (f, mut r) = (Folder::new(), Small::new(n as u64));
+                let whole = f.path("whole.safetensors");
+                convert(&golden(name), &whole, None, None).unwrap();
+                assert!(open(&whole));
+                let bytes = fs::read(&whole).unwrap();
+                let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+                for _ in 0..200 {
+                    let (mut bytes, at) = (bytes.clone(), r.below(header));
+                    match r.below(3) {
+                        0 => bytes.truncate(at),
+                        1 => bytes[at] = b"0123456789eE.-+\",:[]{}x \n"[r.below(25)],
+                        // A number in the header or a name: it is still JSON.
+                        _ => match bytes[..header].iter().skip(at).position(u8::is_ascii_alphanumeric) {
+                            Some(i) => bytes[at + i] = b"0123456789"[r.below(10)],
+                            None => continue,
+                        },
+                    }
+                    let file = f.write("m.safetensors", &bytes);
+                    survives(&file, &format!("{name}: byte {at}"));
+                }
+            });
+        }
+    });
+}
+
+/// Every value of every configuration inside a file.
+#[test]
+fn a_strange_value_in_a_single_file_never_panics() {
+    let f = Folder::new();
+    for (name, part) in [("ldm-tiny", ""), ("uncond-ldm-tiny", ""), ("sd2-tiny", "text_encoder")] {
+        let whole = f.path("whole.safetensors");
+        convert(&golden(name), &whole, None, None).unwrap();
+        let (header, data) = tensors(&whole);
+        let notes = header["__metadata__"].as_object().unwrap();
+        let wanted = |k: &str| k.contains(part) && k.ends_with("/config.json");
+        for (note, text) in notes.iter().filter(|(k, _)| wanted(k)) {
+            let text = text.as_str().unwrap();
+            let value: Value = serde_json::from_str(text).unwrap();
+            for key in value.as_object().unwrap().keys() {
+                for other in [
+                    json!(null),
+                    json!(0),
+                    json!(-1),
+                    json!(3),
+                    json!(u64::MAX),
+                    json!([]),
+                    json!([0, 0]),
+                    json!("x"),
+                ] {
+                    let (mut header, mut value) = (header.clone(), value.clone());
+                    value[key] = other.clone();
+                    header["__metadata__"][note] = json!(value.to_string());
+                    let file = f.write("m.safetensors", joined(&Value::Object(header).to_string(), &data));
+                    survives(&file, &format!("{name}: {note}: `{key}` {other}"));
+                }
+            }
+        }
+    }
 }
 
 fn damage(name: &str, mut r: Small) {

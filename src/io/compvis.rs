@@ -64,6 +64,16 @@ pub(crate) struct Names {
     ignored: Vec<String>,
 }
 
+/// Most layers in a row, and greatest width: beyond any model. A configuration may be anybody's.
+const MOST: usize = 256;
+/// As [`MOST`].
+const WIDEST: usize = 1 << 20;
+
+/// A number of a configuration, from 1 to `most`.
+fn within(c: &Config, key: &str, n: usize, most: usize) -> Result<usize> {
+    if (1..=most).contains(&n) { Ok(n) } else { Err(c.error(key, format!("1 to {most}"))) }
+}
+
 /// Parts of a name from the longest on: the whole of it, then without its last word, …, with what was left off.
 fn stems(name: &str) -> impl Iterator<Item = (&str, &str)> {
     let dots = name.rmatch_indices('.').map(|(i, _)| (&name[..i], &name[i..]));
@@ -99,7 +109,8 @@ impl Names {
 
     /// CLIP's names in a file of OpenCLIP's; `width` is the model's.
     pub(crate) fn open_clip(c: &Config) -> Result<Names> {
-        let (width, layers) = (c.usize("hidden_size")?, c.usize("num_hidden_layers")?);
+        let width = within(c, "hidden_size", c.usize("hidden_size")?, WIDEST)?;
+        let layers = within(c, "num_hidden_layers", c.usize("num_hidden_layers")?, MOST)?;
         let mut names =
             Names { prefix: OPEN_CLIP, to: HashMap::new(), from: HashMap::new(), ignored: vec![] };
         let at = |rest: &str| format!("text_model.{rest}");
@@ -180,6 +191,10 @@ impl Names {
         let channels = c.usize_list("block_out_channels")?;
         let n = channels.len();
         let layers = c.per_level_or("layers_per_block", n, 2)?;
+        for layers in &layers {
+            within(c, "layers_per_block", *layers, MOST)?;
+        }
+        within(c, "block_out_channels", n, MOST)?;
         let with = |key: &str| -> Result<Vec<bool>> {
             let blocks = c.str_list(key)?;
             if blocks.len() != n {
@@ -189,11 +204,15 @@ impl Names {
         };
         let (down, up) = (with("down_block_types")?, with("up_block_types")?);
         // One head, where no width is given.
-        let head = match c.has("attention_head_dim") {
-            true => c.get("attention_head_dim").and_then(|v| v.as_u64()).map(|d| d as usize),
-            false if c.keys().any(|k| k == "attention_head_dim") => None,
+        let key = "attention_head_dim";
+        let head = match plain && c.has(key) {
+            true => Some(within(c, key, c.usize(key)?, WIDEST)?),
+            false if c.keys().any(|k| k == key) => None,
             false => Some(8),
         };
+        for width in channels.iter().filter(|_| plain) {
+            within(c, "block_out_channels", *width, WIDEST)?;
+        }
         let attention = |names: &mut Names, ours: &str, theirs: &str, width: usize| {
             if !plain {
                 // What is inside has the same names.
@@ -270,6 +289,11 @@ impl Names {
         ];
         let n = c.usize_list("block_out_channels")?.len();
         let layers = c.usize_or("layers_per_block", 1)?;
+        if layers > MOST || n > MOST {
+            return Err(
+                c.error("layers_per_block", format!("at most {MOST} layers, in at most {MOST} levels"))
+            );
+        }
         let with = |key: &str| -> Result<Vec<bool>> {
             let blocks = c.str_list(key)?;
             if blocks.len() != n {
@@ -327,7 +351,7 @@ impl Names {
         self.add("model.embed_positions", "pos_emb.emb");
         self.add("model.layer_norm", "norm");
         self.add("to_logits", "to_logits");
-        for i in 0..c.usize_or("encoder_layers", 32)? {
+        for i in 0..within(c, "encoder_layers", c.usize_or("encoder_layers", 32)?, MOST)? {
             // Attention and feed-forward network are layers of their own there.
             let own = format!("model.layers.{i}");
             let [first, second] = [2 * i, 2 * i + 1].map(|k| format!("attn_layers.layers.{k}"));
