@@ -324,6 +324,7 @@ fn parameters(a: &Arguments, what: &str, picture: &Picture, sampler: &str, stren
     }
     let model = a.model.as_deref().unwrap_or(Path::new(OWN_MODEL));
     let model = model.file_name().unwrap_or_default().to_string_lossy();
+    let model = model.strip_suffix(".safetensors").unwrap_or(&model);
     let (w, h, version) = (picture.width, picture.height, env!("CARGO_PKG_VERSION"));
     text += &format!(
         "\nSteps: {}, Sampler: {sampler}, CFG scale: {}, Seed: {}, Size: {w}x{h}, Model: {model}",

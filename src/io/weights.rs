@@ -331,6 +331,12 @@ impl Checkpoint {
         }
     }
 
+    /// Gives all of the files' memory back: also what the system mapped around what was read, in pages as large as it likes. It can be read
+    /// again.
+    pub fn release_all(&self) {
+        self.maps.iter().for_each(|map| map.release(0..map.len()));
+    }
+
     /// A tensor's bytes as they are stored, gathered where only some rows of what the file holds are meant.
     ///
     /// # Errors

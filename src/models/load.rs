@@ -232,6 +232,7 @@ impl Source {
                 lock(&made).insert(i, one.map(|t| (name.clone(), t)));
             }
         });
+        self.checkpoint.release_all();
         std::mem::take(&mut *lock(&made)).into_values().collect()
     }
 }

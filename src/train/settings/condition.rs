@@ -159,7 +159,7 @@ fn given(own: &Config, kind: TextKind) -> Result<(Conditioned, usize, String)> {
     let Some((path, tokenizer)) = found.and_then(|p| Some((p.clone(), beside(&p)?))) else {
         return Err(own.error(
             "path",
-            "the folder of a text encoder with its tokenizer in it or beside it, of a pipeline, or of a run",
+            "the folder of a text encoder with its tokenizer in it or beside it, of a pipeline, or of a run (of a single file, ldm convert makes one)",
         ));
     };
     let config = Config::read(path.join("config.json"))?;
