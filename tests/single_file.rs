@@ -11,12 +11,12 @@ mod runs;
 use folder::{Folder, copy, golden, joined, tensors};
 use half::bf16;
 use ldm::exec::Device;
-use ldm::io::{Checkpoint, ModelFolder};
+use ldm::io::{Checkpoint, ModelFolder, Prediction};
 use ldm::models::{Inventory, Model, Source};
 use ldm::pipeline::{Pipeline, Request};
 use ldm::tensor::DType;
 use program::{ldm, refused, text};
-use runs::{diffusion, first_stage};
+use runs::{autoencoder_arguments, diffusion, first_stage};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -109,7 +109,7 @@ fn a_model_goes_to_a_file_and_back() {
 fn an_autoencoder_alone_has_a_file_of_its_own() {
     let f = Folder::new();
     for (name, config) in [("vq4-tiny/vqvae", "VQModel"), ("kl-attn-tiny/vae", "AutoencoderKL")] {
-        let (file, back) = (f.path("one.safetensors"), f.path(config));
+        let (file, back) = (f.path(&format!("{config}.safetensors")), f.path(config));
         convert(&golden(name), &file, &[]);
         let names: Vec<String> = tensors(&file).0.keys().cloned().collect();
         assert!(names.iter().any(|n| n == "decoder.mid.attn_1.q.weight"), "{names:?}");
@@ -221,13 +221,13 @@ fn files_that_are_no_model_are_told_apart() {
         (&[("lora_unet_x.lora_up.weight", &[1])], "a LoRA"),
         (&[("conv_in.weight", &[1])], "one part of a folder"),
         (&[("x", &[1])], "but no `model.diffusion_model.input_blocks.0.0.weight`"),
-        (&[conv, sd1, clip], "without its autoencoder"),
-        (&[conv, sd1, vae], "without its text encoder"),
+        (&[conv, sd1, clip], "without an autoencoder"),
+        (&[conv, sd1, vae], "without a text encoder"),
         (&[conv, small, vae, clip], "a context of width 32 (want 768 or 1024)"),
         (&[conv, vae, clip], "without a context"),
         (&[five, sd1, vae, clip], "takes 5 channels"),
         (&[conv, sd1, vae, open], "a text encoder of another version"),
-        (&[conv, sd2, vae, open], "--prediction v (or eps)"),
+        (&[conv, sd2, vae, open], "--prediction v, or --prediction eps"),
         (
             &[("encoder.conv_in.weight", &[1]), ("decoder.conv_in.weight", &[1])],
             "that is not Stable Diffusion's",
@@ -257,10 +257,121 @@ fn files_that_are_no_model_are_told_apart() {
     let schedule =
         ldm::pipeline::Parts::read(&ModelFolder::open(&path).unwrap()).unwrap().schedule.unwrap().1;
     assert_eq!(schedule.output, ldm::samplers::Output::V);
-    for bad in ["../x", "/x", "a/b/c", "a/../b", "a\\b", "./x", "x/"] {
+    for bad in [
+        "../config.json",
+        "/config.json",
+        "a/b/config.json",
+        "unet/run.py",
+        "unet/diffusion_pytorch_model.safetensors",
+        ".x/config.json",
+        "unet/",
+    ] {
         let path = f.write("m.safetensors", header(&[conv], json!({(format!("ldm.file:{bad}")): "{}"})));
         refused(&f, 1, &["the file is not from ldm", bad], || ldm(&["info", text(&path)]));
     }
+}
+
+/// What says that Stable Diffusion 2 predicts v, or noise: notes of several tools, an empty tensor, the user.
+#[test]
+fn what_a_unet_predicts_is_read_from_whatever_says_it() {
+    use ldm::samplers::Output::{self, Epsilon, V};
+    let f = Folder::new();
+    let attention = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight";
+    let file = |channels: usize, width: usize, more: &[(&str, &[usize])], notes: Value| {
+        let conv = ("model.diffusion_model.input_blocks.0.0.weight", &[1, channels, 1, 1][..]);
+        let key = (attention, &[1, width][..]);
+        let (vae, clip) =
+            ("first_stage_model.encoder.conv_in.weight", "cond_stage_model.transformer.text_model.x");
+        let text = if width == 768 { clip } else { "cond_stage_model.model.ln_final.weight" };
+        let all = [&[conv, key, (vae, &[1][..]), (text, &[1][..])], more].concat();
+        f.write("m.safetensors", header(&all, notes))
+    };
+    let output = |path: &Path, told: Option<Prediction>| -> ldm::Result<Output> {
+        let parts = ldm::pipeline::Parts::read(&ModelFolder::open_as(path, told)?)?;
+        Ok(parts.schedule.unwrap().1.output)
+    };
+    for (notes, want) in [
+        (json!({"modelspec.architecture": "stable-diffusion-v2-768-v"}), V),
+        (json!({"modelspec.architecture": "stable-diffusion-v2-512"}), Epsilon),
+        (json!({"modelspec.predict_key": "v"}), V),
+        (json!({"ss_v_parameterization": "True"}), V),
+        (json!({"ss_v_parameterization": "False"}), Epsilon),
+        (json!({"modelspec.prediction_type": "Epsilon"}), Epsilon),
+    ] {
+        assert_eq!(output(&file(4, 1024, &[], notes.clone()), None).unwrap(), want, "{notes}");
+    }
+    assert_eq!(output(&file(9, 1024, &[], json!({})), None).unwrap(), Epsilon, "there is one such model");
+    assert_eq!(output(&file(4, 768, &[("v_pred", &[0])], json!({})), None).unwrap(), V);
+    // A note that says nothing is none.
+    let strange = json!({"modelspec.prediction_type": "velocity"});
+    assert_eq!(output(&file(4, 768, &[], strange.clone()), None).unwrap(), Epsilon);
+    let path = file(4, 1024, &[], strange);
+    assert!(output(&path, None).unwrap_err().to_string().contains("nothing in it says"));
+    assert_eq!(output(&path, Some(Prediction::V)).unwrap(), V);
+    let o = ldm(&["info", text(&path), "--prediction", "eps"]);
+    assert!(o.out.contains("StableDiffusionPipeline"), "{}", o.err);
+    let zero = file(4, 768, &[("ztsnr", &[0])], json!({}));
+    assert!(output(&zero, None).unwrap_err().to_string().contains("ztsnr"));
+    // A model that says it itself is not overruled.
+    let whole = f.path("whole.safetensors");
+    convert(&golden("sd2-tiny"), &whole, &[]);
+    for model in [&whole, &golden("sd2-tiny")] {
+        refused(&f, 2, &["says itself what its UNet predicts"], || {
+            ldm(&["info", text(model), "--prediction", "v"])
+        });
+    }
+}
+
+/// Names that folders and files of other versions have.
+#[test]
+fn older_and_other_names_are_understood() {
+    let f = Folder::new();
+    // Text encoders with positions among their tensors, and without their outer module.
+    copy(&golden("sd2-tiny"), &f.path("model"));
+    let (weights, ids) = ("model/text_encoder/model.safetensors", "text_model.embeddings.position_ids");
+    f.edit_tensors(weights, |header, data| {
+        let end = data.len();
+        header.insert(ids.into(), json!({"dtype": "I16", "shape": [1, 4], "data_offsets": [end, end + 8]}));
+        data.extend([0u8; 8]);
+    });
+    let file = f.path("a.safetensors");
+    convert(&f.path("model"), &file, &["--dtype", "bf16"]);
+    f.edit_tensors(weights, |header, _| {
+        let names: Vec<String> = header.keys().filter(|k| *k != "__metadata__").cloned().collect();
+        for name in names {
+            let entry = header.remove(&name).unwrap();
+            header.insert(name.strip_prefix("text_model.").unwrap().into(), entry);
+        }
+    });
+    let other = f.path("b.safetensors");
+    convert(&f.path("model"), &other, &["--dtype", "bf16"]);
+    let [(mut a, a_data), (mut b, b_data)] = [&file, &other].map(|p| tensors(p));
+    assert!(a.remove("__metadata__").is_some() && b.remove("__metadata__").is_some());
+    assert!(a == b && a_data == b_data && a.keys().any(|k| k.ends_with(".attn.in_proj_weight")));
+
+    // Attention of an autoencoder with diffusers' words inside the original's names, under the prefix of a whole model, and a counter.
+    let vae = f.path("vae.safetensors");
+    convert(&golden("kl-attn-tiny/vae"), &vae, &[]);
+    f.edit_tensors("vae.safetensors", |header, data| {
+        let names: Vec<String> = header.keys().filter(|k| *k != "__metadata__").cloned().collect();
+        for name in names {
+            let entry = header.remove(&name).unwrap();
+            let mut new = name.clone();
+            for (old, own) in
+                [(".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."), (".proj_out.", ".to_out.0.")]
+            {
+                new = if name.contains("attn") { new.replace(old, own) } else { new };
+            }
+            header.insert(format!("first_stage_model.{new}"), entry);
+        }
+        let end = data.len();
+        header.insert("epoch".into(), json!({"dtype": "I64", "shape": [], "data_offsets": [end, end + 8]}));
+        data.extend([0u8; 8]);
+    });
+    let back = f.path("back");
+    convert(&vae, &back, &[]);
+    let weights = "diffusion_pytorch_model.safetensors";
+    same_tensors(&golden("kl-attn-tiny/vae").join(weights), &back.join(weights));
 }
 
 /// A file of Stable Diffusion as others hand it on: names and shapes as the original code states them, and no notes. Its values are a hole
@@ -309,10 +420,15 @@ fn what_stands_in_the_way_stays() {
     fs::create_dir(f.path("full")).unwrap();
     f.write("full/x", "mine");
     f.write("plain", "mine");
+    f.write("plain.safetensors", "mine");
+    std::os::unix::fs::symlink(f.path("nowhere"), f.path("link")).unwrap();
     let model = f.path("model");
     for (to, code, say) in [
         ("full", 2, "is there already"),
         ("plain", 2, "is there already"),
+        ("plain.safetensors", 2, "is there already"),
+        ("link", 2, "is there already"),
+        ("m.ckpt", 2, "ends in .safetensors"),
         ("none/m.safetensors", 1, "does not exist"),
         ("none/m", 1, "cannot be written"),
     ] {
@@ -361,13 +477,25 @@ fn a_run_exports_one_file_too() {
         &folder.join("vqvae/diffusion_pytorch_model.safetensors"),
         &other.join("export/vqvae/diffusion_pytorch_model.safetensors"),
     );
+    // An autoencoder's own run.
+    let trained = f.path("trained");
+    let args = autoencoder_arguments(&trained, &["steps=2", "export.single_file=true"]);
+    let o = ldm(&args);
+    assert!(o.code == 0, "{}", o.err);
+    let back = f.path("back");
+    convert(&trained.join("export.safetensors"), &back, &[]);
+    let weights = "diffusion_pytorch_model.safetensors";
+    same_tensors(&trained.join("export/vae").join(weights), &back.join(weights));
+    // A run is as good as its export; and other tools are said to need 32 groups.
+    let o = ldm(&["convert", text(&trained), "-o", text(&f.path("again.safetensors"))]);
+    assert!(o.code == 0 && o.out.contains("norm_num_groups 4 (theirs is 32)"), "{}{}", o.out, o.err);
     // Said before the run.
     let never = f.path("never");
     let o = diffusion(&first, &never, &[&own[..], &["model.unet.freq_shift=1"]].concat());
     assert!(o.code == 2 && o.err.contains("model.unet.freq_shift") && !never.exists(), "{}", o.err);
 }
 
-/// A copy whose files the test may change.
+/// Also where a weight lies among others in one tensor.
 #[test]
 fn a_file_with_a_fault_names_its_own_tensor() {
     let f = Folder::new();
@@ -376,7 +504,14 @@ fn a_file_with_a_fault_names_its_own_tensor() {
     f.fill(weights, "mid_block.attentions.0.to_k.weight", f32::NAN);
     let file = f.path("m.safetensors");
     convert(&f.path("model"), &file, &[]);
-    refused(&f, 1, &["model.diffusion_model.middle_block.1.qkv.weight", "finite values"], || {
-        ldm(&["sample", "-m", text(&file), "--device", "cpu", "-o", text(&f.path("o.png"))])
-    });
+    refused(
+        &f,
+        1,
+        &[
+            "model.diffusion_model.middle_block.1.qkv.weight",
+            "finite values",
+            "NaN at [0, 0] of the rows that are `mid_block.attentions.0.to_k.weight`",
+        ],
+        || ldm(&["sample", "-m", text(&file), "--device", "cpu", "-o", text(&f.path("o.png"))]),
+    );
 }

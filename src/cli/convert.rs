@@ -1,7 +1,7 @@
 //! `ldm convert`: a model from a folder to one file, and back.
 
 use super::print;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::exec::human_bytes;
 use crate::io::Prediction;
 use crate::pipeline::convert;
@@ -12,7 +12,7 @@ use std::process::ExitCode;
 /// What is converted, and to what.
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
-    /// A model: a diffusers folder, a file with all of it (.safetensors), or an autoencoder alone as either
+    /// A model: a diffusers folder, a run, a file with all of it (.safetensors), or an autoencoder alone as any of these
     #[arg(value_name = "MODEL")]
     model: PathBuf,
     /// Where to write: a file that ends in .safetensors, in CompVis's names; else a new folder, in diffusers'
@@ -28,10 +28,17 @@ pub(super) struct Arguments {
 
 pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     let dtype = a.dtype.as_deref().map(str::parse).transpose()?;
+    if a.output.is_file() {
+        let why = "is there already: want a new file";
+        return Err(Error::invalid(format!("{}: {why}", a.output.display())));
+    }
     let done = convert(&a.model, &a.output, dtype, a.prediction)?;
     let mut text = format!("{}: {} tensors, {}\n", a.output.display(), done.tensors, human_bytes(done.bytes));
     for (name, class) in done.left_out {
         text += &format!("left out: {name} ({class}), which nothing here runs\n");
+    }
+    for why in done.own {
+        text += &format!("other tools will not read it: {why}\n");
     }
     print(&text)?;
     Ok(ExitCode::SUCCESS)

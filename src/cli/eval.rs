@@ -52,8 +52,8 @@ struct Reconstruction {
     /// The other picture, or a folder with pictures of the same names (extensions may differ)
     #[arg(value_name = "B", required_unless_present = "model")]
     second: Option<PathBuf>,
-    /// In place of B: A as this autoencoder gives it back (a run of `ldm train autoencoder`, a diffusers folder, or its vae)
-    #[arg(short, long, value_name = "FOLDER", conflicts_with = "second")]
+    /// In place of B: A as this autoencoder gives it back (a run of `ldm train autoencoder`, a diffusers folder, its vae, or a single file)
+    #[arg(short, long, value_name = "MODEL", conflicts_with = "second")]
     model: Option<PathBuf>,
     /// Measure LPIPS too, with these weights: a safetensors file with torchvision's VGG16 and the heads of the lpips package
     #[arg(long, value_name = "FILE")]

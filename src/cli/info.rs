@@ -4,7 +4,7 @@ use super::{SizeFlags, print};
 use crate::error::Result;
 use crate::exec::{Device, human_bytes};
 use crate::graph::Target;
-use crate::io::ModelFolder;
+use crate::io::{ModelFolder, Prediction};
 use crate::models::{AnyModel, CLASSES, Inventory};
 use crate::pipeline::{Blueprint, Request, Residency};
 use crate::samplers::Choice;
@@ -19,6 +19,9 @@ pub(super) struct Arguments {
     /// A checkpoint: a diffusers folder (with model_index.json), or one .safetensors file with a whole model
     #[arg(value_name = "MODEL")]
     model: PathBuf,
+    /// What the UNet predicts, as in `ldm sample`
+    #[arg(long, value_name = "WHAT")]
+    prediction: Option<Prediction>,
     #[command(flatten)]
     size: SizeFlags,
     /// Pictures that are made together
@@ -47,7 +50,7 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(a: Arguments) -> Result<ExitCode> {
-    let folder = ModelFolder::open(&a.model)?;
+    let folder = ModelFolder::open_as(&a.model, a.prediction)?;
     let dtype: DType = a.dtype.parse()?;
     let mut text = format!("{}: {}\n\n", folder.path().display(), folder.class());
     text += &format!(

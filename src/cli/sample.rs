@@ -4,7 +4,7 @@ use super::progress::Progress;
 use super::{DeviceFlags, SizeFlags, check_output, print};
 use crate::error::{Error, Result};
 use crate::exec::{Device, peak};
-use crate::io::{ModelFolder, atomic, picture, png};
+use crate::io::{ModelFolder, Prediction, atomic, picture, png};
 use crate::models::Conditioner;
 use crate::pipeline::{Beside, Blueprint, Init, Mask, Picture, Pipeline, Request, Residency};
 use crate::rng::fresh_seed;
@@ -24,9 +24,13 @@ const TOGETHER: usize = 8;
 /// Flags are those of stable-diffusion.cpp and diffusers.
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
-    /// A checkpoint: a diffusers folder (with model_index.json), or one .safetensors file with a whole model [default: assets/shapes-64, a small model of the shapes world]
+    /// A checkpoint: a diffusers folder (with model_index.json), or one .safetensors file with a whole model
+    /// [default: assets/shapes-64, a small model of the shapes world]
     #[arg(short, long, value_name = "MODEL")]
     model: Option<PathBuf>,
+    /// What the UNet predicts, for a file of Stable Diffusion 2 that does not say: eps (512 pixels) or v (768)
+    #[arg(long, value_name = "WHAT")]
+    prediction: Option<Prediction>,
     /// What the picture shows; models without a condition take none
     #[arg(short, long, value_name = "TEXT")]
     prompt: Option<String>,
@@ -186,7 +190,7 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     let dtype = a.device.dtype()?;
     let device = a.device.open()?;
     // Before any work: can the model do this, is there memory for it, and can the result be written?
-    let folder = ModelFolder::open(a.model()?)?;
+    let folder = ModelFolder::open_as(a.model()?, a.prediction)?;
     let blueprint = Blueprint::read(&folder)?;
     blueprint.check_words(&request)?;
     blueprint.check_pictures(&request)?;
@@ -247,7 +251,7 @@ fn from_file(a: &Arguments, list: &Path, seed: u64) -> Result<ExitCode> {
     }
     let dtype = a.device.dtype()?;
     let device = a.device.open()?;
-    let folder = ModelFolder::open(a.model()?)?;
+    let folder = ModelFolder::open_as(a.model()?, a.prediction)?;
     let blueprint = Blueprint::read(&folder)?;
     for (i, words) in lines.iter().zip(&prompts) {
         let wrong = |e: Error| invalid(list, format!("line {}: {e}", i + 1));

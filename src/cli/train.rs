@@ -47,7 +47,7 @@ struct Flags {
     #[arg(long, alias = "resolution", value_name = "PIXELS")]
     size: Option<usize>,
     /// The trained autoencoder of a diffusion model [first_stage.path]
-    #[arg(long, alias = "vae", value_name = "FOLDER")]
+    #[arg(long, alias = "vae", value_name = "MODEL")]
     first_stage: Option<String>,
     /// Length of the run [steps]
     #[arg(long, alias = "max-train-steps", value_name = "N")]

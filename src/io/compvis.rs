@@ -81,14 +81,14 @@ fn stems(name: &str) -> impl Iterator<Item = (&str, &str)> {
 }
 
 impl Names {
-    /// The names of a part of this class. `alone`: in a file that holds an autoencoder and nothing else, which has no prefix.
+    /// The names of a part of this class. `bare`: an autoencoder's without their prefix, as in a file with nothing else.
     ///
     /// # Errors
     /// [`Error::Config`] for a model that the original code cannot express, [`Error::Invalid`] for a class that it does not know.
-    pub(crate) fn of(class: &str, c: &Config, alone: bool) -> Result<Names> {
+    pub(crate) fn of(class: &str, c: &Config, bare: bool) -> Result<Names> {
         let prefix = match class {
             "UNet2DConditionModel" | "UNet2DModel" => UNET,
-            "AutoencoderKL" | "VQModel" if alone => "",
+            "AutoencoderKL" | "VQModel" if bare => "",
             "AutoencoderKL" | "VQModel" => FIRST_STAGE,
             "CLIPTextModel" | "LDMBertModel" => "cond_stage_model.transformer.",
             "ClassEmbedder" => CONDITION,
@@ -107,7 +107,10 @@ impl Names {
         Ok(names)
     }
 
-    /// CLIP's names in a file of OpenCLIP's; `width` is the model's.
+    /// CLIP's names in a file of OpenCLIP's.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a width or a number of layers that no model has.
     pub(crate) fn open_clip(c: &Config) -> Result<Names> {
         let width = within(c, "hidden_size", c.usize("hidden_size")?, WIDEST)?;
         let layers = within(c, "num_hidden_layers", c.usize("num_hidden_layers")?, MOST)?;
@@ -143,6 +146,13 @@ impl Names {
             "logit_scale".into(),
             "attn_mask".into(),
         ];
+        // Folders whose text encoder was saved without the outer module.
+        let outer = names
+            .to
+            .iter()
+            .filter_map(|(ours, to)| Some((ours.strip_prefix("text_model.")?.to_string(), to.clone())));
+        let bare: Vec<_> = outer.collect();
+        names.to.extend(bare);
         Ok(names)
     }
 
@@ -161,11 +171,15 @@ impl Names {
         }
     }
 
-    /// Attention of pixels to each other, with diffusers' older names of it.
-    fn attention(&mut self, ours: &str, words: [(&str, &str, Form); 4]) {
+    /// Attention of pixels to each other, with diffusers' older names of it; and files that were made of a folder with a few of its
+    /// names left standing.
+    fn attention(&mut self, ours: &str, theirs: &str, words: [(&str, &str, Form); 4]) {
         for ((new, their, form), old) in words.into_iter().zip(["query", "key", "value", "proj_attn"]) {
-            self.put(format!("{ours}.{new}"), their.into(), form);
-            self.to.insert(format!("{ours}.{old}"), (their.into(), form));
+            self.put(format!("{ours}.{new}"), format!("{theirs}.{their}"), form);
+            self.to.insert(format!("{ours}.{old}"), (format!("{theirs}.{their}"), form));
+            if form.rows.is_none() {
+                self.from.insert(format!("{theirs}.{new}"), vec![(format!("{ours}.{new}"), form)]);
+            }
         }
     }
 
@@ -219,18 +233,18 @@ impl Names {
                 return names.add(ours, theirs);
             }
             names.add(&format!("{ours}.group_norm"), &format!("{theirs}.norm"));
-            let (qkv, out) = (format!("{theirs}.qkv"), format!("{theirs}.proj_out"));
             // A head's queries, keys and values lie together.
             let third =
                 |part| Form { ones: Some(1), rows: Some(Rows { part, of: 3, head: head.unwrap_or(width) }) };
             let last = Form { ones: Some(1), rows: None };
             names.attention(
                 ours,
+                theirs,
                 [
-                    ("to_q", &qkv, third(0)),
-                    ("to_k", &qkv, third(1)),
-                    ("to_v", &qkv, third(2)),
-                    ("to_out.0", &out, last),
+                    ("to_q", "qkv", third(0)),
+                    ("to_k", "qkv", third(1)),
+                    ("to_v", "qkv", third(2)),
+                    ("to_out.0", "proj_out", last),
                 ],
             );
         };
@@ -305,11 +319,8 @@ impl Names {
         let attention = |names: &mut Names, ours: &str, theirs: &str| {
             names.add(&format!("{ours}.group_norm"), &format!("{theirs}.norm"));
             let pixel = Form { ones: Some(2), rows: None };
-            let [q, k, v, out] = ["q", "k", "v", "proj_out"].map(|word| format!("{theirs}.{word}"));
-            names.attention(
-                ours,
-                [("to_q", &q, pixel), ("to_k", &k, pixel), ("to_v", &v, pixel), ("to_out.0", &out, pixel)],
-            );
+            let words = [("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")];
+            names.attention(ours, theirs, words.map(|(own, their)| (own, their, pixel)));
         };
         for (side, blocks, their, kinds, resample) in [
             ("encoder", "down_blocks", "down", &down, ("downsamplers.0", "downsample")),
@@ -373,6 +384,9 @@ impl Names {
 
     fn clip(&mut self) {
         self.add("text_model", "text_model");
+        // What CLIP compares texts and pictures with.
+        self.ignored =
+            ["vision_model.", "text_projection", "visual_projection", "logit_scale"].map(String::from).into();
         // Saved without the outer module, in a folder or in a file.
         for name in ["embeddings", "encoder", "final_layer_norm"] {
             self.to.insert(name.into(), (format!("text_model.{name}"), SAME));
@@ -394,7 +408,10 @@ impl Names {
     /// is unknown keeps its name, so that it is noticed.
     pub(crate) fn ours(&self, theirs: &str, entry: &Entry) -> Vec<Alias> {
         let Some(name) = theirs.strip_prefix(self.prefix) else { return vec![] };
-        if self.ignored.iter().any(|word| name.starts_with(word)) {
+        // Positions are numbers from 0 on; and beside a bare autoencoder may stand where its training was (`epoch`).
+        let counts =
+            name.ends_with("embeddings.position_ids") || self.prefix.is_empty() && !name.contains('.');
+        if counts || self.ignored.iter().any(|word| name.starts_with(word)) {
             return vec![];
         }
         let Some((found, rest)) = stems(name).find_map(|(stem, rest)| Some((self.from.get(stem)?, rest)))

@@ -54,8 +54,15 @@ impl ModelFolder {
             true => Texts::held(path, Arc::new(single_file::texts(path, prediction)?)),
             false => Texts::folder(path),
         };
+        if !single && prediction.is_some() && texts.has("model_index.json") {
+            return Err(single_file::said_already(path));
+        }
         if !texts.has("model_index.json") {
-            return Err(Error::invalid(format!("{}: {}", path.display(), what_it_is(path))));
+            let what = match single && texts.has("config.json") {
+                true => format!("{WANT}; got a file with an autoencoder alone"),
+                false => what_it_is(path),
+            };
+            return Err(Error::invalid(format!("{}: {what}", path.display())));
         }
         let index = texts.config("model_index.json")?;
         let class = index.str("_class_name")?.to_owned();
@@ -159,7 +166,7 @@ impl ModelFolder {
             true => Names::open_clip(&config)?,
             false => Names::of(&component.class, &config, false)?,
         };
-        file.renamed(|tensor, entry| names.ours(tensor, entry))
+        file.renamed(names)
     }
 
     /// The tokenizer of a component.
@@ -171,12 +178,15 @@ impl ModelFolder {
     }
 }
 
+const WANT: &str =
+    "want a folder with model_index.json, as diffusers saves it, or one file with a whole model";
+
 /// Why a path is not a model folder, and what to give instead.
 fn what_it_is(path: &Path) -> String {
     let has = |name: &str| path.join(name).is_file();
-    let want = "want a folder with model_index.json, as diffusers saves it, or one file with a whole model";
+    let want = WANT;
     if path.is_file() {
-        return format!("{want}; got a file with an autoencoder alone");
+        return format!("{want}; got a file of ldm's without model_index.json in its notes");
     }
     if !path.is_dir() {
         return format!(
@@ -237,11 +247,11 @@ mod tests {
     #[test]
     fn what_is_not_a_model_folder_is_explained() {
         let dir = Scratch::new("folder");
-        let single = dir.file("model.safetensors", "x");
+        let broken = dir.file("model.safetensors", "x");
+        assert!(text(ModelFolder::open(broken)).contains("not a whole safetensors file"));
         dir.file("unet/config.json", "{}");
         dir.file("cache/snapshots/abc/model_index.json", INDEX);
         for (path, say) in [
-            (single, "got a single file"),
             (dir.path().join("none"), "nothing at this path"),
             (dir.path().join("unet"), "give the folder above it"),
             (dir.path().join("cache"), "snapshots/"),

@@ -1,6 +1,7 @@
 //! Checkpoints in safetensors form: one file, or a folder of a diffusers or transformers component, in one piece or in
 //! shards. Weights stay in the file until they are read, one tensor at a time, and their pages can be given back.
 
+use super::compvis::Names;
 use super::config::Config;
 use super::mmap::Map;
 use super::words::distance;
@@ -11,6 +12,7 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 pub use super::convert::Order;
 /// Element type of a tensor in a file.
@@ -55,6 +57,8 @@ pub struct Checkpoint {
     maps: Vec<Map>,
     tensors: BTreeMap<String, Place>,
     metadata: HashMap<String, String>,
+    /// What the file calls tensors, where these have other names here.
+    names: Option<Arc<Names>>,
 }
 
 #[derive(Debug)]
@@ -117,6 +121,7 @@ impl Checkpoint {
             maps: vec![],
             tensors: BTreeMap::new(),
             metadata: HashMap::new(),
+            names: None,
         };
         if name.ends_with(".json") && name.contains(".index.") {
             checkpoint.add_shards(&file)?;
@@ -137,6 +142,8 @@ impl Checkpoint {
             }
         }
         self.metadata.extend(header.metadata);
+        // The header has been read.
+        map.release(0..map.len());
         self.maps.push(map);
         Ok(())
     }
@@ -180,15 +187,15 @@ impl Checkpoint {
         }
     }
 
-    /// The same tensors as `view` calls them: any number of names for one, and those without a name are left out. An alias
-    /// has as many elements as it has rows of the stored tensor.
+    /// The tensors of a part of a single file by diffusers' names: several in place of one where these lie in it, none for what is no weight.
+    /// The file's notes have been read and are not kept.
     ///
     /// # Errors
     /// [`Error::Tensor`] when two tensors get one name, or a tensor's rows cannot be shared out.
-    pub(crate) fn renamed(self, view: impl Fn(&str, &Entry) -> Vec<Alias>) -> Result<Checkpoint> {
+    pub(crate) fn renamed(self, names: Names) -> Result<Checkpoint> {
         let mut tensors: BTreeMap<String, Place> = BTreeMap::new();
         for (stored, place) in &self.tensors {
-            for Alias { name, shape, rows } in view(stored, &place.entry) {
+            for Alias { name, shape, rows } in names.ours(stored, &place.entry) {
                 let entry = Entry { dtype: place.entry.dtype, shape };
                 let parts = rows.map_or(1, |r| r.of);
                 let turns = rows.map_or(1, |r| r.of * r.head.max(1));
@@ -206,7 +213,7 @@ impl Checkpoint {
                 }
             }
         }
-        Ok(Checkpoint { tensors, ..self })
+        Ok(Checkpoint { tensors, metadata: HashMap::new(), names: Some(Arc::new(names)), ..self })
     }
 
     /// What was opened.
@@ -232,6 +239,13 @@ impl Checkpoint {
     /// Type and axes of a tensor, if it is there.
     pub fn entry(&self, name: &str) -> Option<&Entry> {
         self.tensors.get(name).map(|p| &p.entry)
+    }
+
+    /// What the file calls a tensor, whether it is there or not.
+    pub fn stored_name(&self, name: &str) -> String {
+        let there = self.tensors.get(name).and_then(|p| p.stored.clone());
+        let named = || self.names.as_ref()?.theirs(name).map(|theirs| theirs.name);
+        there.or_else(named).unwrap_or_else(|| name.into())
     }
 
     /// The file that holds a tensor; what was opened, if none does.
@@ -277,7 +291,8 @@ impl Checkpoint {
 
     /// Whether a tensor holds whole numbers.
     pub fn is_integer(&self, name: &str) -> bool {
-        let whole = [StoredType::I64, StoredType::I32, StoredType::U8, StoredType::BOOL];
+        use StoredType::{BOOL, I8, I16, I32, I64, U8, U16, U32, U64};
+        let whole = [I64, I32, I16, I8, U64, U32, U16, U8, BOOL];
         self.entry(name).is_some_and(|e| whole.contains(&e.dtype))
     }
 
@@ -360,8 +375,10 @@ impl Checkpoint {
     }
 
     fn fault(&self, name: &str, fault: convert::Fault) -> Error {
-        let stored = self.tensors.get(name).and_then(|p| p.stored.as_deref());
-        wrong(self.file(name), stored.unwrap_or(name), fault.want, fault.got)
+        let part = self.tensors.get(name).is_some_and(|p| p.rows.is_some());
+        // Its rows lie among others: their numbers are those of the part.
+        let of = if part { format!(" of the rows that are `{name}`") } else { String::new() };
+        wrong(self.file(name), &self.stored_name(name), fault.want, format!("{}{of}", fault.got))
     }
 }
 
@@ -444,11 +461,28 @@ pub(crate) fn stored(dtype: DType) -> StoredType {
     }
 }
 
+/// Bytes to be written.
+pub(crate) enum Bytes<'a> {
+    Stored(Cow<'a, [u8]>),
+    Tensor(HostTensor),
+}
+
+impl AsRef<[u8]> for Bytes<'_> {
+    fn as_ref(&self) -> &[u8] {
+        match self {
+            Bytes::Stored(bytes) => bytes,
+            Bytes::Tensor(tensor) => tensor.bytes(),
+        }
+    }
+}
+
 /// A tensor to be written, whose bytes are made when their turn comes.
 pub(crate) struct Piece<'a> {
     pub(crate) name: String,
     pub(crate) entry: Entry,
-    pub(crate) bytes: Box<dyn Fn() -> Result<Cow<'a, [u8]>> + 'a>,
+    pub(crate) bytes: Box<dyn Fn() -> Result<Bytes<'a>> + 'a>,
+    /// After they have been written.
+    pub(crate) done: Box<dyn Fn() + 'a>,
 }
 
 /// Writes a safetensors file, atomically. The same tensors give the same bytes: wider types first, then by name.
@@ -463,7 +497,8 @@ pub fn save(
     let pieces = tensors.iter().map(|(name, t)| Piece {
         name: name.clone(),
         entry: Entry { dtype: stored(t.spec().dtype), shape: t.shape().to_vec() },
-        bytes: Box::new(|| Ok(Cow::Borrowed(t.bytes()))),
+        bytes: Box::new(|| Ok(Bytes::Stored(Cow::Borrowed(t.bytes())))),
+        done: Box::new(|| ()),
     });
     write(path, pieces.collect(), metadata)
 }
@@ -504,7 +539,12 @@ pub(crate) fn write(
         w.write_all(&(text.len() as u64).to_le_bytes())?;
         w.write_all(text.as_bytes())?;
         order.iter().try_for_each(|piece| match (piece.bytes)() {
-            Ok(bytes) => w.write_all(&bytes),
+            Ok(bytes) => {
+                let written = w.write_all(bytes.as_ref());
+                drop(bytes);
+                (piece.done)();
+                written
+            }
             Err(e) => {
                 fault = Some(e);
                 Err(std::io::Error::other("a tensor cannot be read"))

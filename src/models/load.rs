@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Layout};
 use crate::io::weights::Tensor;
-use crate::io::{Checkpoint, Order};
+use crate::io::{Checkpoint, Order, StoredType};
 use crate::tensor::{DType, Spec};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -68,7 +68,7 @@ fn aliases(name: &str) -> Vec<String> {
 
 /// Tensors that files carry and no model reads: constants that older versions stored, and the logits of `LDMBertModel`, which
 /// nothing ever asks for.
-fn is_unused(name: &str) -> bool {
+pub(crate) fn is_unused(name: &str) -> bool {
     name.ends_with("embeddings.position_ids") || name.starts_with("to_logits.")
 }
 
@@ -132,6 +132,9 @@ impl Weight<'_> {
     }
 }
 
+/// Types that weights are read from.
+const READABLE: [StoredType; 4] = [StoredType::F32, StoredType::F16, StoredType::BF16, StoredType::F64];
+
 /// Bytes that one thread checks at a time.
 const PART: usize = 1 << 20;
 
@@ -175,18 +178,20 @@ impl Source {
             else {
                 return Err(Error::Tensor {
                     file: checkpoint.path().into(),
-                    name: name.clone(),
+                    name: checkpoint.stored_name(name),
                     want: want(),
                     got: "no such tensor; the file is incomplete or belongs to another model".into(),
                 });
             };
+            let wrong = |want, got| {
+                let (file, name) = (checkpoint.file(&source).into(), checkpoint.stored_name(&source));
+                Err(Error::Tensor { file, name, want, got })
+            };
             if !shapes.contains(&entry.shape) {
-                return Err(Error::Tensor {
-                    file: checkpoint.file(&source).into(),
-                    name: source,
-                    want: want(),
-                    got: format!("({})", commas(&entry.shape)),
-                });
+                return wrong(want(), format!("({})", commas(&entry.shape)));
+            }
+            if !READABLE.contains(&entry.dtype) {
+                return wrong("F32, F16, BF16 or F64".into(), entry.dtype.to_string());
             }
             used.insert(source.clone());
             found.push(Found { name: name.clone(), source, spec, layout });
@@ -196,8 +201,8 @@ impl Source {
             return Err(Error::Tensor {
                 file: checkpoint.file(surplus).into(),
                 name: surplus.into(),
-                want: "no tensor of this name, by the model's config.json".into(),
-                got: format!("({shape}); the configuration belongs to another model"),
+                want: "no tensor of this name, by the model's configuration".into(),
+                got: format!("({shape}); file or configuration belong to another model"),
             });
         }
         Ok(Source { checkpoint, found })

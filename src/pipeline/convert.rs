@@ -3,32 +3,20 @@
 use super::blueprint::scheduler;
 use crate::error::{Error, Result};
 use crate::io::compvis::{Names, Theirs};
-use crate::io::single_file::{self, NOTE};
+use crate::io::single_file::{self, NOTE, SMALL, pretty};
 use crate::io::texts::Texts;
-use crate::io::weights::{self, Piece};
+use crate::io::weights::{self, Bytes, Piece};
 use crate::io::{Checkpoint, Config, Entry, ModelFolder, Prediction, StoredType, atomic};
+use crate::models::load::is_unused;
 use crate::models::{AnyModel, Inventory, Source};
 use crate::samplers::{Output, ScheduleConfig};
 use crate::tensor::DType;
-use serde_json::{Value, json};
+use serde_json::json;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-/// The small files of a component, as diffusers and transformers call them.
-const SMALL: [&str; 9] = [
-    "config.json",
-    "scheduler_config.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-];
 
 /// What a conversion wrote.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -39,6 +27,8 @@ pub struct Converted {
     pub bytes: usize,
     /// Parts of the pipeline that are not in it, with their classes.
     pub left_out: Vec<(String, String)>,
+    /// Of a file: why other tools, which build the models of the original code, will not read it.
+    pub own: Vec<String>,
 }
 
 /// Writes the model in `from` to `to`: to one file, if that is called `….safetensors`, else to a folder of diffusers. `from` is either
@@ -46,7 +36,7 @@ pub struct Converted {
 /// `prediction` is for files that do not say what their UNet predicts.
 ///
 /// The file has the names of the original code (CompVis), and in its notes the small files of the folder, so that nothing is lost. It is
-/// written to a temporary name; so is the folder.
+/// written to a temporary name and replaces what is there; so is the folder, which must be a new one or empty.
 ///
 /// # Errors
 /// When a part is not what its configuration says, or cannot be expressed; when a folder that is not empty is in the way.
@@ -56,13 +46,19 @@ pub fn convert(
     dtype: Option<DType>,
     prediction: Option<Prediction>,
 ) -> Result<Converted> {
+    let ending = to.extension().map(|e| e.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
+    if ["ckpt", "pt", "pth", "bin", "gguf", "safetensor", "onnx"].contains(&&*ending) {
+        let want = "want a name that ends in .safetensors, or that of a folder";
+        return Err(Error::invalid(format!("{}: {want}; got .{ending}", to.display())));
+    }
     let model = Model::read(from, prediction)?;
     let left_out = model.left_out.clone();
-    let (tensors, bytes) = match to.extension().is_some_and(|e| e.eq_ignore_ascii_case("safetensors")) {
-        true => model.to_file(to, dtype)?,
-        false => model.to_folder(to, dtype)?,
-    };
-    Ok(Converted { tensors, bytes, left_out })
+    if ending == "safetensors" {
+        let (tensors, bytes) = model.to_file(to, dtype)?;
+        return Ok(Converted { tensors, bytes, left_out, own: model.own()? });
+    }
+    let (tensors, bytes) = model.to_folder(to, dtype)?;
+    Ok(Converted { tensors, bytes, left_out, own: vec![] })
 }
 
 /// One part with weights.
@@ -94,10 +90,10 @@ impl Part {
         })
     }
 
-    fn bytes(&self, name: &str, dtype: Option<DType>) -> Result<Cow<'_, [u8]>> {
+    fn bytes(&self, name: &str, dtype: Option<DType>) -> Result<Bytes<'_>> {
         match dtype.filter(|_| !self.weights.is_integer(name)) {
-            Some(dtype) => Ok(Cow::Owned(self.weights.read(name, dtype)?.bytes().to_vec())),
-            None => self.weights.bytes(name).map(|(_, bytes)| bytes),
+            Some(dtype) => Ok(Bytes::Tensor(self.weights.read(name, dtype)?)),
+            None => self.weights.bytes(name).map(|(_, bytes)| Bytes::Stored(bytes)),
         }
     }
 
@@ -112,6 +108,9 @@ impl Part {
         let mut all: BTreeMap<String, Vec<(Theirs, String)>> = BTreeMap::new();
         for ours in self.weights.names() {
             let Some(theirs) = names.theirs(ours) else {
+                if is_unused(ours) {
+                    continue;
+                }
                 return Err(self.wrong(
                     ours,
                     "a tensor that a single file has a place for",
@@ -131,9 +130,11 @@ impl Part {
         let (first, (theirs, ours)) = (&entries[0], &together[0]);
         let entry = Entry { dtype: first.dtype, shape: theirs.shape(&first.shape) };
         let name = theirs.name.clone();
+        let all: Vec<String> = together.iter().map(|(_, ours)| ours.clone()).collect();
+        let done = Box::new(move || all.iter().for_each(|ours| self.weights.release(ours)));
         let Some(rows) = theirs.form.rows else {
             let ours = ours.clone();
-            return Ok(Piece { name, entry, bytes: Box::new(move || self.bytes(&ours, dtype)) });
+            return Ok(Piece { name, entry, bytes: Box::new(move || self.bytes(&ours, dtype)), done });
         };
         let count = first.shape.first().copied().unwrap_or(0);
         if together.len() != rows.of || entries.iter().any(|e| e != first) || count % rows.head.max(1) != 0 {
@@ -141,16 +142,17 @@ impl Part {
             return Err(self.wrong(ours, &want, format!("{}, the first {first:?}", entries.len())));
         }
         let run = first.bytes().checked_div(count).unwrap_or(0) * rows.head;
-        let bytes = move || -> Result<Cow<'a, [u8]>> {
+        let bytes = move || -> Result<Bytes<'a>> {
             let parts = together.iter().map(|(_, ours)| self.bytes(ours, dtype));
             let parts = parts.collect::<Result<Vec<_>>>()?;
+            let parts: Vec<&[u8]> = parts.iter().map(Bytes::as_ref).collect();
             let mut whole = Vec::with_capacity(parts.iter().map(|p| p.len()).sum());
             for turn in 0..count / rows.head.max(1) {
                 parts.iter().for_each(|part| whole.extend_from_slice(&part[turn * run..][..run]));
             }
-            Ok(Cow::Owned(whole))
+            Ok(Bytes::Stored(Cow::Owned(whole)))
         };
-        Ok(Piece { name, entry, bytes: Box::new(bytes) })
+        Ok(Piece { name, entry, bytes: Box::new(bytes), done })
     }
 
     fn wrong(&self, name: &str, want: &str, got: String) -> Error {
@@ -170,23 +172,29 @@ struct Model {
 
 impl Model {
     fn read(from: &Path, prediction: Option<Prediction>) -> Result<Model> {
-        let file = from.is_file();
-        let alone = match file {
+        // A run is as good as what it exported.
+        let places = ["", "export", "export/vae"].map(|inner| from.join(inner));
+        let is_there = |p: &&PathBuf| ["model_index.json", "config.json"].iter().any(|f| p.join(f).is_file());
+        let found = places.iter().find(is_there).filter(|_| from.is_dir());
+        let (from, name) = (found.map_or(from, |p| p), "config.json");
+        let alone = match from.is_file() {
             true => single_file::is_autoencoder(&Checkpoint::open(from)?),
-            false => from.join("config.json").is_file() && !from.join("model_index.json").is_file(),
+            false => from.join(name).is_file() && !from.join("model_index.json").is_file(),
         };
         if alone {
-            let name = "config.json";
-            let (texts, open): (Texts, fn(&Path) -> Result<Checkpoint>) = match file {
-                true => {
-                    let held = Arc::new(single_file::texts(from, None)?);
-                    (Texts::held(from, held), single_file::autoencoder_weights)
-                }
-                false => (Texts::folder(from), |from| Checkpoint::open(from)),
+            if prediction.is_some() {
+                return Err(single_file::said_already(from));
+            }
+            let texts = match from.is_file() {
+                true => Texts::held(from, Arc::new(single_file::texts(from, None)?)),
+                false => Texts::folder(from),
             };
             let config = texts.config(name)?;
             let class = config.one_of("_class_name", &["AutoencoderKL", "VQModel"], "AutoencoderKL")?;
-            let part = Part::new("", class, config.clone(), || open(from))?;
+            let part = Part::new("", class, config.clone(), || match from.is_file() {
+                true => single_file::autoencoder_weights(from),
+                false => Checkpoint::open(from),
+            })?;
             let texts = BTreeMap::from([(name.to_string(), texts.text(name)?)]);
             return Ok(Model { parts: vec![part], texts, schedule: None, left_out: vec![] });
         }
@@ -247,14 +255,19 @@ impl Model {
     /// What tools for many models ask a file: <https://github.com/Stability-AI/ModelSpec>.
     fn model_spec(&self, to: &Path) -> Result<Vec<(String, String)>> {
         let title = to.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let unet = self.parts.iter().find(|p| p.name == "unet");
-        let context = unet.map(|p| p.config.opt_usize("cross_attention_dim")).transpose()?.flatten();
+        let unet = self.parts.iter().find(|p| p.name == "unet").map(|p| &p.config);
         let clip = self.parts.iter().any(|p| p.class == "CLIPTextModel");
         let v = self.schedule.as_ref().is_some_and(|s| s.output == Output::V);
-        let kind = match (context, clip, v) {
-            (Some(768), true, _) => "stable-diffusion-v1",
-            (Some(1024), true, true) => "stable-diffusion-v2-768-v",
-            (Some(1024), true, false) => "stable-diffusion-v2-512",
+        let number = |key: &str| unet.and_then(|c| c.get(key)?.as_u64());
+        let size = unet.and_then(|c| c.get("block_out_channels")).filter(|_| clip);
+        let is_sd = size.is_some_and(|size| *size == json!([320, 640, 1280, 1280]));
+        let kind = match (number("cross_attention_dim"), number("in_channels"), v) {
+            _ if !is_sd => "latent-diffusion",
+            (Some(768), Some(9), _) => "stable-diffusion-v1-inpainting",
+            (Some(768), _, _) => "stable-diffusion-v1",
+            (Some(1024), Some(9), _) => "stable-diffusion-v2-inpainting",
+            (Some(1024), _, true) => "stable-diffusion-v2-768-v",
+            (Some(1024), _, false) => "stable-diffusion-v2-512",
             _ => "latent-diffusion",
         };
         let output = self.schedule.as_ref().map(|s| match s.output {
@@ -273,19 +286,50 @@ impl Model {
         Ok(said.collect())
     }
 
+    /// Why only `ldm` will read the file: what names and shapes do not say is fixed in the original code.
+    fn own(&self) -> Result<Vec<String>> {
+        let mut all = vec![];
+        for Part { name, config, .. } in &self.parts {
+            let at = if name.is_empty() { String::new() } else { format!("{name}: ") };
+            for (key, want) in [("norm_num_groups", 32.0), ("norm_eps", 1e-5)] {
+                if let Some(got) = config.opt_f64(key)?.filter(|got| *got != want) {
+                    all.push(format!("{at}{key} {got} (theirs is {want})"));
+                }
+            }
+            for key in ["use_quant_conv", "use_post_quant_conv"] {
+                if config.opt_bool(key)? == Some(false) {
+                    all.push(format!("{at}{key} false (theirs is true)"));
+                }
+            }
+        }
+        Ok(all)
+    }
+
     fn to_folder(&self, to: &Path, dtype: Option<DType>) -> Result<(usize, usize)> {
-        let cannot = |path: &Path, e| Error::file(path, format!("cannot be written: {e}"));
-        if to.is_file() || fs::read_dir(to).is_ok_and(|mut all| all.next().is_some()) {
+        let cannot = |e| Error::file(to, format!("cannot be written: {e}"));
+        let there = fs::symlink_metadata(to);
+        let empty = || fs::read_dir(to).is_ok_and(|mut all| all.next().is_none());
+        if there.is_ok_and(|there| !there.is_dir() || !empty()) {
             let why = "is there already: want a new folder, or a file that ends in .safetensors";
             return Err(Error::invalid(format!("{}: {why}", to.display())));
         }
-        let name =
-            to.file_name().ok_or_else(|| Error::invalid(format!("{}: names no folder", to.display())))?;
-        let begun = to.with_file_name(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id()));
-        fs::create_dir(&begun).map_err(|e| cannot(to, e))?;
+        if to.file_name().is_none() {
+            return Err(Error::invalid(format!("{}: names no folder", to.display())));
+        }
+        // Beside it, so that it can be moved; of a process that was killed there may be one of the same number.
+        let mut tries = 0..1000;
+        let begun = loop {
+            let n = tries.next().unwrap_or_default();
+            let begun = to.with_file_name(format!(".ldm-{}-{n}.tmp", std::process::id()));
+            match fs::create_dir(&begun) {
+                Ok(()) => break begun,
+                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && !tries.is_empty() => {}
+                Err(e) => return Err(cannot(e)),
+            }
+        };
         let written = self.fill(&begun, dtype);
         let moved = written.and_then(|count| {
-            fs::rename(&begun, to).map_err(|e| cannot(to, e))?;
+            fs::rename(&begun, to).map_err(cannot)?;
             Ok(count)
         });
         if moved.is_err() {
@@ -302,7 +346,8 @@ impl Model {
         for part in &self.parts {
             let pieces = part.weights.names().map(|name| {
                 let entry = part.entry(name, dtype)?;
-                Ok(Piece { name: name.into(), entry, bytes: Box::new(move || part.bytes(name, dtype)) })
+                let done = Box::new(move || part.weights.release(name));
+                Ok(Piece { name: name.into(), entry, bytes: Box::new(move || part.bytes(name, dtype)), done })
             });
             let pieces = pieces.collect::<Result<Vec<_>>>()?;
             (tensors, bytes) =
@@ -325,13 +370,10 @@ impl Model {
     }
 }
 
-fn pretty(value: &Value) -> String {
-    serde_json::to_string_pretty(value).unwrap_or_default() + "\n"
-}
-
 fn values<'a>(name: &str, shape: Vec<usize>, values: Vec<f32>) -> Piece<'a> {
-    let bytes = move || Ok(Cow::Owned(bytemuck::cast_slice(&values).to_vec()));
-    Piece { name: name.into(), entry: Entry { dtype: StoredType::F32, shape }, bytes: Box::new(bytes) }
+    let entry = Entry { dtype: StoredType::F32, shape };
+    let bytes = move || Ok(Bytes::Stored(Cow::Owned(bytemuck::cast_slice(&values).to_vec())));
+    Piece { name: name.into(), entry, bytes: Box::new(bytes), done: Box::new(|| ()) }
 }
 
 /// What the original code keeps of the noise schedule beside the weights (Ho et al. 2020, equations 4 and 7), (T) f32 each.

@@ -8,7 +8,7 @@ use crate::models::{Conditioner, Inventory, Model};
 use crate::tensor::DType;
 
 /// The process itself: code, threads, configurations, graphs (measured).
-const PROCESS: usize = 12 << 20;
+const PROCESS: usize = 15 << 20;
 
 /// The memory of one stage of a request.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -153,7 +153,7 @@ impl Blueprint {
             rows: s.copies() * s.batch,
             evaluations,
             // A tokenizer holds each of its words a few times (measured).
-            process: PROCESS + self.condition.vocabulary() * 400,
+            process: PROCESS + self.condition.vocabulary() * 500,
             stages,
         })
     }

@@ -151,20 +151,18 @@ impl ScheduleConfig {
         Ok(if self.rescale_zero_snr { rescale_to_zero_snr(&betas) } else { betas })
     }
 
-    /// [`ScheduleConfig::train_betas`] in float64, as the original code has them (CompVis, `make_beta_schedule`); those that are
-    /// given one by one, or rescaled, are float32 here too.
+    /// [`ScheduleConfig::train_betas`] in float64, as the original code has them (CompVis, `make_beta_schedule`); those of cosine,
+    /// those that are given one by one, and rescaled ones are float32 here too.
     pub(crate) fn train_betas_f64(&self) -> Result<Vec<f64>> {
         let rounded = self.train_betas()?;
         let (n, start, end) = (self.train_steps, self.beta_start, self.beta_end);
+        let exact = self.trained_betas.is_none() && !self.rescale_zero_snr;
         Ok(match self.betas {
-            _ if self.trained_betas.is_some() || self.rescale_zero_snr => {
-                rounded.into_iter().map(f64::from).collect()
-            }
-            BetaSchedule::Linear => linspace(start, end, n),
-            BetaSchedule::ScaledLinear => {
+            BetaSchedule::Linear if exact => linspace(start, end, n),
+            BetaSchedule::ScaledLinear if exact => {
                 linspace(start.sqrt(), end.sqrt(), n).into_iter().map(|b| b * b).collect()
             }
-            BetaSchedule::SquaredCos => rounded.into_iter().map(f64::from).collect(),
+            _ => rounded.into_iter().map(f64::from).collect(),
         })
     }
 

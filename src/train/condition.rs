@@ -128,7 +128,7 @@ impl Condition {
     pub(super) fn memory(&self, batch: usize, target: Target) -> Result<[Load; 2]> {
         // A tokenizer holds each of its words a few times (measured).
         let words = match &self.words {
-            Words::Captions { .. } => self.model.vocabulary() * 400,
+            Words::Captions { .. } => self.model.vocabulary() * 500,
             Words::Classes(_) | Words::Nothing => 0,
         };
         if self.frozen.is_none() {
