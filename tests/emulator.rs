@@ -143,7 +143,10 @@ const CASES: &[Case] = &[
     case("diverged_matrix", 1024, 1, "ldmatrix", permuted),
     case("diverged_mma", 1024, 1, "diverged warp", |x, i| 16.0 * x[i]),
     Case { shared: 65536, ..case("dynamic_size", 1024, 1, "65536 bytes", reversed) },
-    Case { programmatic: true, ..case("reads_before_wait", 1000, 1, "before griddep_wait", |x, i| x[i] + 1.0) },
+    Case {
+        programmatic: true,
+        ..case("reads_before_wait", 1000, 1, "before griddep_wait", |x, i| x[i] + 1.0)
+    },
     Case { programmatic: true, ..case("never_waits", 1000, 1, "has not waited", |x, i| x[i] + 1.0) },
     case("block_order", 1024, 1, "", |x, i| (i % 256..=i).step_by(256).map(|k| x[k]).sum()),
 ];
