@@ -146,7 +146,7 @@ run_overlap() {
                 once "$name" env LDM_CUDA_OVERLAP=$switch bin/ldm bench --preset sd15 --component "$part" -W 512 -H 512 --dtype bf16 \
                     --device cuda --warmup 5 --iterations 50 --json "$out/$name.json"
                 printf '%s: ' "$name"
-                grep -m 1 -E '[0-9] (us|µs|ms|s)\b' "$out/$name.log" || tail -n 3 "$out/$name.log"
+                grep -m 1 '^evaluation' "$out/$name.log" || true
             done
         done
     done

@@ -9,7 +9,7 @@ use crate::kernels::{DevicePtr, Params};
 use cudarc::driver::sys::{self, CUresult};
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::ptr;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// The oldest driver interface whose functions are all called here: CUDA 12.8, driver 570.
 const OLDEST: i32 = 12080;
@@ -140,29 +140,31 @@ pub(super) fn count() -> Result<usize> {
     Ok(usize::try_from(count).unwrap_or(0))
 }
 
-/// A stream, and whether the newest that it was given is a kernel: only behind one may a kernel start early.
+/// A stream, whether the newest that it was given is a kernel, and how many of its kernels may start early: behind one only.
 struct Stream {
     raw: sys::CUstream,
-    after_kernel: Mutex<bool>,
+    state: Mutex<(bool, usize)>,
 }
 
 impl Stream {
-    fn new(raw: sys::CUstream) -> Stream {
-        Stream { raw, after_kernel: Mutex::new(false) }
+    fn state(&self) -> MutexGuard<'_, (bool, usize)> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Gives it anything but a kernel, by `call`. No other thread gives it something meanwhile.
     fn give(&self, call: impl FnOnce(sys::CUstream) -> CUresult) -> CUresult {
-        let mut after_kernel = self.after_kernel.lock().unwrap_or_else(PoisonError::into_inner);
-        *after_kernel = false;
+        let mut state = self.state();
+        state.0 = false;
         call(self.raw)
     }
 
-    /// Gives it a kernel, by `call`, which hears whether there is a kernel right before it.
-    fn give_kernel(&self, call: impl FnOnce(sys::CUstream, bool) -> CUresult) -> CUresult {
-        let mut after_kernel = self.after_kernel.lock().unwrap_or_else(PoisonError::into_inner);
-        let code = call(self.raw, *after_kernel);
-        *after_kernel = code == CUresult::CUDA_SUCCESS;
+    /// Gives it a kernel, by `call`, which hears whether it may start early; it may not unless it `overlaps`.
+    fn give_kernel(&self, overlaps: bool, call: impl FnOnce(sys::CUstream, bool) -> CUresult) -> CUresult {
+        let mut state = self.state();
+        let early = overlaps && state.0;
+        let code = call(self.raw, early);
+        let good = code == CUresult::CUDA_SUCCESS;
+        *state = (good, state.1 + usize::from(early && good));
         code
     }
 }
@@ -189,7 +191,7 @@ impl Context {
         check("cuDeviceGet", unsafe { sys::cuDeviceGet(&mut device, ordinal) })?;
         // SAFETY: `device` is valid; the context is released on drop.
         check("cuDevicePrimaryCtxRetain", unsafe { sys::cuDevicePrimaryCtxRetain(&mut context, device) })?;
-        let mut this = Context { device, context, stream: Stream::new(stream) };
+        let mut this = Context { device, context, stream: Stream { raw: stream, state: Mutex::default() } };
         this.bind()?;
         let flags = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
         // SAFETY: the context is current; the stream is destroyed on drop.
@@ -324,8 +326,8 @@ impl Context {
         // `P` is the twin of its struct: only generated handles name a function, and both compilers have
         // checked the layout. The driver copies the struct and the attribute before it returns. The kernel itself reaches
         // device memory only, and one that overlaps does so behind its first statement, a wait for all that came before.
-        let code = self.stream(on).give_kernel(|stream, after_kernel| unsafe {
-            let mut early = sys::CUlaunchAttribute {
+        let code = self.stream(on).give_kernel(function.overlaps, |stream, early| unsafe {
+            let mut programmatic = sys::CUlaunchAttribute {
                 id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
                 pad: [0; 4],
                 value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
@@ -339,8 +341,8 @@ impl Context {
                 blockDimZ: 1,
                 sharedMemBytes: function.smem,
                 hStream: stream,
-                attrs: &mut early,
-                numAttrs: u32::from(function.overlaps && after_kernel),
+                attrs: &mut programmatic,
+                numAttrs: u32::from(early),
             };
             sys::cuLaunchKernelEx(&config, function.raw, arguments.as_mut_ptr(), ptr::null_mut())
         });
@@ -474,7 +476,8 @@ impl Recording {
         let (mut stream, flags) = (ptr::null_mut(), sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32);
         // SAFETY: the context is current; the stream is destroyed on drop.
         check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut stream, flags) })?;
-        let this = Recording { stream: Stream::new(stream), context: context.clone() };
+        let this =
+            Recording { stream: Stream { raw: stream, state: Mutex::default() }, context: context.clone() };
         // SAFETY: the stream was made above.
         let code = unsafe { sys::cuStreamBeginCapture_v2(stream, OTHERS_MAY) };
         check("cuStreamBeginCapture", code).map(|()| this)
@@ -494,7 +497,8 @@ impl Recording {
         };
         // SAFETY: what is ready to run is a copy.
         let _ = unsafe { sys::cuGraphDestroy(recorded) };
-        made.map(|()| Graph { raw, nodes, context: self.context.clone() })
+        let early = self.stream.state().1;
+        made.map(|()| Graph { raw, nodes, early, context: self.context.clone() })
     }
 }
 
@@ -508,7 +512,10 @@ impl Drop for Recording {
 /// Recorded work, ready to run as often as one likes.
 pub(super) struct Graph {
     raw: sys::CUgraphExec,
-    nodes: usize,
+    /// Kernels and fills in it.
+    pub(super) nodes: usize,
+    /// Those of the kernels that may start before the one before them has ended.
+    pub(super) early: usize,
     context: Arc<Context>,
 }
 
@@ -518,11 +525,6 @@ unsafe impl Send for Graph {}
 unsafe impl Sync for Graph {}
 
 impl Graph {
-    /// Kernels and fills in it.
-    pub(super) fn nodes(&self) -> usize {
-        self.nodes
-    }
-
     /// Runs it after everything that was asked for before.
     pub(super) fn launch(&self) -> std::result::Result<(), Failure> {
         self.context.bind()?;

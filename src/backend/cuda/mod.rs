@@ -438,7 +438,12 @@ pub struct Graph {
 impl Graph {
     /// Kernels and fills in it.
     pub fn nodes(&self) -> usize {
-        self.graph.nodes()
+        self.graph.nodes
+    }
+
+    /// Those of the kernels that may start before the one before them has ended (`LDM_CUDA_OVERLAP=on`).
+    pub fn early(&self) -> usize {
+        self.graph.early
     }
 
     /// Runs it, in order with other work.
