@@ -12,6 +12,7 @@ struct ActivationFwd {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) activation_fwd(const __grid_constant__ ActivationFwd p) {
+    griddep_wait();
     constexpr int N = vec_width<T>;
     const long long i = ((long long)block_x() * BLOCK + thread_x()) * N;
     if (i + N <= p.n) {

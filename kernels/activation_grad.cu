@@ -13,6 +13,7 @@ struct ActivationGrad {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) activation_grad(const __grid_constant__ ActivationGrad p) {
+    griddep_wait();
     constexpr int N = vec_width<T>;
     const long long i = ((long long)block_x() * BLOCK + thread_x()) * N;
     if (i + N <= p.n) {

@@ -26,6 +26,7 @@ struct ActnormFwd {
 
 // Grid: ceil(n / BLOCK); a thread owns one element.
 extern "C" __global__ void __launch_bounds__(BLOCK) actnorm_fwd(const __grid_constant__ ActnormFwd p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const int c = int(i % p.c);
@@ -43,6 +44,7 @@ struct ActnormDx {
 
 // Grid: ceil(n / BLOCK); a thread owns one element.
 extern "C" __global__ void __launch_bounds__(BLOCK) actnorm_dx(const __grid_constant__ ActnormDx p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     store(p.dx + i, from_float<T>(to_float(load(p.scale + int(i % p.c))) * to_float(load(p.dy + i))));
@@ -62,6 +64,7 @@ struct ActnormSmem {
 
 // Grid: (ceil(C / COLUMNS), parts); a block owns COLUMNS channels of a part, each added up by ROWS threads.
 extern "C" __global__ void __launch_bounds__(BLOCK) actnorm_sums(const __grid_constant__ ActnormSums p) {
+    griddep_wait();
     ActnormSmem& s = smem<ActnormSmem>();
     const int lane_c = thread_x() % COLUMNS, r = thread_x() / COLUMNS, c = block_x() * COLUMNS + lane_c;
     const int first = block_y() * p.each, end = first + p.each, last = end < p.rows ? end : p.rows;
@@ -98,6 +101,7 @@ struct ActnormTotal {
 
 // Grid: ceil(C / BLOCK); a thread owns a channel.
 extern "C" __global__ void __launch_bounds__(BLOCK) actnorm_total(const __grid_constant__ ActnormTotal p) {
+    griddep_wait();
     const int c = block_x() * BLOCK + thread_x();
     if (c >= p.c) return;
     float sum = 0.0f, moved = 0.0f;

@@ -12,6 +12,7 @@ struct AddFwd {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) add_fwd(const __grid_constant__ AddFwd p) {
+    griddep_wait();
     constexpr int N = vec_width<T>;
     const long long i = ((long long)block_x() * BLOCK + thread_x()) * N;
     if (i + N <= p.n) {

@@ -44,6 +44,7 @@ struct LogitSmem {
 
 // Grid: at most 1024; block b adds up the costs of elements b · BLOCK + t, + grid · BLOCK, ….
 extern "C" __global__ void __launch_bounds__(BLOCK) logit_loss_fwd(const __grid_constant__ LogitLossFwd p) {
+    griddep_wait();
     LogitSmem& s = smem<LogitSmem>();
     float sum = 0.0f;
     for (long long i = (long long)block_x() * BLOCK + thread_x(); i < p.n; i += (long long)grid_x() * BLOCK) {
@@ -62,6 +63,7 @@ struct LogitLossMean {
 
 // y = the sum of the partial sums / n. Grid: 1.
 extern "C" __global__ void __launch_bounds__(BLOCK) logit_loss_mean(const __grid_constant__ LogitLossMean p) {
+    griddep_wait();
     LogitSmem& s = smem<LogitSmem>();
     float sum = 0.0f;
     for (int i = thread_x(); i < p.count; i += BLOCK) sum += load(p.partial + i);
@@ -79,6 +81,7 @@ struct LogitLossGrad {
 
 // dx = dloss · slope(x) / n. Grid: ceil(n / BLOCK); a thread owns one element.
 extern "C" __global__ void __launch_bounds__(BLOCK) logit_loss_grad(const __grid_constant__ LogitLossGrad p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const float share = load(p.dloss) / float(p.n);
@@ -98,6 +101,7 @@ struct AdaptiveWeightFwd {
 
 // weight = times · min(√likely / (√judged + 1e-4 scale), most); share = factor · weight. Grid: 1; its first thread works.
 extern "C" __global__ void __launch_bounds__(BLOCK) adaptive_weight_fwd(const __grid_constant__ AdaptiveWeightFwd p) {
+    griddep_wait();
     if (thread_x() != 0) return;
     const float below = fma_f(1e-4f, load(p.scale), sqrt_f(load(p.judged)));
     const float quotient = sqrt_f(load(p.likely)) / below;
@@ -115,6 +119,7 @@ struct ScaleFwd {
 
 // y = s · x. Grid: ceil(n / BLOCK); a thread owns one element. y may be x's memory.
 extern "C" __global__ void __launch_bounds__(BLOCK) scale_fwd(const __grid_constant__ ScaleFwd p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i < p.n) store(p.y + i, from_float<T>(load(p.s) * to_float(load(p.x + i))));
 }

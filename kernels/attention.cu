@@ -41,6 +41,7 @@ struct AttentionTile {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 2) attention_fwd(const __grid_constant__ AttentionFwd p) {
+    griddep_wait();
     typedef AttentionTile<D> Tile;
     constexpr int BM = Tile::BM, BN = Tile::BN, LANES = Tile::LANES, OWN = D / LANES;
     Tile::Smem& s = smem<Tile::Smem>();

@@ -99,6 +99,7 @@ DEV float of_queries(float v, bool sum) {
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) attention_f32_fwd(const __grid_constant__ AttentionF32Fwd p) {
+    griddep_wait();
     F32Smem& s = smem_dynamic<F32Smem>();
     const int lane_m = lane() % 2 + lane() / 16 * 2, lane_n = lane() / 2 % 8, head = block_y() * p.d;
     const int t0 = block_x() * BM, own = warp() * (4 * RM) + lane_m;  // of this lane's queries the first, in the block

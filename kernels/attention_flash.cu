@@ -92,6 +92,7 @@ DEV void copy_tile(T* tile, const T* from, int rows, int ld, int d) {
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) attention_flash_fwd(const __grid_constant__ AttentionFlashFwd p) {
+    griddep_wait();
     FlashSmem& s = smem<FlashSmem>();
     const int l = lane(), quad = l % 4, t0 = block_x() * BM, own = warp() * (16 * TILES), head = block_y() * p.d;
     const T* q = p.q + ((long long)block_z() * p.t + t0) * p.ldq + head;

@@ -94,6 +94,7 @@ struct AttentionGradQ {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_grad_q(const __grid_constant__ AttentionGradQ p) {
+    griddep_wait();
     TileSmem& s = smem<TileSmem>();
     const int thread = thread_x(), row = thread / TILE, column = thread % TILE;
     const int part = block_x() % p.parts, own = part * D + column, t0 = block_x() / p.parts * TILE, query = t0 + row;
@@ -195,6 +196,7 @@ struct AttentionGradKv {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_grad_kv(const __grid_constant__ AttentionGradKv p) {
+    griddep_wait();
     TileSmem& s = smem<TileSmem>();
     const int thread = thread_x(), row = thread / TILE, column = thread % TILE;
     const int own = block_x() % p.parts * D + column, s0 = block_x() / p.parts * TILE, key = s0 + row;

@@ -263,6 +263,7 @@ DEV void hide(Scores& sc, int first, int row, int keys, int common, int causal) 
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) attention_long_fwd(const __grid_constant__ AttentionLongFwd p) {
+    griddep_wait();
     LongSmem& s = smem<LongSmem>();
     const int l = lane(), quad = l % 4, t0 = block_x() * BM, own = warp() * (16 * TILES), head = block_y() * p.d;
     const int rows = p.t - t0 < BM ? p.t - t0 : BM;

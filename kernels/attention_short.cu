@@ -107,6 +107,7 @@ DEV void copy_keys(ShortSmem& s, const AttentionShortFwd& p, int head) {
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) attention_short_fwd(const __grid_constant__ AttentionShortFwd p) {
+    griddep_wait();
     ShortSmem& s = smem_dynamic<ShortSmem>();
     const int l = lane(), quad = l % 4, head = block_y() * p.d;
     const int first = block_x() * p.walk * BM, end = first + p.walk * BM < p.t ? first + p.walk * BM : p.t;

@@ -101,6 +101,7 @@ DEV void add_values(float (&o)[D / 16][4], const unsigned (&pf)[4], const T* pie
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_wide_fwd(const __grid_constant__ AttentionWideFwd p) {
+    griddep_wait();
     WideSmem& s = smem_dynamic<WideSmem>();
     const int l = lane(), quad = l % 4, own = warp() % 4 * 16, half = warp() / 4, pair = warp() % 4 * WARP + l;
     const int t0 = block_x() * BM, head = block_y() * p.d;

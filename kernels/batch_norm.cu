@@ -22,6 +22,7 @@ struct BatchNormSmem {
 // Grid: (ceil(C / COLUMNS), parts); a block owns COLUMNS channels of a part: thread t takes channel t % COLUMNS of rows
 // t / COLUMNS, + ROWS, …, as differences from the first of them; behind the one barrier the first COLUMNS threads merge.
 extern "C" __global__ void __launch_bounds__(BLOCK) batch_norm_stats(const __grid_constant__ BatchNormStats p) {
+    griddep_wait();
     BatchNormSmem& s = smem<BatchNormSmem>();
     const int lane_c = thread_x() % COLUMNS, r = thread_x() / COLUMNS, c = block_x() * COLUMNS + lane_c;
     const int first = block_y() * p.each + r, end = block_y() * p.each + p.each;
@@ -58,6 +59,7 @@ struct BatchNormMerge {
 
 // Grid: ceil(C / BLOCK); a thread owns a channel.
 extern "C" __global__ void __launch_bounds__(BLOCK) batch_norm_merge(const __grid_constant__ BatchNormMerge p) {
+    griddep_wait();
     const int c = block_x() * BLOCK + thread_x();
     if (c >= p.c) return;
     Moments m = {0.0f, 0.0f, 0.0f};
@@ -84,6 +86,7 @@ struct BatchNormApply {
 
 // Grid: ceil(n / BLOCK); a thread owns one element.
 extern "C" __global__ void __launch_bounds__(BLOCK) batch_norm_apply(const __grid_constant__ BatchNormApply p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const int c = int(i % p.c);
@@ -100,6 +103,7 @@ struct RunningFwd {
 
 // state += momentum · (factor · value - state). Grid: ceil(n / BLOCK); a thread owns one element.
 extern "C" __global__ void __launch_bounds__(BLOCK) running_fwd(const __grid_constant__ RunningFwd p) {
+    griddep_wait();
     const int i = block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const float state = load(p.state + i);

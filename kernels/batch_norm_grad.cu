@@ -25,6 +25,7 @@ struct BatchNormGradSmem {
 // Grid: (ceil(C / COLUMNS), parts); a block owns COLUMNS channels of a part: thread t takes channel t % COLUMNS of rows
 // t / COLUMNS, + ROWS, …; behind the one barrier the first COLUMNS threads add the ROWS sums in order.
 extern "C" __global__ void __launch_bounds__(BLOCK) batch_norm_grad_sums(const __grid_constant__ BatchNormGradSums p) {
+    griddep_wait();
     BatchNormGradSmem& s = smem<BatchNormGradSmem>();
     const int lane_c = thread_x() % COLUMNS, r = thread_x() / COLUMNS, c = block_x() * COLUMNS + lane_c;
     const int first = block_y() * p.each, end = first + p.each, last = end < p.rows ? end : p.rows;
@@ -60,6 +61,7 @@ struct BatchNormGradTotal {
 
 // Grid: ceil(C / BLOCK); a thread owns a channel.
 extern "C" __global__ void __launch_bounds__(BLOCK) batch_norm_grad_total(const __grid_constant__ BatchNormGradTotal p) {
+    griddep_wait();
     const int c = block_x() * BLOCK + thread_x();
     if (c >= p.c) return;
     float dw = 0.0f, dbias = 0.0f;
@@ -88,6 +90,7 @@ struct BatchNormGradApply {
 
 // Grid: ceil(n / BLOCK); a thread owns one element.
 extern "C" __global__ void __launch_bounds__(BLOCK) batch_norm_grad_apply(const __grid_constant__ BatchNormGradApply p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const int c = int(i % p.c);

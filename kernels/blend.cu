@@ -20,6 +20,7 @@ struct BlendFwd {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) blend_fwd(const __grid_constant__ BlendFwd p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n || load(p.counter + 2) != 0) return;
     const float* row = p.table + (long long)load(p.counter) * COLUMNS;

@@ -12,6 +12,7 @@ struct CastFwd {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) cast_fwd(const __grid_constant__ CastFwd p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i < p.n) store(p.y + i, from_float<U>(to_float(load(p.x + i)) * p.scale));
 }

@@ -12,6 +12,7 @@ struct ConcatFwd {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) concat_fwd(const __grid_constant__ ConcatFwd p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const int len = p.a_len + p.b_len;

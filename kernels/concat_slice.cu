@@ -11,6 +11,7 @@ struct ConcatSlice {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) concat_slice(const __grid_constant__ ConcatSlice p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const long long row = i / p.len;

@@ -47,6 +47,7 @@ DEV Pixel pixel(const Conv2dFwd& p, int m) {
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK) conv2d_fwd(const __grid_constant__ Conv2dFwd p) {
+    griddep_wait();
     ConvSmem& s = smem<ConvSmem>();
     const int thread = thread_x(), m0 = block_x() * BM, o0 = block_y() * BN;
     const int k_total = p.kh * p.kw * p.c, up = p.upsample ? 1 : 0;

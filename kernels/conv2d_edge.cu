@@ -132,6 +132,7 @@ DEV void write_stats(const Conv2dEdge& p, EdgeSmem& s, int tile, int n0) {
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) conv2d_edge(const __grid_constant__ Conv2dEdge p) {
+    griddep_wait();
     EdgeSmem& s = smem<EdgeSmem>();
     const int l = lane(), quad = l % 4, warp_m = warp() / 2, warp_n = warp() % 2, n0 = block_y() * BN;
     const int first = block_x() * p.walk * BM, end = first + p.walk * BM < p.m ? first + p.walk * BM : p.m;

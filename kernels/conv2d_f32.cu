@@ -263,6 +263,7 @@ DEV void finish(const Conv2dF32& p, Vec<float, 4> v, int m, int n) {
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 512 / BLOCK) conv2d_f32(const __grid_constant__ Conv2dF32 p) {
+    griddep_wait();
     FloatRing& s = smem_dynamic<FloatRing>();
     const int m0 = block_x() * BM, n0 = block_y() * BN;
     const int n = n0 + column(thread_x() / 4);  // first row of w that this thread copies

@@ -469,6 +469,7 @@ DEV void write_stats(const Conv2dMma& p, const T* tile, int m0, int n0) {
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 256 / BLOCK) conv2d_mma(const __grid_constant__ Conv2dMma p) {
+    griddep_wait();
     ConvShared& s = smem_dynamic<ConvShared>();
     const int m0 = block_x() * BM, n0 = block_y() * BN;
     const int warp_m = warp() / WARPS_N, warp_n = warp() % WARPS_N;

@@ -18,6 +18,7 @@ struct TransposeSmem {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) conv2d_transpose(const __grid_constant__ Conv2dTranspose p) {
+    griddep_wait();
     TransposeSmem& s = smem<TransposeSmem>();
     const int column = thread_x() % TILE, first = thread_x() / TILE, window = block_z();
     const int i0 = block_x() * TILE, o0 = block_y() * TILE;

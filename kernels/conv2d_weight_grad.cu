@@ -31,6 +31,7 @@ struct WeightGradSmem {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) conv2d_weight_grad(const __grid_constant__ Conv2dWeightGrad p) {
+    griddep_wait();
     WeightGradSmem& s = smem<WeightGradSmem>();
     const int thread = thread_x(), k0 = block_x() * BN, o0 = block_y() * BM;
     const int k_total = p.kh * p.kw * p.c, up = p.upsample ? 1 : 0;

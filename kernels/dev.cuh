@@ -1,6 +1,9 @@
 // What a kernel may use: types, memory accesses, barriers, shuffles, reductions, asynchronous copies, matrices, mathematics.
 // The only include of a kernel. Every primitive has two halves: one for nvcc (dev_gpu.cuh, the only place with inline PTX),
 // and a host twin that calls the emulator of tests/emulator (dev_emu.cuh). A kernel that keeps to these runs on both.
+//
+// The first statement of every kernel is `griddep_wait();`: a kernel may be launched so that its blocks are placed while the one
+// before it still ends, and nothing in global memory is read or written before that one, and so all before it, are over.
 #pragma once
 
 #ifdef __CUDACC__

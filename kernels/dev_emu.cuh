@@ -29,6 +29,7 @@ void ldm_emu_ldmatrix(unsigned* r, const void* row, int count, int trans, int li
 void ldm_emu_mma(float* d, const unsigned* a, const unsigned* b, int bfloat, int line);
 void ldm_emu_fence(int line);
 void ldm_emu_atomic(int done);
+void ldm_emu_griddep_wait();
 }
 #pragma GCC visibility pop
 // What `ldm_emu_warp` and `ldm_emu_block` are asked for.
@@ -46,6 +47,8 @@ DEV unsigned grid_z() { return ldm_thread.grid[2]; }
 DEV unsigned block_dim_x() { return ldm_thread.block_dim; }
 DEV unsigned lane() { return ldm_thread.lane; }
 DEV unsigned warp() { return ldm_thread.warp; }
+
+DEV void griddep_wait() { ldm_emu_griddep_wait(); }
 
 DEV unsigned float_bits(float x) {
     unsigned b;

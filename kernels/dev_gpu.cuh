@@ -12,6 +12,14 @@ DEV unsigned block_dim_x() { return blockDim.x; }
 DEV unsigned lane() { return threadIdx.x & 31u; }
 DEV unsigned warp() { return threadIdx.x >> 5; }
 
+// Waits until the kernels before this one in its stream have ended and what they wrote is seen. Where the launch did not allow this
+// kernel to start before that (sm_90 and later; driver.rs says when), there is nothing to wait for.
+DEV void griddep_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 DEV unsigned float_bits(float x) { return __float_as_uint(x); }
 DEV float bits_float(unsigned b) { return __uint_as_float(b); }
 

@@ -13,6 +13,7 @@ struct EmbeddingFwd {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) embedding_fwd(const __grid_constant__ EmbeddingFwd p) {
+    griddep_wait();
     const int token = block_x(), id = load(p.ids + token), t = token % p.tokens;
     const bool known = id >= 0 && id < p.v;
     for (int c = thread_x(); c < p.c; c += BLOCK) {

@@ -13,6 +13,7 @@ struct EmbeddingGrad {
 
 // table[v] = the sum of dy over the tokens whose id is v; an id outside the table adds nothing. Grid: V.
 extern "C" __global__ void __launch_bounds__(BLOCK) embedding_grad(const __grid_constant__ EmbeddingGrad p) {
+    griddep_wait();
     const int v = block_x();
     for (int c = thread_x(); c < p.c; c += BLOCK) {
         float sum = 0.0f;
@@ -31,6 +32,7 @@ struct PositionsGrad {
 
 // positions[t] = the sum of dy[b,t] over b; zero for t >= T. Grid: P.
 extern "C" __global__ void __launch_bounds__(BLOCK) positions_grad(const __grid_constant__ PositionsGrad p) {
+    griddep_wait();
     const int t = block_x();
     for (int c = thread_x(); c < p.c; c += BLOCK) {
         float sum = 0.0f;

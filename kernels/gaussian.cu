@@ -14,6 +14,7 @@ struct GaussianFwd {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) gaussian_fwd(const __grid_constant__ GaussianFwd p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const long long row = i / p.z, c = i - row * p.z;

@@ -15,6 +15,7 @@ struct GaussianGrad {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) gaussian_grad(const __grid_constant__ GaussianGrad p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const long long row = i / p.z, mean = row * 2 * p.z + (i - row * p.z), var = mean + p.z;

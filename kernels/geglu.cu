@@ -12,6 +12,7 @@ struct GegluFwd {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) geglu_fwd(const __grid_constant__ GegluFwd p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const long long row = i / p.e, c = i - row * p.e;

@@ -13,6 +13,7 @@ struct GegluGrad {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) geglu_grad(const __grid_constant__ GegluGrad p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const long long row = i / p.e, at = row * 2 * p.e + (i - row * p.e);

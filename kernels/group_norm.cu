@@ -28,6 +28,7 @@ struct GroupNormSmem {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_fwd(const __grid_constant__ GroupNormFwd p) {
+    griddep_wait();
     GroupNormSmem& s = smem<GroupNormSmem>();
     const int cpg = p.c / p.groups, first = block_x() * cpg, n = p.hw * cpg;
     const long long base = (long long)block_y() * p.hw * p.c + first;

@@ -107,6 +107,7 @@ DEV void merge_groups(const GroupNormApply& p, GroupNormApplySmem& s, int image,
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 2) group_norm_apply(const __grid_constant__ GroupNormApply p) {
+    griddep_wait();
     GroupNormApplySmem& s = smem<GroupNormApplySmem>();
     const int all = p.c0 + p.c1, first = block_x() * STRIP, image = block_z();
     const int last = (first + STRIP < all ? first + STRIP : all) - 1;

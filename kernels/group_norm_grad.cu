@@ -48,6 +48,7 @@ struct GroupNormGradSmem {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_grad(const __grid_constant__ GroupNormGrad p) {
+    griddep_wait();
     GroupNormGradSmem& s = smem<GroupNormGradSmem>();
     const int thread = thread_x(), cpg = p.c / p.groups, first = block_x() * cpg, count = p.hw * cpg;
     const long long base = (long long)block_y() * p.hw * p.c + first;
@@ -125,6 +126,7 @@ struct GroupNormGradParams {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_grad_params(const __grid_constant__ GroupNormGradParams p) {
+    griddep_wait();
     const int c = block_x() * BLOCK + thread_x();
     if (c >= p.c) return;
     float dw = 0.0f, dbias = 0.0f;

@@ -27,6 +27,7 @@ struct GroupNormMergeSmem {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_merge(const __grid_constant__ GroupNormMerge p) {
+    griddep_wait();
     GroupNormMergeSmem& s = smem<GroupNormMergeSmem>();
     const int all = p.c0 + p.c1, channel = block_x() * WARP + lane();
     const bool in = channel < all, left = channel < p.c0;

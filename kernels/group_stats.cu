@@ -27,6 +27,7 @@ struct GroupStatsSmem {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) group_stats_fwd(const __grid_constant__ GroupStatsFwd p) {
+    griddep_wait();
     GroupStatsSmem& s = smem<GroupStatsSmem>();
     const int strips = ceil_div(p.c, STRIP), slab = int(block_x()) / strips, first = (int(block_x()) - slab * strips) * STRIP;
     const int column = int(thread_x()) % ACROSS * V, row = thread_x() / ACROSS, c = first + column;

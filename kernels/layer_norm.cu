@@ -93,6 +93,7 @@ DEV void row_in_registers(const LayerNormFwd& p, T* y, const T* x) {
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 4) layer_norm_fwd(const __grid_constant__ LayerNormFwd p) {
+    griddep_wait();
     const int row = block_x() * (BLOCK / WARP) + warp();
     if (row >= p.rows) return;  // a whole warp leaves
     const T* x = p.x + (long long)row * p.c;

@@ -24,6 +24,7 @@ struct LayerNormGrad {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) layer_norm_grad(const __grid_constant__ LayerNormGrad p) {
+    griddep_wait();
     const int row = block_x() * (BLOCK / WARP) + warp();
     if (row >= p.rows) return;  // a whole warp leaves
     const T* x = p.x + (long long)row * p.c;
@@ -75,6 +76,7 @@ struct ParamsSmem {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) layer_norm_grad_params(const __grid_constant__ LayerNormGradParams p) {
+    griddep_wait();
     ParamsSmem& s = smem<ParamsSmem>();
     const int column = thread_x() % COLUMNS, r = thread_x() / COLUMNS, c = block_x() * COLUMNS + column;
     const int first = block_y() * p.each, last = first + p.each < p.rows ? first + p.each : p.rows;

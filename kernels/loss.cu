@@ -36,6 +36,7 @@ struct LossFwd {
 
 // Grid: B; a block owns one image.
 extern "C" __global__ void __launch_bounds__(BLOCK) loss_fwd(const __grid_constant__ LossFwd p) {
+    griddep_wait();
     LossSmem& s = smem<LossSmem>();
     const long long base = (long long)block_x() * p.n;
     float sum = 0.0f;
@@ -55,6 +56,7 @@ struct LossTotal {
 
 // loss = the mean of weight · each over the images. Grid: 1; its first thread works.
 extern "C" __global__ void __launch_bounds__(BLOCK) loss_total(const __grid_constant__ LossTotal p) {
+    griddep_wait();
     if (thread_x() != 0) return;
     float sum = 0.0f;
     for (int b = 0; b < p.batch; b++) sum += (p.weights ? load(p.weights + b) : 1.0f) * load(p.each + b);
@@ -74,6 +76,7 @@ struct LossGrad {
 
 // dx = dloss · weight · slope(d) / (B · n). Grid: ceil(total / BLOCK); a thread owns one element.
 extern "C" __global__ void __launch_bounds__(BLOCK) loss_grad(const __grid_constant__ LossGrad p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.total) return;
     const float d = to_float(load(p.prediction + i)) - load(p.target + i);
@@ -90,6 +93,7 @@ struct KlFwd {
 // each = the sum over an image of (mean^2 + exp(logvar) - 1 - logvar) / 2, logvar held within -30…20, a NaN
 // as it is. Grid: B.
 extern "C" __global__ void __launch_bounds__(BLOCK) kl_fwd(const __grid_constant__ KlFwd p) {
+    griddep_wait();
     LossSmem& s = smem<LossSmem>();
     const long long base = (long long)block_x() * p.pixels * 2 * p.z;
     float sum = 0.0f;
@@ -115,6 +119,7 @@ struct KlGrad {
 // dmean = dloss · mean / B, dlogvar = dloss · (exp(logvar) - 1) / (2 B) where logvar is within -30…20, else 0. Grid:
 // ceil(n / BLOCK); a thread owns one mean and its logvar.
 extern "C" __global__ void __launch_bounds__(BLOCK) kl_grad(const __grid_constant__ KlGrad p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const long long at = i / p.z * 2 * p.z + i % p.z;

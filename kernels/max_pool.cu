@@ -28,6 +28,7 @@ struct MaxPoolFwd {
 
 // Grid: ceil(n / BLOCK); a thread owns one element of y.
 extern "C" __global__ void __launch_bounds__(BLOCK) max_pool_fwd(const __grid_constant__ MaxPoolFwd p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const long long pixel = i / p.c, row = pixel / (p.w / 2), image = row / (p.h / 2);
@@ -47,6 +48,7 @@ struct MaxPoolGrad {
 
 // dx = dy where x was the largest, else 0. Grid: ceil(n / BLOCK); a thread owns one element of dx.
 extern "C" __global__ void __launch_bounds__(BLOCK) max_pool_grad(const __grid_constant__ MaxPoolGrad p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const long long pixel = i / p.c, row = pixel / p.w, image = row / p.h;

@@ -21,6 +21,7 @@ struct AdamFwd {
 
 // Grid: ceil(n / BLOCK); a thread owns one weight.
 extern "C" __global__ void __launch_bounds__(BLOCK) adam_fwd(const __grid_constant__ AdamFwd p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     const float factor = load(p.factor);
     if (i >= p.n || !is_finite_f(factor)) return;
@@ -56,6 +57,7 @@ struct SumSmem {
 
 // Grid: at most 1024; block b adds up the squares of elements b · BLOCK + t, + grid · BLOCK, ….
 extern "C" __global__ void __launch_bounds__(BLOCK) square_sum_fwd(const __grid_constant__ SquareSumFwd p) {
+    griddep_wait();
     SumSmem& s = smem<SumSmem>();
     float sum = 0.0f;
     for (long long i = (long long)block_x() * BLOCK + thread_x(); i < p.n; i += (long long)grid_x() * BLOCK) {
@@ -75,6 +77,7 @@ struct SquareSumAdd {
 
 // y = before + the sum of the partial sums. Grid: 1.
 extern "C" __global__ void __launch_bounds__(BLOCK) square_sum_add(const __grid_constant__ SquareSumAdd p) {
+    griddep_wait();
     SumSmem& s = smem<SumSmem>();
     float sum = 0.0f;
     for (int i = thread_x(); i < p.count; i += BLOCK) sum += load(p.partial + i);
@@ -95,6 +98,7 @@ struct ClipFwd {
 // norm = scale · √squares. factor = scale, or scale · most / (norm + 1e-6) where norm + 1e-6 is beyond a limit `most`; infinite, so
 // that adam_fwd does nothing, where the norm or a guard is not finite. Grid: 1; its first thread works.
 extern "C" __global__ void __launch_bounds__(BLOCK) clip_fwd(const __grid_constant__ ClipFwd p) {
+    griddep_wait();
     if (thread_x() != 0) return;
     const float scale = load(p.scale), norm = sqrt_f(load(p.squares)) * scale;
     float factor = scale;
@@ -113,6 +117,7 @@ struct AccumulateFwd {
 
 // sum = g, or sum + g. Grid: ceil(n / BLOCK); a thread owns one element.
 extern "C" __global__ void __launch_bounds__(BLOCK) accumulate_fwd(const __grid_constant__ AccumulateFwd p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const float g = load(p.g + i);

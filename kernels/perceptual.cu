@@ -32,6 +32,7 @@ struct PerceptualSmem {
 
 // Grid: (parts, B); warp w of part p takes pixels p · WARPS + w, + parts · WARPS, ….
 extern "C" __global__ void __launch_bounds__(BLOCK) perceptual_fwd(const __grid_constant__ PerceptualFwd p) {
+    griddep_wait();
     PerceptualSmem& s = smem<PerceptualSmem>();
     constexpr int WARPS = BLOCK / WARP;
     float total = 0.0f;
@@ -61,6 +62,7 @@ struct PerceptualMean {
 
 // loss = the mean over images of weight · (sum of the parts) / pixels. Grid: 1; its first thread works.
 extern "C" __global__ void __launch_bounds__(BLOCK) perceptual_mean(const __grid_constant__ PerceptualMean p) {
+    griddep_wait();
     if (thread_x() != 0) return;
     float loss = 0.0f;
     for (int b = 0; b < p.batch; b++) {
@@ -84,6 +86,7 @@ struct PerceptualGrad {
 // With n = |a|, m = n + eps, g = w (a / m - b / m(b)) and s = 2 · dloss · weight / rows: da = s (g / m - a (sum g a) / (n m^2)), and
 // 0 where n is 0 or a NaN. Grid: ceil(rows / (BLOCK / WARP)); a warp owns one pixel.
 extern "C" __global__ void __launch_bounds__(BLOCK) perceptual_grad(const __grid_constant__ PerceptualGrad p) {
+    griddep_wait();
     const int row = block_x() * (BLOCK / WARP) + warp();
     if (row >= p.rows) return;
     const long long at = (long long)row * p.c;
@@ -113,6 +116,7 @@ struct StandardizeFwd {
 
 // y = (x - shift) / scale by channel, or without the shift. Grid: ceil(n / BLOCK); a thread owns one element. y may be x's memory.
 extern "C" __global__ void __launch_bounds__(BLOCK) standardize_fwd(const __grid_constant__ StandardizeFwd p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const int c = int(i % 3);

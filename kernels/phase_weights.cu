@@ -13,6 +13,7 @@ struct PhaseWeightsFwd {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) phase_weights_fwd(const __grid_constant__ PhaseWeightsFwd p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const long long row = i / p.c;  // phase, output channel, tap

@@ -14,6 +14,7 @@ struct QuantizeFwd {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) quantize_fwd(const __grid_constant__ QuantizeFwd p) {
+    griddep_wait();
     const int row = block_x() * BLOCK + thread_x();
     if (row >= p.rows) return;
     const T* z = p.z + (long long)row * p.c;

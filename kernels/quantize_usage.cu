@@ -18,6 +18,7 @@ struct UsageSmem {
 
 // Grid: ceil(V / BLOCK); a thread owns one entry of the codebook, which it counts.
 extern "C" __global__ void __launch_bounds__(BLOCK) code_usage_fwd(const __grid_constant__ CodeUsageFwd p) {
+    griddep_wait();
     UsageSmem& s = smem<UsageSmem>();
     const int v = block_x() * BLOCK + thread_x();
     int count = 0;
@@ -40,6 +41,7 @@ struct CodeUsageTotal {
 
 // Grid: 1; its first thread works.
 extern "C" __global__ void __launch_bounds__(BLOCK) code_usage_total(const __grid_constant__ CodeUsageTotal p) {
+    griddep_wait();
     if (thread_x() != 0) return;
     float sum = 0.0f, used = 0.0f;
     for (int i = 0; i < p.parts; i++) {

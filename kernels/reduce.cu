@@ -22,6 +22,7 @@ struct SumRowsSmem {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) sum_rows_fwd(const __grid_constant__ SumRowsFwd p) {
+    griddep_wait();
     SumRowsSmem& s = smem<SumRowsSmem>();
     const int lane_c = thread_x() % COLUMNS, r = thread_x() / COLUMNS, c = block_x() * COLUMNS + lane_c;
     const int group = block_z(), first = block_y() * p.each;
@@ -55,6 +56,7 @@ struct SumParts {
 
 // Grid: ceil(n / BLOCK); a thread owns one element of y.
 extern "C" __global__ void __launch_bounds__(BLOCK) sum_parts(const __grid_constant__ SumParts p) {
+    griddep_wait();
     const int i = block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const int group = i / p.c;

@@ -13,6 +13,7 @@ struct SumPoolFwd {
 
 // y = the sum of the four pixels of x that doubling made of one.
 extern "C" __global__ void __launch_bounds__(BLOCK) sum_pool_fwd(const __grid_constant__ SumPoolFwd p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const long long pixel = i / p.c, row = pixel / p.w;
@@ -32,6 +33,7 @@ struct DilateFwd {
 
 // y = x on every stride-th pixel, zeros between. Wants: x has a pixel for each, H >= ceil(OUT_H / stride), W likewise.
 extern "C" __global__ void __launch_bounds__(BLOCK) dilate_fwd(const __grid_constant__ DilateFwd p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const long long pixel = i / p.c, row = pixel / p.out_w, image = row / p.out_h;

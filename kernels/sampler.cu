@@ -22,6 +22,7 @@ struct PrepareFwd {
 
 // x = scale_in · X, once per copy; the next row comes into use. Nobody but the first thread touches counter[0] here.
 extern "C" __global__ void __launch_bounds__(BLOCK) prepare_fwd(const __grid_constant__ PrepareFwd p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     const int k = load(p.counter + 1);
     const float* row = p.table + (long long)k * COLUMNS;
@@ -48,6 +49,7 @@ struct AdvanceFwd {
 // m = u + guidance · (c - u); d = clamp(dx · X + dm · m); next = sum c_s slots_s + cm m + cd d + cz noise. The first row with a
 // non-finite m is carried out and marked; launches after it change neither slots nor the marks. With one copy m is the model's.
 extern "C" __global__ void __launch_bounds__(BLOCK) advance_fwd(const __grid_constant__ AdvanceFwd p) {
+    griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
     const int k = load(p.counter);
     // Blocks of this launch may have marked row k already.

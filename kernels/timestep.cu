@@ -13,6 +13,7 @@ struct TimestepFwd {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK) timestep_fwd(const __grid_constant__ TimestepFwd p) {
+    griddep_wait();
     const int i = block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const int half = p.width / 2, b = i / p.width, c = i - b * p.width, f = c % half;

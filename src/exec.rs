@@ -374,6 +374,14 @@ impl Program {
         }
     }
 
+    /// Those of the kernels of [`Program::launches`] that may start before the one before them has ended.
+    pub fn early_launches(&self) -> usize {
+        match &self.mode {
+            Mode::Replay(graph) => graph.early(),
+            _ => 0,
+        }
+    }
+
     fn step(&mut self, step: usize) -> Result<()> {
         match self.device.clone() {
             Device::Cpu => self.step_cpu(step),

@@ -111,6 +111,12 @@ pub enum Arch {
 }
 
 impl Arch {
+    /// Whether the kernels of such an image wait by themselves for what was launched before them: `griddep_wait` of
+    /// kernels/dev.cuh is an instruction from sm_90 on, and nothing before. A header alone is the emulator's, which waits.
+    pub fn waits(self) -> bool {
+        matches!(self, Arch::Cubin(90..) | Arch::CubinA(90..) | Arch::Ptx(90..) | Arch::None)
+    }
+
     /// How well an image suits hardware of version `(major, minor)`; `None` if it does not run there.
     fn fit(self, (major, minor): (u32, u32)) -> Option<u32> {
         let have = major * 10 + minor;
@@ -308,6 +314,13 @@ const fn part(start: usize, size: usize) -> &'static [u8] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_image_waits_from_sm_90_on() {
+        let (with, without) = ([Arch::CubinA(90), Arch::Cubin(90), Arch::Ptx(100), Arch::None], [80, 89]);
+        assert!(with.into_iter().all(Arch::waits));
+        assert!(!without.into_iter().any(|n| Arch::Cubin(n).waits() || Arch::Ptx(n).waits()));
+    }
 
     fn chosen(archs: &[Arch], capability: (u32, u32)) -> Option<Arch> {
         let fits = archs.iter().filter_map(|a| Some((a.fit(capability)?, *a)));

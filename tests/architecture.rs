@@ -271,6 +271,16 @@ fn device_words(path: &str, text: &str) -> Vec<String> {
     complaints
 }
 
+/// Kernels whose first statement is not the wait for the kernels before them: they may be launched while those still run.
+fn late_waits(path: &str, text: &str) -> Vec<String> {
+    const WAIT: [&str; 4] = ["griddep_wait", "(", ")", ";"];
+    let all = tokens(text);
+    let kernels = all.iter().enumerate().filter(|(_, t)| t.text == "__global__");
+    let body = |i: usize| all[i..].iter().skip_while(|t| t.text != "{").skip(1).map(|t| t.text);
+    let bad = kernels.filter(|&(i, _)| !body(i).take(WAIT.len()).eq(WAIT));
+    bad.map(|(_, t)| format!("{path}:{}: a kernel begins with `griddep_wait();`", t.line)).collect()
+}
+
 /// Rooms that launch and kernel files, which must be the same: `kernels/x.cu`, and `kernels/x_what.cu` beside it, are of
 /// room `x`. `launches` says whether a room names a kernel file.
 fn pairs(rooms: &[&str], kernels: &[&str], launches: impl Fn(&str, &str) -> bool) -> Vec<String> {
@@ -344,6 +354,13 @@ fn kernels_keep_to_dev_cuh() {
 }
 
 #[test]
+fn kernels_wait_first() {
+    let files = sources(&["kernels"], &["cu"]);
+    assert!(files.iter().all(|f| f.text.contains("__global__")));
+    none(files.iter().flat_map(|f| late_waits(&f.path, &f.text)).collect());
+}
+
+#[test]
 fn each_kernel_file_has_its_room() {
     let rooms: BTreeSet<&str> = ROOMS.iter().map(|r| r.stem).collect();
     let files = sources(&["kernels"], &["cu"]);
@@ -405,6 +422,26 @@ mod the_rules_themselves {
         assert!(
             arrows("src/ops/a.rs", "\n\nuse crate::cli;")[0].starts_with("src/ops/a.rs:3: `ops` may not")
         );
+    }
+
+    #[test]
+    fn a_kernel_that_does_not_wait_first_is_found() {
+        let kernel = |body: &str| {
+            format!("extern \"C\" __global__ void __launch_bounds__(B, 2) k(const P p) {{\n    {body}\n}}\n")
+        };
+        let right = kernel("griddep_wait();  // first\n    store(p.y, load(p.x));");
+        assert_eq!(late_waits("kernels/add.cu", &right.repeat(2)), [""; 0]);
+        assert_eq!(late_waits("kernels/add.cu", &kernel("// why\n    griddep_wait();")), [""; 0]);
+        for bad in [
+            "store(p.y, load(p.x));",
+            "const T x = load(p.x);\n    griddep_wait();",
+            "if (block_x() == 0) griddep_wait();",
+            "// griddep_wait();\n    return;",
+            "",
+        ] {
+            let wrong = late_waits("kernels/add.cu", &[&right[..], &kernel(bad)].concat());
+            assert_eq!(wrong, ["kernels/add.cu:5: a kernel begins with `griddep_wait();`"], "{bad}");
+        }
     }
 
     #[test]

@@ -347,6 +347,31 @@ fn graphs_can_be_switched_off() {
     );
 }
 
+/// With `LDM_CUDA_OVERLAP` on the record says how many kernels may start early: all but the first of each graph.
+#[test]
+fn kernels_that_may_start_early_are_counted() {
+    let environment = match common::emulator::start() {
+        Ok(emulator) => emulator.map_or(vec![], |e| e.environment().to_vec()),
+        Err(why) => return common::skipped(&format!("no emulator: {why}")),
+    };
+    let f = Folder::new();
+    for (switch, overlaps) in [("", false), ("on", true)] {
+        let file = f.path("record.json");
+        let o = Command::new(env!("CARGO_BIN_EXE_ldm"))
+            .args(["bench", "--device", "cuda", "--component", "text", "--iterations", "1"])
+            .args(["-m", text(&golden("sd15-tiny")), "--json", text(&file)])
+            .envs(environment.clone())
+            .env("LDM_CUDA_OVERLAP", switch)
+            .output()
+            .unwrap();
+        let out = String::from_utf8_lossy(&o.stdout);
+        let (time, err) = (&read(&file)["time"], String::from_utf8_lossy(&o.stderr));
+        assert!(o.status.success() && out.contains("may start before") == overlaps, "{out}{err}");
+        let kernels = time["kernels"].as_u64().unwrap();
+        assert_eq!(time["early_kernels"].as_u64(), overlaps.then(|| kernels - 1), "{time}");
+    }
+}
+
 /// Without a condition there is nothing to guide by: the UNet gets one row for each picture.
 #[test]
 fn a_unet_without_a_condition_is_measured() {

@@ -7,8 +7,8 @@ mod harness;
 
 use cudarc::driver::sys::{self, CUresult};
 use harness::{
-    Bench, Memory, Pinned, Step, allow_shared, kernel, kernel_of, launch, launch_3d, launch_shared, ok,
-    stream,
+    Bench, Memory, Pinned, Step, allow_shared, kernel, kernel_of, launch, launch_3d, launch_programmatic,
+    launch_shared, ok, stream,
 };
 
 const CONFIGURATIONS: [&str; 6] = [
@@ -31,21 +31,27 @@ fn inputs(n: usize) -> Vec<f32> {
     (0..n).map(|i| 1.0 + (i * 37 % 101) as f32).collect()
 }
 
-fn run(stem: &str, variant: &str, n: usize, per_thread: usize) -> Step<Vec<f32>> {
-    run_shared(stem, variant, n, per_thread, 0)
+fn run(stem: &'static str, variant: &str, n: usize, per_thread: usize) -> Step<Vec<f32>> {
+    run_case(&case(stem, n, per_thread, "", |_, _| 0.0), variant)
 }
 
 /// One run of a kernel as an engine would do it: upload, launch, download, synchronise.
-fn run_shared(stem: &str, variant: &str, n: usize, per_thread: usize, shared: u32) -> Step<Vec<f32>> {
+fn run_case(case: &Case, variant: &str) -> Step<Vec<f32>> {
+    let &Case { stem, n, per_thread, shared, programmatic, .. } = case;
     let stream = stream();
     let mut held = Vec::new();
     let result = (|| {
         held.push(Memory::with(&inputs(n), stream)?);
         held.push(Memory::new(4 * n)?);
-        let params = Params { y: held[1].0, x: held[0].0, n: n as i32 };
+        let params = || Params { y: held[1].0, x: held[0].0, n: n as i32 };
         let (function, blocks) = (kernel(stem, variant)?, n.div_ceil(256 * per_thread) as u32);
         allow_shared(function, shared as i32)?;
-        launch_shared(function, [blocks, 1, 1], 256, shared, stream, params)?;
+        if programmatic {
+            launch(kernel(stem, "BAD=0")?, blocks as usize, 256, stream, params())?;
+            launch_programmatic(function, blocks, 256, stream, params())?;
+        } else {
+            launch_shared(function, [blocks, 1, 1], 256, shared, stream, params())?;
+        }
         held[1].read(n, stream)
     })();
     // What is queued must be over before its memory is freed, on the way of an error too.
@@ -61,6 +67,8 @@ struct Case {
     per_thread: usize,
     /// Bytes of dynamic shared memory that the launch passes.
     shared: u32,
+    /// Whether it is launched behind its right twin, and may start before that has ended.
+    programmatic: bool,
     /// A word of the report that a violation must carry; empty where only the values betray it.
     says: &'static str,
     want: fn(&[f32], usize) -> f32,
@@ -73,7 +81,7 @@ const fn case(
     says: &'static str,
     want: fn(&[f32], usize) -> f32,
 ) -> Case {
-    Case { stem, n, per_thread, shared: 0, says, want }
+    Case { stem, n, per_thread, shared: 0, programmatic: false, says, want }
 }
 
 fn reversed(x: &[f32], i: usize) -> f32 {
@@ -135,6 +143,11 @@ const CASES: &[Case] = &[
     case("diverged_matrix", 1024, 1, "ldmatrix", permuted),
     case("diverged_mma", 1024, 1, "diverged warp", |x, i| 16.0 * x[i]),
     Case { shared: 65536, ..case("dynamic_size", 1024, 1, "65536 bytes", reversed) },
+    Case {
+        programmatic: true,
+        ..case("reads_before_wait", 1000, 1, "before griddep_wait", |x, i| x[i] + 1.0)
+    },
+    Case { programmatic: true, ..case("never_waits", 1000, 1, "has not waited", |x, i| x[i] + 1.0) },
     case("block_order", 1024, 1, "", |x, i| (i % 256..=i).step_by(256).map(|k| x[k]).sum()),
 ];
 
@@ -156,7 +169,7 @@ fn right_kernels_pass_in_every_order() {
         for configuration in CONFIGURATIONS {
             for threads in [1, 2] {
                 bench.emulator.configure(&format!("{configuration};threads={threads}"));
-                let got = run_shared(case.stem, "BAD=0", case.n, case.per_thread, case.shared);
+                let got = run_case(case, "BAD=0");
                 let got = got.unwrap_or_else(|e| {
                     panic!("{} ({configuration}): {e:?}: {}", case.stem, bench.emulator.report())
                 });
@@ -179,7 +192,7 @@ fn wrong_kernels_are_caught() {
         let (mut said, mut poisoned) = (Vec::new(), false);
         for configuration in CONFIGURATIONS {
             bench.emulator.configure(&format!("{configuration};threads=1"));
-            match run_shared(case.stem, "BAD=1", case.n, case.per_thread, case.shared) {
+            match run_case(case, "BAD=1") {
                 Ok(y) => {
                     poisoned |= y.iter().any(|v| v.is_nan());
                     outputs.push(y.iter().map(|v| v.to_bits()).collect());
@@ -348,6 +361,35 @@ fn invalid_calls_are_refused_with_a_reason() {
     // None of these breaks the context.
     launch(function, 1, 256, stream, params()).unwrap();
     assert!(y.read(256, stream).is_ok());
+}
+
+#[test]
+fn a_programmatic_launch_follows_a_kernel() {
+    let Some(bench) = Bench::new("a_programmatic_launch_follows_a_kernel") else { return };
+    let (stream, mut event, mut graph) = (stream(), std::ptr::null_mut(), std::ptr::null_mut());
+    ok(unsafe { sys::cuEventCreate(&mut event, 0) });
+    let function = kernel("never_waits", "BAD=0").unwrap();
+    let (x, y) = (Memory::with(&inputs(256), stream).unwrap(), Memory::new(1024).unwrap());
+    let params = || Params { y: y.0, x: x.0, n: 256 };
+    let early = || launch_programmatic(function, 1, 256, stream, params());
+    let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    let between: [(&str, &dyn Fn() -> CUresult); 3] = [
+        ("a fill", &|| unsafe { sys::cuMemsetD8Async(y.0, 0, 4, stream) }),
+        ("an event", &|| unsafe { sys::cuEventRecord(event, stream) }),
+        ("the start of a capture", &|| unsafe { sys::cuStreamBeginCapture_v2(stream, mode) }),
+    ];
+    for (what, call) in between {
+        ok(call());
+        assert_eq!(early(), Err(CUresult::CUDA_ERROR_INVALID_VALUE), "{what}");
+        assert!(bench.emulator.report().contains("is no kernel"), "{what}: {}", bench.emulator.report());
+        let before = bench.emulator.count("programmatic");
+        launch(function, 1, 256, stream, params()).unwrap();
+        early().unwrap();
+        early().unwrap();
+        assert_eq!(bench.emulator.count("programmatic") - before, 2, "{what}");
+    }
+    ok(unsafe { sys::cuStreamEndCapture(stream, &mut graph) });
+    assert_eq!(y.read(256, stream).unwrap()[5], inputs(256)[5] + 1.0);
 }
 
 #[test]

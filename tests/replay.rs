@@ -398,3 +398,76 @@ fn counters_are_zero_and_the_same_for_all() {
         assert!(bytes.iter().all(|b| *b == 0));
     });
 }
+
+/// Where a process of this test leaves what it has found.
+const FOUND: &str = "LDM_TEST_FOUND";
+
+/// Programmatic launches so far, on the emulator.
+fn programmatic() -> u64 {
+    emulator().map_or(0, |e| e.count("programmatic"))
+}
+
+/// Bytes of an evaluation node by node, of four recorded ones, and of a picture; and how many kernels a recording holds, with how
+/// many of them may start before the one before them ends.
+fn overlapped(device: &Device) -> String {
+    let (tiny, before) = (Tiny::on(device, 6), programmatic());
+    let mut run = tiny.run();
+    run.step().unwrap();
+    let alone = (run.state().unwrap().to_f32(), programmatic() - before);
+    let before = emulator().map_or(0, |e| e.count("launch"));
+    let first = programmatic();
+    run.step().unwrap();
+    let recorded = (emulator().map_or(0, |e| e.count("launch")) - before, programmatic() - first);
+    (0..3).for_each(|_| assert!(run.step().unwrap()));
+    let replayed = run.state().unwrap().to_f32();
+    let folder = ModelFolder::open(model()).unwrap();
+    let pipeline = Pipeline::open(&folder, device, Some(DType::BF16)).unwrap();
+    let size = Some(32);
+    let request = Request { prompt: "x".into(), width: size, height: size, steps: 4, ..Default::default() };
+    let picture = pipeline.generate(&request, &mut ()).unwrap().remove(0).rgb;
+    let bits = |x: &[f32]| x.iter().map(|v| format!("{:08x}", v.to_bits())).collect::<String>();
+    let bytes = [bits(&alone.0), bits(&replayed), format!("{picture:02x?}")].join("\n");
+    format!("{} {} {}\n{bytes}", alone.1, recorded.0, recorded.1)
+}
+
+/// `LDM_CUDA_OVERLAP` changes when kernels start, and nothing that they compute.
+#[test]
+fn kernels_that_start_early_give_the_same_bytes() {
+    if let Some(file) = std::env::var_os(FOUND) {
+        let last = std::cell::RefCell::new(String::new());
+        common::on_cuda_with(&common::SCHEDULES[1..], |device| {
+            let found = overlapped(device);
+            assert!(last.borrow().is_empty() || *last.borrow() == found, "schedules differ");
+            last.replace(found);
+        });
+        return std::fs::write(file, last.into_inner()).unwrap();
+    }
+    let of = |switch: &str| {
+        let file = std::env::temp_dir().join(format!("ldm-replay-{}-{switch}", std::process::id()));
+        let name = "kernels_that_start_early_give_the_same_bytes";
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        let child = child.args(["--exact", name, "--nocapture"]);
+        let out = child.env(FOUND, &file).env("LDM_CUDA_OVERLAP", switch).output().unwrap();
+        let said = [out.stdout, out.stderr].map(|b| String::from_utf8_lossy(&b).into_owned()).concat();
+        let found = std::fs::read_to_string(&file).unwrap_or_default();
+        let _ = std::fs::remove_file(&file);
+        (out.status.success(), found, said)
+    };
+    let [off, on] = ["off", "on"].map(|switch| {
+        let (good, found, said) = of(switch);
+        assert!(good, "{switch}: {said}");
+        found
+    });
+    let (Some((off, bytes)), Some((on, same))) = (off.split_once('\n'), on.split_once('\n')) else {
+        return common::skipped("no emulator");
+    };
+    assert!(bytes == same && bytes.len() > 1000, "{bytes}\n{same}");
+    let (good, _, said) = of("maybe");
+    assert!(!good && said.contains("LDM_CUDA_OVERLAP: want on or off; got `maybe`"), "{said}");
+    if emulator().is_some() {
+        let counts = |line: &str| line.split(' ').map(|n| n.parse().unwrap()).collect::<Vec<u64>>();
+        let (off, on) = (counts(off), counts(on));
+        assert_eq!((off[0], off[2], off[1]), (0, 0, on[1]));
+        assert_eq!(on[2], on[1] - 1, "all but the first of a recording: {on:?}");
+    }
+}

@@ -93,6 +93,18 @@ impl Listing {
     }
 }
 
+/// What touches global memory, or is over, before the kernels before it are: before the first `griddep_wait`.
+fn before_the_wait(listing: &Listing) -> Vec<String> {
+    const TOUCHES: [&str; 12] =
+        ["LD", "ST", "LDG", "STG", "LDGSTS", "ATOM", "ATOMG", "RED", "REDG", "UBLKCP", "UTMALDG", "EXIT"];
+    let Some(wait) = listing.code.iter().position(|i| i.kind() == "ACQBULK") else {
+        return vec!["no ACQBULK (griddep_wait)".into()];
+    };
+    // Without a branch before it, what stands before it runs before it, and it is run by all.
+    let early = |i: &&Instruction| TOUCHES.contains(&i.kind()) || i.target.is_some();
+    listing.code[..wait].iter().filter(early).map(|i| format!("{} before ACQBULK", i.code)).collect()
+}
+
 /// What is wrong with a kernel whose file declares `want`.
 fn complaints(listing: &Listing, want: &[(&str, u32)]) -> Vec<String> {
     let mut wrong = vec![];
@@ -189,6 +201,31 @@ fn main_loops_hold_what_their_files_say() {
     assert!(wrong.is_empty(), "\n{}\n", wrong.join("\n"));
 }
 
+#[test]
+fn nothing_comes_before_the_wait() {
+    if !kernels::COMPILED {
+        return skipped("built without nvcc");
+    }
+    let Some(program) = nvdisasm() else { return skipped("no nvdisasm") };
+    let machine_code = |i: &&Image| matches!(i.arch, Arch::Cubin(_) | Arch::CubinA(_)) && i.arch.waits();
+    let of = |u: &'static Unit| u.images.iter().filter(machine_code).map(move |i| (u, i));
+    let images: Vec<_> = kernels::UNITS.iter().flat_map(of).collect();
+    let wrong = images.par_iter().flat_map_iter(|(unit, image)| {
+        let listings = disassemble(&program, unit, image);
+        let kernels = listings.into_iter().filter(|l| !l.kernel.starts_with('$'));
+        kernels.flat_map(move |l| {
+            before_the_wait(&l)
+                .into_iter()
+                .map(move |what| format!("{unit} {}: {}: {what}", image.arch, l.kernel))
+        })
+    });
+    let wrong: Vec<String> = wrong.collect();
+    assert!(wrong.is_empty(), "\n{}\n", wrong.join("\n"));
+    if images.is_empty() {
+        skipped("no image for sm_90 or later");
+    }
+}
+
 /// A loop over k-blocks with a branch around its copies, between two loops that are not it.
 const SAMPLE: &str = "
 \t.section\t.text.product,\"ax\",@progbits
@@ -219,6 +256,23 @@ fn of_sample(from: &str, to: &str, want: &[(&str, u32)]) -> String {
     let all = parse(&SAMPLE.replace(from, to));
     assert_eq!(all.iter().map(|l| l.kernel.as_str()).collect::<Vec<_>>(), ["product"]);
     complaints(&all[0], want).join("; ")
+}
+
+#[test]
+fn an_access_before_the_wait_is_found() {
+    let of = |code: &[&str]| {
+        let lines: String =
+            code.iter().map(|c| format!("        /*0000*/                   {c} ;\n")).collect();
+        before_the_wait(&parse(&format!(".text.k:\n{lines}"))[0]).join("; ")
+    };
+    let (wait, load, exit) = ("ACQBULK", "LDG.E.128 R8, desc[UR4][R8.64]", "EXIT");
+    let constant = "ULDC.64 UR4, c[0x0][0x208]";
+    assert_eq!(of(&[constant, "S2R R4, SR_TID.X", wait, load, exit]), "");
+    assert_eq!(of(&[load, exit]), "no ACQBULK (griddep_wait)");
+    assert_eq!(of(&[load, wait, exit]), "LDG.E.128 before ACQBULK");
+    assert_eq!(of(&["LDGSTS.E.BYPASS.128 [R1], [R8.64]", wait, exit]), "LDGSTS.E.BYPASS.128 before ACQBULK");
+    assert_eq!(of(&["@P0 EXIT", wait, load, exit]), "EXIT before ACQBULK");
+    assert_eq!(of(&["@P0 BRA `(.L_x_0)", wait, load, exit]), "BRA before ACQBULK");
 }
 
 #[test]

@@ -8,6 +8,7 @@
 #
 #   ./gpu.sh test        every room against its specification, then the models, each test in a process of its own
 #   ./gpu.sh step        a step of Stable Diffusion 1.5 at 512×512, its UNet, and the decoder, node by node, in bf16; the step in f32
+#   ./gpu.sh overlap     that step, UNet and decoder in bf16 with LDM_CUDA_OVERLAP off and on, twice in turn; then the tests with it on
 #   ./gpu.sh probe       how fast the card's units, products and copies are at most, and what a kernel costs that does nothing
 #   ./gpu.sh sweep       the heaviest products of that step and of the decoder with every tile and number of splits, in bf16 and f32
 #   ./gpu.sh bench       every real shape of every room in bf16; of one room with `./gpu.sh bench conv2d`
@@ -96,9 +97,11 @@ once() {
     [ "$status" = 0 ] || { code=1; printf '%s: exit code %s\n' "$1" "$status"; tail -n 20 "$out/$1.log"; }
 }
 
-# Several at once: most of a test's time is its specification, on the processor.
+# Several at once: most of a test's time is its specification, on the processor. `run_test overlap` runs them with
+# LDM_CUDA_OVERLAP=on, under names of their own.
 run_test() {
-    local bin test only list=() jobs
+    local bin test only list=() jobs way=
+    if [ "${1:-}" = overlap ]; then way=overlap-; export LDM_CUDA_OVERLAP=on; fi
     for bin in ops models attention norms replay; do
         # Of rooms and models, the tests on the GPU are those of this name.
         only=
@@ -111,14 +114,15 @@ run_test() {
     for test in "${list[@]}"; do
         while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || true; done
         bin=${test% *} test=${test#* }
-        attempt "test-$bin-${test//::/-}" "bin/tests-$bin" "$test" --exact --test-threads=1 &
+        attempt "test-$way$bin-${test//::/-}" "bin/tests-$bin" "$test" --exact --test-threads=1 &
     done
     while [ -n "$(jobs -rp)" ]; do wait -n || true; done
     for test in "${list[@]}"; do
         bin=${test% *} test=${test#* }
-        once "test-$bin-${test//::/-}" "bin/tests-$bin" "$test" --exact --test-threads=1
-        printf '%-60s %s\n' "$bin $test" "$([ "$(cat "$out/done/test-$bin-${test//::/-}")" = 0 ] && echo ok || echo FAILED)"
+        once "test-$way$bin-${test//::/-}" "bin/tests-$bin" "$test" --exact --test-threads=1
+        printf '%-60s %s\n' "$way$bin $test" "$([ "$(cat "$out/done/test-$way$bin-${test//::/-}")" = 0 ] && echo ok || echo FAILED)"
     done
+    unset LDM_CUDA_OVERLAP
 }
 
 # One file of `ldm bench` per part: time by events, memory, and every node.
@@ -129,6 +133,24 @@ run_step() {
             --warmup 5 --iterations 50 --per-op --top 0 --json "$out/$name.json"
         tail -n 40 "$out/$name.log"
     done <<<$'sd15-step step bf16\nsd15-unet unet bf16\nsd15-vae-decoder vae-decoder bf16\nsd15-step-f32 step f32'
+}
+
+# Kernels one after the other, and each started while the one before it ends, in turn: a card's clocks drift. Without --per-op, whose
+# events between kernels keep them apart.
+run_overlap() {
+    local turn part switch name
+    for turn in 1 2; do
+        for part in unet vae-decoder step; do
+            for switch in off on; do
+                name=overlap-$part-$switch-$turn
+                once "$name" env LDM_CUDA_OVERLAP=$switch bin/ldm bench --preset sd15 --component "$part" -W 512 -H 512 --dtype bf16 \
+                    --device cuda --warmup 5 --iterations 50 --json "$out/$name.json"
+                printf '%s: ' "$name"
+                grep -m 1 '^evaluation' "$out/$name.log" || true
+            done
+        done
+    done
+    run_test overlap
 }
 
 # The card's units, one by one, are in tools/probes.cu. P-7, the peak of mma.sync as the engine's own product reaches it, is among the ceilings of the first. P-5, what lies
@@ -234,7 +256,7 @@ report() {
         printf '\n],\n"sweep": ['
         lines_of "$out"/sweep-*.jsonl
         printf '\n]'
-        for file in "$out"/sd15-*.json "$out"/probe-*.json; do
+        for file in "$out"/sd15-*.json "$out"/overlap-*.json "$out"/probe-*.json; do
             [ -e "$file" ] || continue
             name=$(basename "$file" .json)
             printf ',\n"%s": ' "$name"
@@ -272,9 +294,9 @@ pack)
 probes)
     probes "${2:?a file to write}"
     ;;
-test | step | probe | sweep | bench | profile | torch | report | all)
+test | step | overlap | probe | sweep | bench | profile | torch | report | all)
     prepare
-    for part in test step probe sweep bench profile torch; do
+    for part in test step overlap probe sweep bench profile torch; do
         if [ "$what" = all ] || [ "$what" = $part ]; then "run_$part" "${2:-}"; fi
     done
     report

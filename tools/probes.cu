@@ -14,6 +14,8 @@
 // P-7  mma.sync from registers: the instruction's own peak; that of the whole product is in `ldm bench --roofline`.
 // P-11 float units: fma from registers; and 16-byte reads of shared memory in the lane order of `conv2d_f32`, where sixteen
 //      lanes may share a pass, beside an order where they cannot.
+// P-12 what lies between two kernels of a graph, from sm_90 on: one after the other; each started when the blocks of the one before
+//      have returned, which is what `LDM_CUDA_OVERLAP=on` asks for; when they have done their work; when they have begun.
 //
 // Not here: P-1, P-1b, P-3 for wgmma, P-6, P-9 (wgmma, TMA, clusters) and P-4's multicast belong to a path of Hopper's own
 // instructions, P-10 to fp8: there are none yet. P-5 is `LDM_CUDA_GRAPH=on|off ldm bench`, P-8 `gpu_torch.py`.
@@ -206,6 +208,34 @@ __global__ void __launch_bounds__(256, 2) read_shared(Out out) {
     end(out, start, all);
 }
 
+// When a kernel lets the next one start: SERIAL when it is over, RETURNED when its blocks have returned, and by itself when they have
+// done their work (WORKED) or have begun (BEGUN).
+enum Next { SERIAL, RETURNED, WORKED, BEGUN };
+
+// One link of a chain: work that two blocks on a multiprocessor share, then a store that the next kernel's wait is for.
+template <Next NEXT>
+__global__ void __launch_bounds__(512, 2) chained(Out out, int rounds) {
+#if __CUDA_ARCH__ >= 900
+    if (NEXT == BEGUN) cudaTriggerProgrammaticLaunchCompletion();
+#endif
+    griddep_wait();
+    float x[8];
+    UNROLL
+    for (int i = 0; i < 8; i++) x[i] = out.sink[thread_x()] + 0.01f * i;
+    ROLLED
+    for (int r = 0; r < rounds; r++) {
+        UNROLL
+        for (int i = 0; i < 64; i++) x[i % 8] = fma_f(x[i % 8], 0.5f, 1.0f);
+    }
+#if __CUDA_ARCH__ >= 900
+    if (NEXT == WORKED) cudaTriggerProgrammaticLaunchCompletion();
+#endif
+    float sum = 0.0f;
+    UNROLL
+    for (int i = 0; i < 8; i++) sum += x[i];
+    if (thread_x() == 0) out.clocks[block_x()] = (long long)(sum);
+}
+
 struct Card {
     cudaDeviceProp about;
     Out out;
@@ -232,6 +262,56 @@ struct Card {
         if (fit < beside) fprintf(stderr, "%s: %d blocks do not fit beside each other\n", name, beside);
         printf("%s\n  {\"name\": \"%s\", \"value\": %.4f, \"unit\": \"%s per clock and multiprocessor\"}", sep, name, best, unit);
         sep = ",";
+    }
+
+    // Microseconds of one kernel in a graph of 64, the best of ten runs: `each` blocks for a multiprocessor, of which two fit.
+    template <Next NEXT>
+    void chain(const char* how, const char* of, int each, int rounds) {
+        constexpr int LINKS = 64;
+        cudaStream_t stream;
+        cudaGraph_t graph;
+        cudaGraphExec_t ready;
+        cudaEvent_t from, to;
+        CHECK(cudaStreamCreate(&stream));
+        CHECK(cudaEventCreate(&from));
+        CHECK(cudaEventCreate(&to));
+        cudaLaunchAttribute early = {};
+        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        early.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t config = {};
+        config.gridDim = about.multiProcessorCount * each;
+        config.blockDim = 512;
+        config.dynamicSmemBytes = 100 << 10;
+        config.stream = stream;
+        config.attrs = &early;
+        CHECK(cudaFuncSetAttribute(chained<NEXT>, cudaFuncAttributeMaxDynamicSharedMemorySize, 100 << 10));
+        CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+        for (int i = 0; i < LINKS; i++) {
+            config.numAttrs = NEXT != SERIAL && i > 0;
+            CHECK(cudaLaunchKernelEx(&config, chained<NEXT>, out, rounds));
+        }
+        CHECK(cudaStreamEndCapture(stream, &graph));
+        CHECK(cudaGraphInstantiate(&ready, graph, 0));
+        float best = 1e30f;
+        for (int run = 0; run < 10; run++) {
+            float ms = 0.0f;
+            CHECK(cudaEventRecord(from, stream));
+            CHECK(cudaGraphLaunch(ready, stream));
+            CHECK(cudaEventRecord(to, stream));
+            CHECK(cudaEventSynchronize(to));
+            CHECK(cudaEventElapsedTime(&ms, from, to));
+            best = std::min(best, ms * 1e3f / LINKS);
+        }
+        printf("%s\n  {\"name\": \"P-12 %s, %s\", \"value\": %.4f, \"unit\": \"us per kernel\"}", sep, of, how, best);
+        CHECK(cudaGraphExecDestroy(ready));
+        CHECK(cudaGraphDestroy(graph));
+    }
+
+    void chains(const char* of, int each, int rounds) {
+        chain<SERIAL>("one after the other", of, each, rounds);
+        chain<RETURNED>("next when blocks have returned", of, each, rounds);
+        chain<WORKED>("next when they have done their work", of, each, rounds);
+        chain<BEGUN>("next when they have begun", of, each, rounds);
     }
 
     template <int BM, int BN>
@@ -266,6 +346,11 @@ int main() {
     const double reads = 256.0 * 16 * 16 * ROUNDS;
     c.probe("P-11 16-byte reads, lanes in pairs", "bytes to registers", reads, 2, 256, 0, read_shared<true>);
     c.probe("P-11 16-byte reads, lanes in a row", "bytes to registers", reads, 2, 256, 0, read_shared<false>);
+    if (c.about.major >= 9) {
+        c.chains("one block each, no work", 1, 0);
+        c.chains("one block each", 1, 32);
+        c.chains("four blocks each", 4, 32);
+    }
     printf("\n]}\n");
     return 0;
 }

@@ -173,17 +173,20 @@ fn time(plan: &Plan, m: &Measured, subject: &Subject, warmup: usize, flops: f64)
     let mut sorted = m.seconds.clone();
     sorted.sort_by(f64::total_cmp);
     let [p50, p95, p99] = [0.5, 0.95, 0.99].map(|p| measure::percentile(&sorted, p));
-    let evaluations = match plan.component {
+    let of_a_picture = match plan.component {
         Component::Unet => plan.steps,
         Component::Step => plan.method.as_ref().map_or(plan.steps, |(_, ladder)| ladder.steps.len()),
         _ => 1,
     };
-    let images_per_second = plan.batch as f64 / (p50 * evaluations as f64).max(1e-12);
+    let images_per_second = plan.batch as f64 / (p50 * of_a_picture as f64).max(1e-12);
     let gflops = flops / p50.max(1e-12) / 1e9;
     let kernels =
         subject.stages.iter().map(|s| Some(s.program().launches()? * s.runs)).sum::<Option<usize>>();
     let kernels = kernels.map(|n| n as u64);
-    Time { warmup, kernels, evaluations: m.seconds.clone(), p50, p95, p99, images_per_second, gflops }
+    let early: usize = subject.stages.iter().map(|s| s.program().early_launches() * s.runs).sum();
+    let early_kernels = (early > 0).then_some(early as u64);
+    let evaluations = m.seconds.clone();
+    Time { warmup, kernels, early_kernels, evaluations, p50, p95, p99, images_per_second, gflops }
 }
 
 pub(super) fn run(a: Arguments) -> Result<ExitCode> {

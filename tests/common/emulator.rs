@@ -53,8 +53,8 @@ impl Emulator {
         unsafe { (self.reset)() }
     }
 
-    /// Calls made so far: `alloc`, `copy`, `load`, `launch`, `sync`, `host`, `graph`; or `live` allocations, the `bytes` in
-    /// them, and their `peak`.
+    /// Calls made so far: `alloc`, `copy`, `load`, `launch`, `sync`, `host`, `graph`, `programmatic` (launches that may start
+    /// before the one before them ends); or `live` allocations, the `bytes` in them, and their `peak`.
     pub fn count(&self, what: &str) -> u64 {
         let text = CString::new(what).unwrap();
         let n = unsafe { (self.count)(text.as_ptr()) };

@@ -29,7 +29,7 @@ const char* name_of(int op) {
 }
 
 struct Warp {
-    uint32_t all, ready, unstarted, arrived, done;
+    uint32_t all, ready, unstarted, arrived, done, waited;
     int op, line;
     uint32_t values[32], results[32];
     int arguments[32];
@@ -161,6 +161,8 @@ void finish(unsigned t) {
         kernel_violation(LAUNCH_FAILED, R.barrier_line, format("thread %u exits while others wait in %s: every thread must reach it",
                                                                t, name_of(R.barrier_op)));
     copies_exit();
+    if (R.launch->programmatic && !(warp.waited >> (t & 31) & 1))
+        kernel_violation(LAUNCH_FAILED, 0, format("thread %u of a programmatic launch exits and has not waited (griddep_wait)", t));
     warp.done |= 1u << (t & 31);
     R.finished++;
 }
@@ -331,6 +333,12 @@ bool dropped(Site kind, int line) {
     return line == R.drop_line && kind == settings.drop;
 }
 
+void griddep_check(const char* what, int line) {
+    const unsigned t = ldm_thread.thread;
+    if (R.launch->programmatic && !(R.warps[t >> 5].waited >> (t & 31) & 1))
+        kernel_violation(LAUNCH_FAILED, line, format("%s before griddep_wait, in a programmatic launch: the kernel before it may still run", what));
+}
+
 bool warp_arrives(int op, int line) { return arrive_warp(ldm_thread.thread, op, line); }
 void warp_waits() { wait_as(ldm_thread.thread); }
 
@@ -357,7 +365,6 @@ bool block_run(const Launch& launch, uint64_t index) {
     if (!runner) {
         runner = new Runner;
         catch_faults();
-        memory_bind_thread();
     }
     R.launch = &launch;
     R.chance = Random{settings.order_seed * 0x9e3779b97f4a7c15ull + index}.next();
@@ -375,13 +382,16 @@ bool block_run(const Launch& launch, uint64_t index) {
     R.ready_warps = 0;
     R.failed = false;
     R.drop_line = settings.drop != Site::COUNT && settings.drop_stem == launch.kernel->stem ? settings.drop_line : 0;
+    // Every access of a launch that must wait goes through ldm_emu_access, which looks whether its thread has.
+    memory_bind_thread();
+    if (launch.programmatic) ldm_thread.size = 0;
     copies_start(index);
     visibility_start(launch);
     for (unsigned w = 0; w < R.warp_count; w++) {
         Warp& warp = R.warps[w];
         const unsigned lanes = launch.block - w * 32 < 32 ? launch.block - w * 32 : 32;
         warp.all = warp.unstarted = lanes == 32 ? ~0u : (1u << lanes) - 1;
-        warp.ready = warp.arrived = warp.done = 0;
+        warp.ready = warp.arrived = warp.done = warp.waited = 0;
         set_ready(w, warp.all);
     }
     R.last_warp = choose(R.ready_warps);
@@ -425,6 +435,11 @@ API void* ldm_emu_smem_dynamic(const void* key, unsigned long long bytes, unsign
 API void ldm_emu_shared(const void* p, unsigned bytes, int write, int line) {
     const unsigned at = shared_offset(p, bytes, write ? "store_shared" : "load_shared", line);
     if (settings.banks) banks_access(write ? Access::Store : Access::Load, at, bytes, line);
+}
+
+API void ldm_emu_griddep_wait() {
+    const unsigned t = ldm_thread.thread;
+    R.warps[t >> 5].waited |= 1u << (t & 31);
 }
 
 API void ldm_emu_sync_block(int line) {

@@ -17,6 +17,9 @@ void warp_waits();
 // Where `p` lies in the block's shared memory. An access that leaves it or is not aligned to its size is a violation.
 unsigned shared_offset(const void* p, unsigned bytes, const char* what, int line);
 
+// An access by the running thread: a violation where its launch is programmatic and the thread has not waited.
+void griddep_check(const char* what, int line);
+
 // A site is reached: true where the setting `drop` says that it does nothing.
 bool dropped(Site kind, int line);
 

@@ -81,7 +81,8 @@ const Name names[] = {
     {999, "CUDA_ERROR_UNKNOWN", "unknown error"},
 };
 
-Result launch(void* function, const unsigned grid[3], const unsigned block[3], unsigned shared, void* stream_handle, void** params, void** extra) {
+Result launch(void* function, const unsigned grid[3], const unsigned block[3], unsigned shared, void* stream_handle, void** params, void** extra,
+              bool programmatic = false) {
     if (!kernels.count(function)) return refuse(INVALID_HANDLE, "cuLaunchKernel: a function that is none, or of an unloaded module");
     Kernel* kernel = (Kernel*)function;
     Stream* stream = stream_of(stream_handle);
@@ -100,9 +101,14 @@ Result launch(void* function, const unsigned grid[3], const unsigned block[3], u
     if (shared > kernel->dynamic)
         return refuse(INVALID_VALUE, who + format(": %u bytes of dynamic shared memory, and cuFuncSetAttribute allowed %u", shared, kernel->dynamic));
     if (extra || !params || !params[0]) return refuse(INVALID_VALUE, who + ": a kernel takes one struct, by `kernelParams`");
+    // A driver takes it, and then orders it as any other launch: an engine that asks for it has lost count of its stream.
+    if (programmatic && !stream_after_kernel(stream))
+        return refuse(INVALID_VALUE, who + ": a programmatic launch, and the last that its stream was given is no kernel");
+    if (programmatic)
+        if (Result e = injected(Call::Programmatic)) return e;
     Launch launch{kernel, {grid[0], grid[1], grid[2]}, block[0], shared,
-                  std::vector<char>((char*)params[0], (char*)params[0] + kernel->params)};
-    return stream_push(stream, Operation{"launch", [launch, who] {
+                  std::vector<char>((char*)params[0], (char*)params[0] + kernel->params), programmatic};
+    return stream_push(stream, Operation{launching, [launch, who] {
                                              if (!kernels.count(launch.kernel))
                                                  return violation(LAUNCH_FAILED, who + ": the module was unloaded before it ran");
                                              return launch_run(launch);
@@ -264,17 +270,20 @@ struct LaunchConfig {
     void* attributes;
     unsigned count;
 };
-// Attributes (programmatic launches, priorities) change time, which the emulator has none of; clusters it does not run.
+// A programmatic launch runs when any other would, and its threads are held to their wait (griddep_wait); other attributes change
+// time, which the emulator has none of; clusters it does not run.
 API Result cuLaunchKernelEx(const LaunchConfig* config, void* function, void** params, void** extra) {
     WORKING;
-    constexpr int CLUSTER = 4, STRIDE = 72;
+    constexpr int CLUSTER = 4, PROGRAMMATIC = 6, STRIDE = 72;
+    bool programmatic = false;
     for (unsigned i = 0; i < config->count; i++) {
         const char* at = (const char*)config->attributes + i * STRIDE;
         int id;
         unsigned size[3];
         memcpy(&id, at, 4);
         memcpy(size, at + 8, 12);
+        if (id == PROGRAMMATIC) programmatic = size[0] != 0;
         if (id == CLUSTER && size[0] * size[1] * size[2] > 1) return refuse(NOT_SUPPORTED, "cuLaunchKernelEx: clusters are not emulated");
     }
-    return launch(function, config->grid, config->block, config->shared, config->stream, params, extra);
+    return launch(function, config->grid, config->block, config->shared, config->stream, params, extra, programmatic);
 }

@@ -82,7 +82,7 @@ struct Random {
 // ------------------------------------------------------------------------------------------------------- reports
 
 // Kinds of call that can be made to fail, and that are counted.
-enum class Call { Alloc, Copy, Load, Launch, Sync, Host, Graph, COUNT };
+enum class Call { Alloc, Copy, Load, Launch, Sync, Host, Graph, Programmatic, COUNT };
 
 std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
 // Remembers a violation, prints it, and makes it the context's sticky error. The first one wins. Any thread may call it.
@@ -161,6 +161,7 @@ struct Launch {
     Kernel* kernel;
     unsigned grid[3], block, shared;
     std::vector<char> params;
+    bool programmatic;  // may start before the kernel before it has ended: each thread must wait before it touches memory
 };
 // Runs all blocks; the answer is the violation, if one happened.
 Result launch_run(const Launch& launch);
@@ -184,6 +185,7 @@ struct Operation {
     std::function<Result()> run;
 };
 extern const char* const freeing;                   // the `what` of an operation that gives memory back
+extern const char* const launching;                 // and of one that runs a kernel
 struct Stream;
 struct Graph {
     std::vector<Operation> operations;
@@ -194,6 +196,7 @@ Result stream_push(Stream* stream, Operation operation);
 Result stream_drain(Stream* stream);
 Result stream_drain_all();
 bool stream_capturing(Stream* stream);
+bool stream_after_kernel(Stream* stream);           // is a kernel the newest that it was given, or has captured?
 // Refuses a call that may not be made while a stream captures, and spoils that capture, as a driver does.
 Result capture_forbids(const char* whose);
 void streams_forget();                              // drops what is queued, after a reset

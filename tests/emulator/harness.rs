@@ -184,6 +184,35 @@ pub fn launch_shared<P>(
     step(unsafe { sys::cuLaunchKernel(function, x, y, z, block, 1, 1, shared, stream, pointers, extra) })
 }
 
+/// As `launch`, but it may start before the kernel before it has ended.
+pub fn launch_programmatic<P>(
+    function: sys::CUfunction,
+    grid: u32,
+    block: u32,
+    stream: sys::CUstream,
+    mut params: P,
+) -> Step<()> {
+    let mut pointers = [(&raw mut params).cast::<c_void>()];
+    let mut serial = sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    };
+    let config = sys::CUlaunchConfig {
+        gridDimX: grid,
+        gridDimY: 1,
+        gridDimZ: 1,
+        blockDimX: block,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: 0,
+        hStream: stream,
+        attrs: &mut serial,
+        numAttrs: 1,
+    };
+    step(unsafe { sys::cuLaunchKernelEx(&config, function, pointers.as_mut_ptr(), std::ptr::null_mut()) })
+}
+
 const DYNAMIC: sys::CUfunction_attribute =
     sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 

@@ -1,7 +1,7 @@
 // Device memory: one reserved range of addresses, a shadow byte for every 4 bytes of it, guard bands around each
 // allocation, and a quarantine, so that a freed address stays dead for a while.
 
-#include "emu.h"
+#include "block.h"
 
 #include <sys/mman.h>
 
@@ -246,6 +246,7 @@ MemoryUse memory_use() { return use; }
 API void ldm_emu_access(const void* p, unsigned bytes, unsigned align, int write, int line) {
     const uint64_t at = uint64_t(p);
     const char* what = write ? "store" : "load";
+    griddep_check(what, line);
     if (!memory_is_device(at))
         kernel_violation(ILLEGAL_ADDRESS, line, format("%s of %u bytes at %#llx, which is no device address", what, bytes, (unsigned long long)at));
     if (at % align)

@@ -16,9 +16,10 @@ std::string last_report, shown_report;
 Result sticky_error = SUCCESS;
 
 constexpr int CALLS = int(Call::COUNT);
-const char* const call_names[CALLS] = {"alloc", "copy", "load", "launch", "sync", "host", "graph"};
+const char* const call_names[CALLS] = {"alloc", "copy", "load", "launch", "sync", "host", "graph", "programmatic"};
 const Result call_errors[CALLS] = {OUT_OF_MEMORY,     UNKNOWN,       NO_BINARY_FOR_GPU, LAUNCH_OUT_OF_RESOURCES,
-                                   ECC_UNCORRECTABLE, OUT_OF_MEMORY, LAUNCH_OUT_OF_RESOURCES};
+                                   ECC_UNCORRECTABLE, OUT_OF_MEMORY, LAUNCH_OUT_OF_RESOURCES,
+                                   INVALID_VALUE};
 uint64_t total[CALLS], since[CALLS], fail_at[CALLS];
 
 bool starts(const std::string& s, const char* prefix) { return s.compare(0, strlen(prefix), prefix) == 0; }
@@ -187,7 +188,7 @@ API void ldm_emulator_reset() {
     last_report.clear();
 }
 
-// How often the process called: alloc, copy, load, launch, sync, host, graph; or live (allocations), bytes (in them), peak.
+// How often the process called: alloc, copy, load, launch, sync, host, graph, programmatic; or live (allocations), bytes (in them), peak.
 API uint64_t ldm_emulator_count(const char* what) {
     LOCKED;
     for (int i = 0; i < CALLS; i++)

@@ -9,6 +9,7 @@
 #include "emu.h"
 
 const char* const freeing = "free";
+const char* const launching = "launch";
 
 struct Queued {
     uint64_t number;
@@ -25,6 +26,7 @@ struct Stream {
     std::thread::id capture_thread;
     bool capture_broken = false;
     bool asked = false;         // a query said "not ready" once: the next one finishes the work
+    bool after_kernel = false;  // the newest that it was given, or has captured, is a kernel
 };
 
 struct Event {
@@ -89,6 +91,7 @@ Stream* stream_of(void* handle) {
 }
 
 bool stream_capturing(Stream* stream) { return stream->capture != nullptr; }
+bool stream_after_kernel(Stream* stream) { return stream->after_kernel; }
 
 Result capture_forbids(const char* whose) {
     for (Stream* stream : streams) {
@@ -101,6 +104,7 @@ Result capture_forbids(const char* whose) {
 }
 
 Result stream_push(Stream* stream, Operation operation) {
+    stream->after_kernel = operation.what == launching;
     if (stream->capture) {
         stream->capture->operations.push_back(std::move(operation));
         return SUCCESS;
@@ -206,6 +210,7 @@ API Result cuStreamWaitEvent(void* handle, void* event_handle, unsigned) {
     WORKING;
     STREAM(stream, handle);
     EVENT(event, event_handle);
+    stream->after_kernel = false;
     if (stream->capture) {
         if (!event->stream || event->captured) return SUCCESS;
         stream->capture_broken = true;
@@ -251,6 +256,7 @@ API Result cuEventRecord(void* handle, void* stream_handle) {
     WORKING;
     EVENT(event, handle);
     STREAM(stream, stream_handle);
+    stream->after_kernel = false;
     event->captured = stream->capture != nullptr;
     if (event->captured) return SUCCESS;
     event->stream = stream;
@@ -303,7 +309,7 @@ API Result cuStreamBeginCapture_v2(void* handle, int mode) {
     stream->capture = std::make_unique<Graph>();
     stream->capture_mode = mode;
     stream->capture_thread = std::this_thread::get_id();
-    stream->capture_broken = false;
+    stream->capture_broken = stream->after_kernel = false;
     return SUCCESS;
 }
 
@@ -313,6 +319,7 @@ API Result cuStreamEndCapture(void* handle, void** out) {
     if (!stream->capture) return refuse(ILLEGAL_STATE, "cuStreamEndCapture: the stream is not capturing");
     Graph* graph = stream->capture.release();
     *out = nullptr;
+    stream->after_kernel = false;
     if (stream->capture_broken) {
         delete graph;
         return refuse(CAPTURE_INVALIDATED, "cuStreamEndCapture: a forbidden call came in between");
@@ -346,6 +353,7 @@ API Result cuGraphLaunch(void* graph, void* handle) {
     if (Result e = injected(Call::Graph)) return e;
     for (const Operation& operation : ((Graph*)graph)->operations)
         if (Result e = stream_push(stream, operation)) return e;
+    stream->after_kernel = false;
     return SUCCESS;
 }
 API Result cuGraphUpload(void*, void*) { return SUCCESS; }

@@ -9,7 +9,7 @@ use crate::kernels::{DevicePtr, Params};
 use cudarc::driver::sys::{self, CUresult};
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::ptr;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// The oldest driver interface whose functions are all called here: CUDA 12.8, driver 570.
 const OLDEST: i32 = 12080;
@@ -140,11 +140,40 @@ pub(super) fn count() -> Result<usize> {
     Ok(usize::try_from(count).unwrap_or(0))
 }
 
+/// A stream, whether the newest that it was given is a kernel, and how many of its kernels may start early: behind one only.
+struct Stream {
+    raw: sys::CUstream,
+    state: Mutex<(bool, usize)>,
+}
+
+impl Stream {
+    fn state(&self) -> MutexGuard<'_, (bool, usize)> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives it anything but a kernel, by `call`. No other thread gives it something meanwhile.
+    fn give(&self, call: impl FnOnce(sys::CUstream) -> CUresult) -> CUresult {
+        let mut state = self.state();
+        state.0 = false;
+        call(self.raw)
+    }
+
+    /// Gives it a kernel, by `call`, which hears whether it may start early; it may not unless it `overlaps`.
+    fn give_kernel(&self, overlaps: bool, call: impl FnOnce(sys::CUstream, bool) -> CUresult) -> CUresult {
+        let mut state = self.state();
+        let early = overlaps && state.0;
+        let code = call(self.raw, early);
+        let good = code == CUresult::CUDA_SUCCESS;
+        *state = (good, state.1 + usize::from(early && good));
+        code
+    }
+}
+
 /// One device's primary context, and the stream in which all of a handle's work is done, in order.
 pub(super) struct Context {
     device: sys::CUdevice,
     context: sys::CUcontext,
-    stream: sys::CUstream,
+    stream: Stream,
 }
 
 // SAFETY: the driver's functions may be called from any thread, and each method makes the context current in
@@ -162,12 +191,12 @@ impl Context {
         check("cuDeviceGet", unsafe { sys::cuDeviceGet(&mut device, ordinal) })?;
         // SAFETY: `device` is valid; the context is released on drop.
         check("cuDevicePrimaryCtxRetain", unsafe { sys::cuDevicePrimaryCtxRetain(&mut context, device) })?;
-        let mut this = Context { device, context, stream };
+        let mut this = Context { device, context, stream: Stream { raw: stream, state: Mutex::default() } };
         this.bind()?;
         let flags = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
         // SAFETY: the context is current; the stream is destroyed on drop.
         check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut stream, flags) })?;
-        this.stream = stream;
+        this.stream.raw = stream;
         Ok(this)
     }
 
@@ -216,7 +245,7 @@ impl Context {
     pub(super) fn synchronize(&self) -> std::result::Result<(), Failure> {
         self.bind()?;
         // SAFETY: the stream lives as long as `self`.
-        check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.stream) })
+        check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.stream.raw) })
     }
 
     /// Copies to the device. `to` must be inside an allocation that has room for `from`.
@@ -224,7 +253,9 @@ impl Context {
         self.bind()?;
         // SAFETY: the caller (mod.rs) has checked the bounds of the allocation. `from` is borrowed until the
         // synchronisation below, so the copy has read it before it can change.
-        let code = unsafe { sys::cuMemcpyHtoDAsync_v2(to.0, from.as_ptr().cast(), from.len(), self.stream) };
+        let code = self.stream.give(|stream| unsafe {
+            sys::cuMemcpyHtoDAsync_v2(to.0, from.as_ptr().cast(), from.len(), stream)
+        });
         Ok(self.finish(check("cuMemcpyHtoDAsync", code))?)
     }
 
@@ -233,8 +264,9 @@ impl Context {
         self.bind()?;
         // SAFETY: the caller (mod.rs) has checked the bounds of the allocation. `to` is borrowed until the
         // synchronisation below, so the copy has ended before anybody reads it.
-        let code =
-            unsafe { sys::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from.0, to.len(), self.stream) };
+        let code = self.stream.give(|stream| unsafe {
+            sys::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from.0, to.len(), stream)
+        });
         Ok(self.finish(check("cuMemcpyDtoHAsync", code))?)
     }
 
@@ -249,8 +281,8 @@ impl Context {
     }
 
     /// The stream that work goes to: a recording's, if there is one.
-    fn stream(&self, recording: Option<&Recording>) -> sys::CUstream {
-        recording.map_or(self.stream, |r| r.stream)
+    fn stream<'a>(&'a self, recording: Option<&'a Recording>) -> &'a Stream {
+        recording.map_or(&self.stream, |r| &r.stream)
     }
 
     /// Copies `n` bytes on the device.
@@ -264,19 +296,22 @@ impl Context {
         self.bind()?;
         // SAFETY: device memory only: nothing that Rust owns can be touched. The caller has checked the
         // bounds.
-        let code = unsafe { sys::cuMemcpyDtoDAsync_v2(to.0, from.0, n, self.stream(on)) };
-        Ok(check("cuMemcpyDtoDAsync", code)?)
+        let copy = |stream| unsafe { sys::cuMemcpyDtoDAsync_v2(to.0, from.0, n, stream) };
+        Ok(check("cuMemcpyDtoDAsync", self.stream(on).give(copy))?)
     }
 
     /// Sets `n` bytes.
     pub(super) fn fill(&self, at: DevicePtr, n: usize, byte: u8, on: Option<&Recording>) -> Result<()> {
         self.bind()?;
         // SAFETY: device memory only, as in `copy`.
-        Ok(check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(at.0, byte, n, self.stream(on)) })?)
+        let fill = |stream| unsafe { sys::cuMemsetD8Async(at.0, byte, n, stream) };
+        Ok(check("cuMemsetD8Async", self.stream(on).give(fill))?)
     }
 
     /// Starts a kernel: grid of blocks of `block` threads, each block with the dynamic shared memory that the function was
-    /// looked up for. The sizes must be within the device's limits.
+    /// looked up for. The sizes must be within the device's limits. One that may overlap and follows a kernel is launched
+    /// programmatically: the driver may place its blocks when those before have returned, and before their writes are seen.
+    /// A recording makes a programmatic edge of it (CUDA 12.3).
     pub(super) fn launch<P: Params>(
         &self,
         on: Option<&Recording>,
@@ -289,13 +324,29 @@ impl Context {
         let mut arguments = [ptr::from_ref(params).cast_mut().cast()];
         // SAFETY: the function's module is loaded (`function` holds it). The kernel has one parameter, and
         // `P` is the twin of its struct: only generated handles name a function, and both compilers have
-        // checked the layout. The driver copies the struct before it returns. The kernel itself reaches
-        // device memory only.
-        let code = unsafe {
-            let (arguments, smem, none) = (arguments.as_mut_ptr(), function.smem, ptr::null_mut());
-            sys::cuLaunchKernel(function.raw, x, y, z, block, 1, 1, smem, self.stream(on), arguments, none)
-        };
-        check("cuLaunchKernel", code)
+        // checked the layout. The driver copies the struct and the attribute before it returns. The kernel itself reaches
+        // device memory only, and one that overlaps does so behind its first statement, a wait for all that came before.
+        let code = self.stream(on).give_kernel(function.overlaps, |stream, early| unsafe {
+            let mut programmatic = sys::CUlaunchAttribute {
+                id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                pad: [0; 4],
+                value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+            };
+            let config = sys::CUlaunchConfig {
+                gridDimX: x,
+                gridDimY: y,
+                gridDimZ: z,
+                blockDimX: block,
+                blockDimY: 1,
+                blockDimZ: 1,
+                sharedMemBytes: function.smem,
+                hStream: stream,
+                attrs: &mut programmatic,
+                numAttrs: u32::from(early),
+            };
+            sys::cuLaunchKernelEx(&config, function.raw, arguments.as_mut_ptr(), ptr::null_mut())
+        });
+        check("cuLaunchKernelEx", code)
     }
 }
 
@@ -303,9 +354,9 @@ impl Drop for Context {
     fn drop(&mut self) {
         // A failure here has nobody to tell, and leaves nothing that could be used any more.
         let _ = self.synchronize();
-        if !self.stream.is_null() {
+        if !self.stream.raw.is_null() {
             // SAFETY: made by `open`, destroyed once, and all work in it has ended.
-            let _ = unsafe { sys::cuStreamDestroy_v2(self.stream) };
+            let _ = unsafe { sys::cuStreamDestroy_v2(self.stream.raw) };
         }
         // SAFETY: retained once by `open`; buffers, modules and events hold an `Arc` of `self`, so none is
         // left.
@@ -366,8 +417,8 @@ impl Module {
     }
 
     /// The kernel of this name, to be launched with `smem` bytes of dynamic shared memory: at most what
-    /// [`Context::shared_memory`] says.
-    pub(super) fn function(self: &Arc<Self>, name: &str, smem: usize) -> Result<Function> {
+    /// [`Context::shared_memory`] says. `overlaps` where it may start before the kernel before it has ended: its image must wait.
+    pub(super) fn function(self: &Arc<Self>, name: &str, smem: usize, overlaps: bool) -> Result<Function> {
         self.context.bind()?;
         let text = CString::new(name).map_err(|_| Error::invalid(format!("kernel `{name}`")))?;
         let mut raw = ptr::null_mut();
@@ -378,7 +429,7 @@ impl Module {
             // SAFETY: the function was found above, in a module that is loaded.
             check("cuFuncSetAttribute", unsafe { sys::cuFuncSetAttribute(raw, MOST, smem as c_int) })?;
         }
-        Ok(Function { raw, smem: smem as u32, _module: self.clone() })
+        Ok(Function { raw, smem: smem as u32, overlaps, _module: self.clone() })
     }
 }
 
@@ -396,6 +447,7 @@ pub(super) struct Function {
     raw: sys::CUfunction,
     /// Dynamic shared memory per block, bytes.
     smem: u32,
+    overlaps: bool,
     _module: Arc<Module>,
 }
 
@@ -406,7 +458,7 @@ unsafe impl Sync for Function {}
 
 /// A stream that writes down what it is given instead of doing it, until it ends.
 pub(super) struct Recording {
-    stream: sys::CUstream,
+    stream: Stream,
     context: Arc<Context>,
 }
 
@@ -424,7 +476,8 @@ impl Recording {
         let (mut stream, flags) = (ptr::null_mut(), sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32);
         // SAFETY: the context is current; the stream is destroyed on drop.
         check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut stream, flags) })?;
-        let this = Recording { stream, context: context.clone() };
+        let this =
+            Recording { stream: Stream { raw: stream, state: Mutex::default() }, context: context.clone() };
         // SAFETY: the stream was made above.
         let code = unsafe { sys::cuStreamBeginCapture_v2(stream, OTHERS_MAY) };
         check("cuStreamBeginCapture", code).map(|()| this)
@@ -435,7 +488,7 @@ impl Recording {
         self.context.bind()?;
         let (mut recorded, mut raw, mut nodes) = (ptr::null_mut(), ptr::null_mut(), 0);
         // SAFETY: the stream captures since `begin`; takes a place for one handle.
-        check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(self.stream, &mut recorded) })?;
+        check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(self.stream.raw, &mut recorded) })?;
         // SAFETY: `recorded` is a graph from here to its destruction below; without a place for nodes they are counted.
         let made = unsafe {
             check("cuGraphGetNodes", sys::cuGraphGetNodes(recorded, ptr::null_mut(), &mut nodes)).and_then(
@@ -444,21 +497,25 @@ impl Recording {
         };
         // SAFETY: what is ready to run is a copy.
         let _ = unsafe { sys::cuGraphDestroy(recorded) };
-        made.map(|()| Graph { raw, nodes, context: self.context.clone() })
+        let early = self.stream.state().1;
+        made.map(|()| Graph { raw, nodes, early, context: self.context.clone() })
     }
 }
 
 impl Drop for Recording {
     fn drop(&mut self) {
         // SAFETY: made by `begin`, destroyed once.
-        let _ = unsafe { sys::cuStreamDestroy_v2(self.stream) };
+        let _ = unsafe { sys::cuStreamDestroy_v2(self.stream.raw) };
     }
 }
 
 /// Recorded work, ready to run as often as one likes.
 pub(super) struct Graph {
     raw: sys::CUgraphExec,
-    nodes: usize,
+    /// Kernels and fills in it.
+    pub(super) nodes: usize,
+    /// Those of the kernels that may start before the one before them has ended.
+    pub(super) early: usize,
     context: Arc<Context>,
 }
 
@@ -468,17 +525,13 @@ unsafe impl Send for Graph {}
 unsafe impl Sync for Graph {}
 
 impl Graph {
-    /// Kernels and fills in it.
-    pub(super) fn nodes(&self) -> usize {
-        self.nodes
-    }
-
     /// Runs it after everything that was asked for before.
     pub(super) fn launch(&self) -> std::result::Result<(), Failure> {
         self.context.bind()?;
         // SAFETY: the graph is alive. Its kernels' modules are loaded for as long as the device handle lives (`Graph` in
         // mod.rs holds one), and they reach device memory only.
-        check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(self.raw, self.context.stream) })
+        let launch = |stream| unsafe { sys::cuGraphLaunch(self.raw, stream) };
+        check("cuGraphLaunch", self.context.stream.give(launch))
     }
 }
 
@@ -509,7 +562,7 @@ impl Event {
         check("cuEventCreate", unsafe { sys::cuEventCreate(&mut raw, 0) })?;
         let this = Event { raw, context: context.clone() };
         // SAFETY: event and stream are of the current context.
-        check("cuEventRecord", unsafe { sys::cuEventRecord(raw, context.stream) })?;
+        check("cuEventRecord", context.stream.give(|stream| unsafe { sys::cuEventRecord(raw, stream) }))?;
         Ok(this)
     }
 

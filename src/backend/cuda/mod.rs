@@ -31,6 +31,8 @@ struct Inner {
     patient: bool,
     /// Unless `LDM_CUDA_GRAPH=off`.
     graphs: bool,
+    /// With `LDM_CUDA_OVERLAP=on`: a kernel may start before the one before it has ended.
+    overlap: bool,
     functions: Mutex<HashMap<(usize, &'static str), Function>>,
     modules: Mutex<HashMap<usize, Arc<Module>>>,
     counters: Mutex<Option<Memory>>,
@@ -78,11 +80,12 @@ impl fmt::Debug for Cuda {
     }
 }
 
-/// Whether an environment variable leaves something on.
-fn switch(name: &str) -> Result<bool> {
+/// Whether an environment variable switches something on; `unset` where it does not say.
+fn switch(name: &str, unset: bool) -> Result<bool> {
     match std::env::var(name).as_deref() {
         Ok("off") => Ok(false),
-        Ok("" | "on") | Err(_) => Ok(true),
+        Ok("on") => Ok(true),
+        Ok("") | Err(_) => Ok(unset),
         Ok(other) => Err(Error::invalid(format!("{name}: want on or off; got `{other}`"))),
     }
 }
@@ -126,7 +129,7 @@ impl Cuda {
         let context = Arc::new(Context::open(ordinal)?);
         let (name, capability) = context.describe()?;
         let patient = std::env::var("LDM_CUDA_SYNC").is_ok_and(|v| !matches!(v.as_str(), "" | "0"));
-        let graphs = switch("LDM_CUDA_GRAPH")?;
+        let (graphs, overlap) = (switch("LDM_CUDA_GRAPH", true)?, switch("LDM_CUDA_OVERLAP", false)?);
         let (functions, modules, counters) = Default::default();
         let inner = Inner {
             ordinal,
@@ -135,6 +138,7 @@ impl Cuda {
             driver,
             patient,
             graphs,
+            overlap,
             functions,
             modules,
             counters,
@@ -382,7 +386,10 @@ impl Cuda {
                 self.name()
             )));
         }
-        let function = module.function(name, unit.smem).map_err(named)?;
+        // An image for less than sm_90, or PTX of it, has no wait in it, whatever the card.
+        let overlaps =
+            self.inner.overlap && unit.image(self.inner.capability).is_some_and(|image| image.arch.waits());
+        let function = module.function(name, unit.smem, overlaps).map_err(named)?;
         lock(&self.inner.functions).insert((index, name), function.clone());
         Ok(function)
     }
@@ -431,7 +438,12 @@ pub struct Graph {
 impl Graph {
     /// Kernels and fills in it.
     pub fn nodes(&self) -> usize {
-        self.graph.nodes()
+        self.graph.nodes
+    }
+
+    /// Those of the kernels that may start before the one before them has ended (`LDM_CUDA_OVERLAP=on`).
+    pub fn early(&self) -> usize {
+        self.graph.early
     }
 
     /// Runs it, in order with other work.

@@ -87,6 +87,9 @@ pub(super) struct Time {
     /// Kernels (and fills) of an evaluation, each program of which is one recorded launch: on a GPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) kernels: Option<u64>,
+    /// Those that may start before the one before them has ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) early_kernels: Option<u64>,
     pub(super) evaluations: Vec<f64>,
     pub(super) p50: f64,
     pub(super) p95: f64,

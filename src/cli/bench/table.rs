@@ -80,7 +80,10 @@ pub(super) fn summary(record: &Record, m: &Measured) -> String {
             ),
         );
         if let Some(kernels) = t.kernels {
-            line("", format!("{kernels} kernels, recorded as CUDA graphs"));
+            let early =
+                t.early_kernels.map(|n| format!("; {n} may start before the one before them has ended"));
+            let early = early.unwrap_or_default();
+            line("", format!("{kernels} kernels, recorded as CUDA graphs{early}"));
         }
         let unit = if s.component == "text" { "prompts" } else { "images" };
         let of = match &*s.component {
