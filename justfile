@@ -45,7 +45,11 @@ soak:
 gpu-pack: kernels
     tools/gpu.sh pack
 
+<<<<<<< HEAD
 # Run dist/gpu here, or a part of it (test, step, overlap, probe, sweep, bench, profile, torch); on another machine: ./gpu.sh in a copy of it
+=======
+# Run dist/gpu here, or a part of it (test, step, probe, sweep, bench, profile, torch, train); on another machine: ./gpu.sh in a copy of it
+>>>>>>> gputrain
 gpu *part:
     dist/gpu/gpu.sh {{part}}
 

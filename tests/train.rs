@@ -4,14 +4,14 @@ mod common;
 
 use common::on_cuda_with;
 use ldm::backend::Device;
-use ldm::exec::{Program, Weights};
+use ldm::exec::{Program, Target, Weights};
 use ldm::graph::{Graph, Layout, Parameter, Var, gradients};
 use ldm::io::{Checkpoint, Config};
 use ldm::models::{AutoencoderKL, Model, UNet2D, UNet2DCondition};
 use ldm::nn::add;
 use ldm::ops::{Distance, Gaussian, Kl, Loss, cast};
 use ldm::tensor::{DType, HostTensor, Spec};
-use ldm::train::{Optimiser, Trainer, blocks, update};
+use ldm::train::{Noised, Optimiser, Trainer, blocks, diffusion_loss, update};
 use std::path::{Path, PathBuf};
 
 fn golden(name: &str) -> PathBuf {
@@ -361,6 +361,41 @@ fn first_step(again: bool) -> (usize, Vec<(String, HostTensor)>) {
     trainer.write("weights", &HostTensor::f32([2], vec![1.0; 2]).unwrap()).unwrap();
     trainer.step(1e-3, 0.5).unwrap();
     (trainer.program().plan().arena, trainer.states().unwrap())
+}
+
+/// Weights are cast in the midst of blocks in a 16-bit type, and are called otherwise than the nodes in a graph of parts, as
+/// `ldm train diffusion` has it.
+#[test]
+fn blocks_are_whole_in_every_type() {
+    let config = Config::read(golden("sd15-tiny/unet/config.json")).unwrap();
+    let model = UNet2DCondition::from_config(&config).unwrap();
+    let planned = |dtype: DType, again: bool| {
+        let mut g = Graph::new();
+        g.train(true);
+        let input = Noised {
+            x: g.input("x", DType::F32, [4, 32, 32, 4]),
+            t: g.input("t", DType::F32, [4]),
+            condition: Some(g.input("context", DType::F32, [4, 77, 32])),
+            target: g.input("target", DType::F32, [4, 32, 32, 4]),
+            weights: g.input("weights", DType::F32, [4]),
+        };
+        let loss = diffusion_loss(&mut g, (&model, None), input, Distance::L2, dtype).unwrap();
+        let blocks = blocks(&g);
+        update(&mut g, loss, &Optimiser::default(), if again { &blocks } else { &[] }).unwrap();
+        (blocks.len(), Program::measure(&g, Target::Cuda).unwrap().arena)
+    };
+    for dtype in [DType::F32, DType::BF16] {
+        let ((blocks, kept), (_, again)) = (planned(dtype, false), planned(dtype, true));
+        println!(
+            "{dtype}: {blocks} blocks, arena: {kept} bytes with all kept, {again} with blocks made again"
+        );
+        // Residual blocks: two on each level down, three up, two in the middle; transformers: two, three, and one.
+        assert_eq!(blocks, 4 + 6 + 2 + 2 + 3 + 1, "{dtype}");
+        assert!(
+            again * 10 < kept * 8,
+            "{dtype}: arena: {kept} bytes with all kept, {again} with blocks made again"
+        );
+    }
 }
 
 #[test]

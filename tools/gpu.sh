@@ -14,6 +14,7 @@
 #   ./gpu.sh bench       every real shape of every room in bf16; of one room with `./gpu.sh bench conv2d`
 #   ./gpu.sh profile     what keeps the kernels of an evaluation waiting, by ncu where there is one
 #   ./gpu.sh torch       the UNet and the same shapes in PyTorch, eager and compiled, where python3 has it
+#   ./gpu.sh train       a training step of the UNet of SD 1.5, batch 16, bf16, with and without blocks made again, and PyTorch's
 #   ./gpu.sh report      what there is, as a table and as results/results.json
 #   ./gpu.sh             all of that
 #
@@ -50,11 +51,11 @@ pack() {
         while read -r kind path; do
             cp "$path" "dist/gpu/bin/$kind-$(basename "$path" | sed 's/-[0-9a-f]*$//')"
         done
-    cargo build --release --bin ldm
-    cp "${CARGO_TARGET_DIR:-target}/release/ldm" dist/gpu/bin/
+    cargo build --release --bin ldm --example 03_train
+    cp "${CARGO_TARGET_DIR:-target}"/release/{ldm,examples/03_train} dist/gpu/bin/
     probes dist/gpu/bin/probes
     cp -r tests/golden dist/gpu/tests/
-    cp tools/gpu.sh tools/gpu_torch.py tools/gpu_unet.py dist/gpu/
+    cp tools/gpu.sh tools/gpu_torch.py tools/gpu_unet.py tools/gpu_train.py dist/gpu/
     git describe --always --dirty --abbrev=12 >dist/gpu/commit
     du -sh dist/gpu
 }
@@ -222,6 +223,60 @@ run_torch() {
     done
 }
 
+# A step that does not fit says so before it takes any memory: then half the batch is tried. PyTorch gets the batch that fits
+# ours, and halves it too where it must.
+run_train() {
+    local name flag batch fits mode
+    export LDM_COMMIT TORCHINDUCTOR_CACHE_DIR=$out/inductor
+    LDM_COMMIT=$(cat commit)
+    for flag in --recompute ''; do
+        for batch in 16 8 4; do
+            name=sd15-train${flag#-}-$batch
+            set -- "$name" bin/03_train --preset sd15 64 $batch 3 --device cuda --dtype bf16 --ema --per-op $flag --json "$out/$name.json"
+            attempt "$@" || stop "out of time in $name"
+            fits=$(field fits "$out/$name.json")
+            [ "$fits" != false ] || { echo "$name: does not fit"; continue; }
+            once "$@"
+            sed -n '/^median/,+12p' "$out/$name.log"
+            break
+        done
+    done
+    python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || { echo "no PyTorch with CUDA: left out"; return 0; }
+    for mode in eager compiled; do
+        once "torch-train-$mode" python3 gpu_train.py --mode $mode --batch "$batch" --out "$out/torch-train.jsonl"
+        tail -n 1 "$out/torch-train-$mode.log"
+    done
+}
+
+# What a file of JSON, or a line of it, says first under a key; empty where there is no such file.
+field() {
+    if [ -e "${2:-/dev/stdin}" ]; then grep -oE "\"$1\": *(\"[^\"]*\"|[^],}]*)" "${2:-/dev/stdin}" | head -n 1 | sed -E 's/^[^:]*: *"?//; s/"$//' || true; fi
+}
+
+# Training steps beside each other: batch, seconds, and memory, which for ours is what was planned, and taken before the first step.
+trained() {
+    local file line name error
+    row() { awk -v name="$1" -v batch="$2" -v s="$3" -v bytes="$4" 'BEGIN {
+        printf "%-52s %6s %9s %7s\n", name, batch, s == "" ? "" : sprintf("%.3f", s), bytes == "" ? "" : sprintf("%.1f", bytes / 1e9) }'; }
+    for file in "$out"/sd15-train*.json; do
+        [ -e "$file" ] || continue
+        name=ldm
+        [ "$(field recompute "$file")" = false ] || name='ldm, blocks made again'
+        [ "$(field fits "$file")" = true ] || name="$name: does not fit"
+        row "$name" "$(field batch "$file")" "$(field median_seconds "$file")" \
+            $(($(field states_bytes "$file") + $(field arena_bytes "$file")))
+    done
+    [ ! -e "$out/torch-train.jsonl" ] || while read -r line; do
+        name="PyTorch $(field torch <<<"$line") $(field mode <<<"$line")" error=$(field error <<<"$line")
+        if [ -n "$error" ]; then
+            name="$name: $error"
+        elif [ "$(field mode <<<"$line")" != eager ]; then
+            name="$name (first step $(field first_seconds <<<"$line") s)"
+        fi
+        row "$name" "$(field batch <<<"$line")" "$(field median_seconds <<<"$line")" "$(field peak_bytes <<<"$line")"
+    done <"$out/torch-train.jsonl"
+}
+
 # Lines `name<TAB>ns<TAB>±ns` of a bench's log.
 benches_of() {
     sed -nE 's/^test (.*) \.\.\. bench: +([0-9,]+) ns\/iter \(\+\/- ([0-9,]+)\)$/\1\t\2\t\3/p' "$1" | tr -d ,
@@ -264,6 +319,9 @@ report() {
         done
         printf '\n}\n'
     } >"$out/results.json"
+    local steps
+    steps=$(trained)
+    [ -z "$steps" ] || printf '\n%-52s %6s %9s %7s\n%s\n' "training step, SD 1.5, 512x512, bf16" batch seconds GB "$steps"
     local failed tests
     tests=$(find "$out/done" -name 'test-*' | wc -l)
     failed=$(find "$out/done" -name 'test-*' -exec grep -Lx 0 {} + | wc -l)
@@ -294,9 +352,9 @@ pack)
 probes)
     probes "${2:?a file to write}"
     ;;
-test | step | overlap | probe | sweep | bench | profile | torch | report | all)
+test | step | overlap | probe | sweep | bench | profile | torch | train | report | all)
     prepare
-    for part in test step overlap probe sweep bench profile torch; do
+    for part in test step overlap probe sweep bench profile torch train; do
         if [ "$what" = all ] || [ "$what" = $part ]; then "run_$part" "${2:-}"; fi
     done
     report

@@ -134,9 +134,14 @@ impl Walk {
             .chain(g.outputs.iter().map(|(_, v)| *v))
             .chain(g.updates.iter().map(|(_, v)| *v))
             .collect();
+        // Weights in the type that is computed in are kept: forward and backward pass read them.
+        let weights: BTreeSet<Var> = g.parameters.iter().map(|p| p.used).collect();
         let mut map: BTreeMap<Var, Var> = BTreeMap::new();
         for n in range.clone() {
             let node = g.nodes[n].clone();
+            if node.y.iter().any(|y| weights.contains(y)) {
+                continue;
+            }
             let x: Vec<Var> = node.x.iter().map(|v| map.get(v).copied().unwrap_or(*v)).collect();
             let y = g.push_all(&format!("{}.again", node.label), node.op, &x)?;
             for (old, new) in node.y.into_iter().zip(y) {

@@ -23,7 +23,10 @@ pub struct Rewrite {
 pub fn fuse(g: &Graph, target: Target) -> Result<Graph> {
     let mut g = g.clone();
     for at in 0..g.nodes.len() {
-        let offer = |g: &Graph| g.nodes[at].op.fuse(g, *g.nodes[at].y.first()?, target);
+        let offer = |g: &Graph| {
+            let rewrite = g.nodes[at].op.fuse(g, *g.nodes[at].y.first()?, target)?;
+            exists(g, &rewrite, at).then_some(rewrite)
+        };
         while let Some(rewrite) = offer(&g) {
             for (v, op, x) in rewrite.made {
                 let Origin::Node(maker, _) = g.values[v.index()].origin else { continue };
@@ -41,6 +44,17 @@ pub fn fuse(g: &Graph, target: Target) -> Result<Graph> {
         Target::Cpu => Ok(prune(&g)),
         Target::Cuda => Ok(prune(&give_stats(&g)?)),
     }
+}
+
+/// Whether all that an offer for a node takes is made before it is used. Of a graph that trains, weights in a 16-bit type are nodes too,
+/// cast where they are first asked for: that may be behind a product that would be joined with theirs.
+fn exists(g: &Graph, offer: &Rewrite, at: usize) -> bool {
+    let maker = |v: Var| match g.values[v.index()].origin {
+        Origin::Node(maker, _) => Some(maker),
+        _ => None,
+    };
+    let before = |x: &[Var], at: usize| x.iter().all(|&v| maker(v).is_none_or(|n| n < at));
+    before(&offer.x, at) && offer.made.iter().all(|(v, _, x)| maker(*v).is_none_or(|at| before(x, at)))
 }
 
 /// Leaves out nodes whose outputs nothing uses.

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::exec::{Device, Program, Weights};
-use crate::graph::{Graph, Layout, Parameter, Var, gradients};
+use crate::graph::{Graph, Layout, Origin, Parameter, Var, gradients};
 use crate::ops::{Accumulate, Adam, Clip, RATES, SquareSum};
 use crate::tensor::{DType, HostTensor, Shape, Spec};
 use std::collections::BTreeSet;
@@ -169,10 +169,20 @@ pub fn blocks(g: &Graph) -> Vec<Range<usize>> {
         words.get(at + 1)?.parse::<usize>().ok()?;
         Some(words[..at + 2].join("."))
     };
+    // A weight that is computed with in another type is cast where it is first asked for, under its own name, in the midst of a block.
+    let cast = |p: &Parameter| match g.values()[p.used.index()].origin {
+        Origin::Node(node, _) => Some(node),
+        _ => None,
+    };
+    let casts: BTreeSet<usize> = g.parameters().iter().filter_map(cast).collect();
     let mut found: Vec<(String, Range<usize>)> = vec![];
-    for (i, node) in g.nodes().iter().enumerate() {
+    for (i, node) in g.nodes().iter().enumerate().filter(|(i, _)| !casts.contains(i)) {
         match (block(&node.label), found.last_mut()) {
-            (Some(name), Some((last, range))) if *last == name && range.end == i => range.end = i + 1,
+            (Some(name), Some((last, range)))
+                if *last == name && (range.end..i).all(|n| casts.contains(&n)) =>
+            {
+                range.end = i + 1
+            }
             (Some(name), _) => found.push((name, i..i + 1)),
             (None, _) => {}
         }
