@@ -138,7 +138,7 @@ fn reconstructions_of_an_autoencoder_are_those_of_diffusers() {
     }
     let f = Folder::new();
     let o = ldm(&["eval", "reconstruction", text(&source), "--model", text(&f.path(""))]);
-    assert!(o.code == 2 && o.err.contains("the folder of an autoencoder"), "{}: {}", o.code, o.err);
+    assert!(o.code == 2 && o.err.contains("want an autoencoder: a run"), "{}: {}", o.code, o.err);
     let o = ldm(&["eval", "reconstruction", text(&source)]);
     assert!(o.code == 2 && o.err.contains("<B>"), "{}", o.err);
 }
