@@ -13,6 +13,7 @@ use half::bf16;
 use ldm::exec::Device;
 use ldm::io::{Checkpoint, ModelFolder, Prediction};
 use ldm::models::{Inventory, Model, Source};
+use ldm::pipeline::verify::{Options, verify};
 use ldm::pipeline::{Pipeline, Request};
 use ldm::tensor::DType;
 use program::{ldm, refused, text};
@@ -173,6 +174,28 @@ fn weights_inside_another_tensor_are_read_as_those_of_their_own() {
     }
 }
 
+/// An `attention_head_dim` of null means one head to diffusers, whose tensors these are; the file has queries, keys and values in one turn then.
+#[test]
+fn null_is_one_head_in_a_folder_and_in_its_file() {
+    let f = Folder::new();
+    copy(&golden("uncond-ldm-tiny"), &f.path("model"));
+    f.edit("model/unet/config.json", |c| c["attention_head_dim"] = Value::Null);
+    let (model, file) = (f.path("model"), f.path("m.safetensors"));
+    convert(&model, &file, &[]);
+    let options = Options { dtype: Some(DType::F32), ..Options::default() };
+    for path in [&model, &file] {
+        let (folder, reference) =
+            (ModelFolder::open(path).unwrap(), golden("uncond-one-head.pipe.safetensors"));
+        let report = verify(&folder, &reference, &Device::Cpu, &options).unwrap();
+        let failed = report.first_failure().map(|line| line.name.clone());
+        assert!(report.lines.len() > 4 && failed.is_none(), "{}: {failed:?}", path.display());
+    }
+    let (raw, unet) = (Checkpoint::open(&file).unwrap(), Checkpoint::open(model.join("unet")).unwrap());
+    let at = "mid_block.attentions.0";
+    let all = ["to_q", "to_k", "to_v"].map(|part| unet.read_f32(&format!("{at}.{part}.bias")).unwrap());
+    assert_eq!(raw.read_f32("model.diffusion_model.middle_block.1.qkv.bias").unwrap(), all.concat());
+}
+
 #[test]
 fn parts_that_nothing_runs_are_left_out_and_named() {
     let f = Folder::with_model();
@@ -250,7 +273,9 @@ fn files_that_are_no_model_are_told_apart() {
     // Another noise schedule than Stable Diffusion's is no matter of taste.
     let path =
         f.write("m.safetensors", header(&[conv, sd1, vae, clip, ("alphas_cumprod", &[1000])], json!({})));
-    refused(&f, 1, &["alphas_cumprod", "noise schedule"], || ldm(&["info", text(&path)]));
+    refused(&f, 1, &["alphas_cumprod", "noise schedule"], || {
+        ldm(&["sample", "-m", text(&path), "-p", "x", "-o", text(&f.path("o.png"))])
+    });
     // What it says of itself counts; and it says no more than it may.
     let v = json!({"modelspec.prediction_type": "v"});
     let path = f.write("m.safetensors", header(&[conv, sd2, vae, open], v));
@@ -488,7 +513,14 @@ fn a_run_exports_one_file_too() {
     same_tensors(&trained.join("export/vae").join(weights), &back.join(weights));
     // A run is as good as its export; and other tools are said to need 32 groups.
     let o = ldm(&["convert", text(&trained), "-o", text(&f.path("again.safetensors"))]);
-    assert!(o.code == 0 && o.out.contains("norm_num_groups 4 (theirs is 32)"), "{}{}", o.out, o.err);
+    assert!(
+        o.code == 0
+            && o.out.contains("not as in CompVis's models")
+            && o.out.contains("norm_num_groups 4 (theirs is 32)"),
+        "{}{}",
+        o.out,
+        o.err
+    );
     // Said before the run.
     let never = f.path("never");
     let o = diffusion(&first, &never, &[&own[..], &["model.unet.freq_shift=1"]].concat());

@@ -38,7 +38,7 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
         text += &format!("left out: {name} ({class}), which nothing here runs\n");
     }
     for why in done.own {
-        text += &format!("other tools will not read it: {why}\n");
+        text += &format!("not as in CompVis's models, which other tools take for granted: {why}\n");
     }
     print(&text)?;
     Ok(ExitCode::SUCCESS)

@@ -217,13 +217,10 @@ impl Names {
             Ok(blocks.iter().map(|b| b.contains("Attn")).collect())
         };
         let (down, up) = (with("down_block_types")?, with("up_block_types")?);
-        // One head, where no width is given.
+        // The width of a head; null means one head.
         let key = "attention_head_dim";
-        let head = match plain && c.has(key) {
-            true => Some(within(c, key, c.usize(key)?, WIDEST)?),
-            false if c.keys().any(|k| k == key) => None,
-            false => Some(8),
-        };
+        let head = if plain { c.usize_unless_null(key, 8)? } else { None };
+        let head = head.map(|head| within(c, key, head, WIDEST)).transpose()?;
         for width in channels.iter().filter(|_| plain) {
             within(c, "block_out_channels", *width, WIDEST)?;
         }

@@ -119,6 +119,14 @@ impl Config {
         self.optional(key, A_USIZE, as_usize)
     }
 
+    /// A whole number of at least 0; the default where the key is absent, and `None` where it is null: to diffusers that is no default.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the value is of another kind.
+    pub fn usize_unless_null(&self, key: &str, default: usize) -> Result<Option<usize>> {
+        if self.values.contains_key(key) { self.opt_usize(key) } else { Ok(Some(default)) }
+    }
+
     /// A number, if there is one.
     ///
     /// # Errors

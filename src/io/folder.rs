@@ -142,6 +142,16 @@ impl ModelFolder {
         self.component(name).map(|c| self.texts.inner(&c.name))
     }
 
+    /// The running product of 1 - beta over the training timesteps, where a single file has it beside the weights.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`] and [`Checkpoint::read_f32`].
+    pub fn alphas_cumprod(&self) -> Result<Option<Vec<f32>>> {
+        let name = "alphas_cumprod";
+        let file = if self.is_single_file() { Some(Checkpoint::open(&self.path)?) } else { None };
+        file.filter(|file| file.entry(name).is_some()).map(|file| file.read_f32(name)).transpose()
+    }
+
     /// A component's `config.json`.
     ///
     /// # Errors

@@ -229,7 +229,6 @@ fn guess(file: &Checkpoint, prediction: Option<Prediction>) -> Result<BTreeMap<S
     if said == Some(Prediction::V) {
         parts["scheduler"]["prediction_type"] = json!("v_prediction");
     }
-    same_schedule(file, &parts["scheduler"])?;
     parts["unet"]["in_channels"] = json!(channels);
     let index = json!({
         "_class_name": class,
@@ -265,42 +264,4 @@ pub(crate) fn pretty(value: &Value) -> String {
 /// The parts of a version of Stable Diffusion.
 fn version(path: &Path, text: &str) -> Result<Value> {
     serde_json::from_str(text).map_err(|e| Error::file(path, e))
-}
-
-/// A file may carry the noise schedule that it was trained with.
-fn same_schedule(file: &Checkpoint, scheduler: &Value) -> Result<()> {
-    let (path, name) = (file.path(), "alphas_cumprod");
-    if file.entry(name).is_none() {
-        return Ok(());
-    }
-    // Square roots of betas evenly spaced, and the running product of 1 - beta.
-    let config = Config::from_value(path, scheduler.clone())?;
-    let (n, first, last) = (
-        config.usize("num_train_timesteps")?,
-        config.f64("beta_start")?.sqrt(),
-        config.f64("beta_end")?.sqrt(),
-    );
-    let beta = |t: usize| (first + (last - first) * t as f64 / (n - 1) as f64).powi(2);
-    let product = |bar: &mut f64, t: usize| {
-        *bar *= 1.0 - beta(t);
-        Some(*bar as f32)
-    };
-    let own: Vec<f32> = (0..n).scan(1.0, product).collect();
-    let there = file.read_f32(name)?;
-    // Of files in half precision, it is too.
-    let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 2e-3 * b.abs() + 1e-4;
-    if own.len() == there.len() && there.iter().zip(&own).all(near) {
-        return Ok(());
-    }
-    let last = |all: &[f32]| all.last().copied().unwrap_or_default();
-    Err(Error::Tensor {
-        file: path.into(),
-        name: name.into(),
-        want: format!("Stable Diffusion's noise schedule, {} values down to {:.6}", own.len(), last(&own)),
-        got: format!(
-            "{} values down to {:.6}: make a folder of it with diffusers, with the scheduler it was trained for",
-            there.len(),
-            last(&there)
-        ),
-    })
 }

@@ -208,6 +208,11 @@ impl Source {
         Ok(Source { checkpoint, found })
     }
 
+    /// The checkpoint, which holds what the model needs.
+    pub fn into_checkpoint(self) -> Checkpoint {
+        self.checkpoint
+    }
+
     /// Lets the threads `make` something of each weight that is `wanted`, in order of name, and gives back what they made,
     /// in that order. Nothing is held here; the file's pages are let go as they are done, and the system fetches a tensor
     /// while the ones before it are converted.

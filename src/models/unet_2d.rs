@@ -90,8 +90,8 @@ impl Model for UNet2D {
         if groups == 0 || channels.iter().any(|c| c % groups != 0) {
             return Err(c.error("norm_num_groups", format!("a divisor of every one of {channels:?}")));
         }
-        // Here it is what it says: the width of a head. None at all means one head.
-        let head = if c.has("attention_head_dim") { c.opt_usize("attention_head_dim")? } else { Some(8) };
+        // Here it is what it says: the width of a head. Null means one head.
+        let head = c.usize_unless_null("attention_head_dim", 8)?;
         let heads = |channels: usize| channels / head.unwrap_or(channels).max(1);
         if channels.iter().any(|&c| heads(c) == 0 || c % heads(c) != 0 || head == Some(0)) {
             return Err(c.error("attention_head_dim", format!("a divisor of every one of {channels:?}")));

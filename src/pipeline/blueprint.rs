@@ -389,5 +389,28 @@ pub(super) fn scheduler(folder: &ModelFolder) -> Result<(String, ScheduleConfig)
         schedule.steps_offset = Some(1);
         schedule.clip_sample = Some(false);
     }
+    same_schedule(folder, &schedule)?;
     Ok((component.class.clone(), schedule))
+}
+
+/// A single file may carry the noise schedule that it was trained with: it must be the one that is told.
+fn same_schedule(folder: &ModelFolder, schedule: &ScheduleConfig) -> Result<()> {
+    let Some(there) = folder.alphas_cumprod()? else { return Ok(()) };
+    let own = schedule.alphas_cumprod()?;
+    // Of files in half precision, it is too.
+    let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 2e-3 * b.abs() + 1e-4;
+    if own.len() == there.len() && there.iter().zip(&own).all(near) {
+        return Ok(());
+    }
+    let said = |all: &[f32]| format!("{} values down to {:.6}", all.len(), all.last().unwrap_or(&f32::NAN));
+    Err(Error::Tensor {
+        file: folder.path().into(),
+        name: "alphas_cumprod".into(),
+        want: format!(
+            "the noise schedule of {}, {}",
+            folder.texts("scheduler")?.place().display(),
+            said(&own)
+        ),
+        got: format!("{}: give it as a folder, with the scheduler that it was trained for", said(&there)),
+    })
 }

@@ -27,7 +27,7 @@ pub struct Converted {
     pub bytes: usize,
     /// Parts of the pipeline that are not in it, with their classes.
     pub left_out: Vec<(String, String)>,
-    /// Of a file: why other tools, which build the models of the original code, will not read it.
+    /// Of a file: in what, beside names and shapes, its model is not one of the original code's. Tools that build those cannot run it.
     pub own: Vec<String>,
 }
 
@@ -72,12 +72,12 @@ struct Part {
 
 impl Part {
     /// A part whose tensors are those that its configuration asks for.
-    fn new(name: &str, class: &str, config: Config, open: impl Fn() -> Result<Checkpoint>) -> Result<Part> {
+    fn new(name: &str, class: &str, config: Config, weights: Checkpoint) -> Result<Part> {
         let Some(model) = AnyModel::read(class, &config)? else {
             return Err(config.error("_class_name", "a class that the engine knows"));
         };
-        Source::new(open()?, &Inventory::of(&model.inventory(DType::F32)?))?;
-        Ok(Part { name: name.into(), class: class.into(), config, weights: open()? })
+        let weights = Source::new(weights, &Inventory::of(&model.inventory(DType::F32)?))?.into_checkpoint();
+        Ok(Part { name: name.into(), class: class.into(), config, weights })
     }
 
     /// A tensor as it will be written.
@@ -191,10 +191,11 @@ impl Model {
             };
             let config = texts.config(name)?;
             let class = config.one_of("_class_name", &["AutoencoderKL", "VQModel"], "AutoencoderKL")?;
-            let part = Part::new("", class, config.clone(), || match from.is_file() {
+            let weights = match from.is_file() {
                 true => single_file::autoencoder_weights(from),
                 false => Checkpoint::open(from),
-            })?;
+            };
+            let part = Part::new("", class, config.clone(), weights?)?;
             let texts = BTreeMap::from([(name.to_string(), texts.text(name)?)]);
             return Ok(Model { parts: vec![part], texts, schedule: None, left_out: vec![] });
         }
@@ -212,9 +213,8 @@ impl Model {
                 continue;
             }
             if known {
-                parts.push(Part::new(&c.name, &c.class, folder.config(&c.name)?, || {
-                    folder.checkpoint(&c.name)
-                })?);
+                let (config, weights) = (folder.config(&c.name)?, folder.checkpoint(&c.name)?);
+                parts.push(Part::new(&c.name, &c.class, config, weights)?);
             }
             let own = folder.texts(&c.name)?;
             for name in SMALL.iter().filter(|name| own.has(name)) {
@@ -286,7 +286,7 @@ impl Model {
         Ok(said.collect())
     }
 
-    /// Why only `ldm` will read the file: what names and shapes do not say is fixed in the original code.
+    /// What names and shapes do not say, and is fixed in the original code.
     fn own(&self) -> Result<Vec<String>> {
         let mut all = vec![];
         for Part { name, config, .. } in &self.parts {
