@@ -120,9 +120,16 @@ DEV float cos_f(float x) { return sin_quarter(x, 1); }
 
 // x · sigmoid(x); for x far below zero the exponential is infinite and the quotient zero.
 DEV float silu_f(float x) { return x / (1.0f + exp_f(-x)); }
-// The same to 4 ulp and the rounding of the exponent, |x| · 6e-8: two special functions and no division.
-DEV float silu_fast_f(float x) { return x * rcp_fast_f(1.0f + exp2_fast_f(x * -1.44269504f)); }
-// The same function by Abramowitz and Stegun, 7.1.26: the tail is a product, so nothing cancels for x below zero; to |x| · 1e-7.
+// The same of two, to 6 ulp and the rounding of the exponents, with one reciprocal: that of a product, times the other factor, is that of a
+// factor. Exponents end at 60, so that the product is finite: below -41 a result is at most |x| · 2^-60 from the true one.
+DEV void silu_fast_pair(float& x, float& y) {
+    const float a = 1.0f + exp2_fast_f(min_f(x * -1.44269504f, 60.0f));
+    const float b = 1.0f + exp2_fast_f(min_f(y * -1.44269504f, 60.0f));
+    const float both = rcp_fast_f(a * b);
+    x *= both * b;
+    y *= both * a;
+}
+// GELU by Abramowitz and Stegun, 7.1.26: the tail is a product, so nothing cancels for x below zero; to |x| · 1e-7.
 DEV float gelu_fast_f(float x) {
     const float t = rcp_fast_f(fma_f(0.3275911f * 0.707106781f, abs_f(x), 1.0f));
     float q = fma_f(t, 0.5f * 1.061405429f, 0.5f * -1.453152027f);
@@ -187,16 +194,6 @@ struct Moments {
 DEV Moments merged(Moments a, Moments b) {
     const float n = a.n + b.n, share = n > 0.0f ? b.n * rcp_fast_f(n) : 0.0f, d = b.mean - a.mean;
     return {n, fma_f(d, share, a.mean), fma_f(d * d, a.n * share, a.m2 + b.m2)};
-}
-// Of the 32 lanes together; the order is the same for each, so all hold the same bits.
-DEV Moments warp_merged(Moments m) {
-    UNROLL
-    for (int step = 1; step < WARP; step <<= 1) {
-        const Moments other = {shfl_xor(m.n, step), shfl_xor(m.mean, step), shfl_xor(m.m2, step)};
-        const bool second = lane() & step;
-        m = merged(second ? other : m, second ? m : other);
-    }
-    return m;
 }
 // The same of a few sets of equal size, taken in one by one: sums of means less the first one. What cancels is at most
 // their number times the variance, so dozens are sound in f32; more are merged.

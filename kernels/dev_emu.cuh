@@ -287,6 +287,7 @@ DEV unsigned pack2(float low, float high) {
 
 DEV float exp2_fast_f(float x) { return x < -126.0f ? 0.0f : __builtin_exp2f(x); }
 DEV float rcp_fast_f(float x) { return abs_f(x) > 0x1p126f ? 0.0f * x : 1.0f / x; }
+DEV float rsqrt_fast_f(float x) { return 1.0f / __builtin_sqrtf(x); }
 
 DEV unsigned atomic_inc_u32(unsigned* p, unsigned limit LDM_LINE) {
     ldm_check<4>(p, false, line);

@@ -323,6 +323,13 @@ DEV float rcp_fast_f(float x) {
     return r;
 }
 
+// 1 / √x to 2^-22.9 of it; x normal.
+DEV float rsqrt_fast_f(float x) {
+    float r;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
 // old = *p; *p = old >= limit ? 0 : old + 1. Relaxed: put `fence_gpu` around it where it orders other accesses.
 DEV unsigned atomic_inc_u32(unsigned* p, unsigned limit) { return atomicInc(p, limit); }
 // What this thread wrote before is seen by all blocks before what it writes after; and it reads anew.

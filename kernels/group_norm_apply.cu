@@ -5,27 +5,31 @@
 // block owns `rows` pixels of STRIP channels of one image.
 //
 // Statistics: an image's pixels are cut into `count` slabs of `each` pixels; a slab's entry holds, for each channel, the
-// mean and the sum of squares about it. The entries of all groups that the strip touches are merged by the block itself:
-// a team of threads per group, each thread an interleaved share of the entries, then a warp per group the shares, all in
-// an order that the shapes alone fix. Means are merged as differences from the group's first one, and the group's mean is
-// kept as a pair, so that a mean far from zero costs no digits. The shares and the groups' results lie in shared memory.
+// mean and the sum of squares about it. The entries of all groups that the strip touches are merged by the block itself: for each
+// group a team of `warps` warps, each thread one channel and every `phases`-th slab of it, ENTRIES of them in flight; then the lanes
+// of a warp, then the warps of a team, all in an order that the shapes alone fix. Sets are first averaged, then the squares are
+// taken about that average: two sums by shuffles, in place of a chain of quotients. Means are merged as differences from the
+// group's first one, and the group's mean is kept as a pair, so that a mean far from zero costs no digits. The first warp of a team
+// leaves the factors of its group's channels in shared memory, a lane for each channel of the strip: y = (x - high) * a + b with
+// a = rstd * w and b = bias - low * a. Few instructions matter here: in a small image each block has more to merge than to stream.
 //
-// Streaming: a thread owns one 16-byte vector of channels, whose factors it keeps in registers, and every DOWN-th pixel;
-// FLIGHT of its loads are in flight, the first ones while the statistics are merged. Neighbouring threads read the
-// vectors of one pixel (64 bytes of a 16-bit type, in four threads; 128 of f32, in eight), then the next pixel. y = (x - high) *
-// a + b with a = rstd * w and b = bias - low * a.
+// Streaming: a thread owns one 16-byte vector of channels, whose factors it keeps in registers, and every DOWN-th pixel; FLIGHT of
+// its loads are in flight, the first ones while the statistics are merged, and a vector that was stored makes room for the next.
+// Neighbouring threads read the vectors of one pixel (64 bytes of a 16-bit type, in four threads; 128 of f32, in eight), then the
+// next pixel. SiLU takes one reciprocal for two elements: it is the unit of special functions that a small image waits for.
 //
-// Barriers: one makes the shares and the groups' first means visible, the next the groups' results.
+// Barriers: with teams of more than a warp, one makes the warps' shares visible; the last one makes the factors visible.
 //
-// Wants: HW = count · each; groups divide C0 + C1; pointers aligned to 16 bytes; C0 and C1 multiples of 8, so that no vector
-// crosses the seam or an end. Threads past the last channel or pixel only help to merge. Two blocks on a multiprocessor: 64
-// registers.
+// Wants: HW = count · each; cpg = (C0 + C1) / groups, a whole number; (C0 + C1 + BLOCK) · cpg below 2^31, reciprocal = ceil(2^31 / cpg).
+// warps: a power of two; with more than one, teams enough for the groups of any strip. phases = warps · 32 / cpg, rounded down, at
+// least 1. Pointers aligned to 16 bytes; C0 and C1 multiples of 8, so that no vector crosses the seam or an end. Threads past the
+// last channel or pixel only help to merge. Two blocks on a multiprocessor: 64 registers.
 #include "dev.cuh"
 
 constexpr int BLOCK = 512;
 constexpr int STRIP = 32;
 constexpr int FLIGHT = 4;
-constexpr int ENTRIES = 8;  // loads of statistics that a thread has in flight
+constexpr int ENTRIES = 16;  // loads of statistics that a thread has in flight
 
 struct GroupNormApply {
     T* y;                 // (B,HW,C0+C1)
@@ -37,73 +41,93 @@ struct GroupNormApply {
     const int* counter;   // null, or the row of film that serves every image
     const float* stats0;  // (B,count,C0,2) mean, sum of squares about it
     const float* stats1;  // (B,count,C1,2)
-    int hw, c0, c1, groups;
-    int rows;   // pixels of a block
-    int count;  // slabs of an image
-    int each;   // pixels of a slab
-    int film_rows;  // 1, or one per image; any number with a counter
+    int hw, c0, c1;
+    int cpg;              // channels of a group
+    unsigned reciprocal;  // of cpg
+    int warps, phases;    // of a team; slabs that it takes at a time
+    int rows;             // pixels of a block
+    int count;            // slabs of an image
+    int each;             // pixels of a slab
+    int film_rows;        // 1, or one per image; any number with a counter
     float eps;
     int silu;  // act: 1 SiLU, 0 none
 };
 
 constexpr int V = vec_width<T>, ACROSS = STRIP / V, DOWN = BLOCK / ACROSS;
+constexpr int WARPS = BLOCK / WARP;
 
 struct GroupNormApplySmem {
-    Moments share[BLOCK];
-    // By group of the strip; there are no more groups than channels.
-    float high[STRIP], low[STRIP], rstd[STRIP];
+    Moments share[WARPS];
+    // By channel of the strip.
+    float high[STRIP], a[STRIP], b[STRIP];
 };
+static_assert(STRIP == WARP, "a lane for each channel");
 
-// The entry of slab `slab`, counted over all images, channel c of C0 + C1.
-DEV const float* entry(const GroupNormApply& p, int slab, int c) {
-    return c < p.c0 ? p.stats0 + ((long long)slab * p.c0 + c) * 2 : p.stats1 + ((long long)slab * p.c1 + c - p.c0) * 2;
+// n / cpg.
+DEV int by_cpg(const GroupNormApply& p, int n) { return int((unsigned long long)unsigned(n) * p.reciprocal >> 31); }
+
+// The sets of a warp's lanes as one; all lanes hold the same bits.
+DEV Moments of_warp(Moments m) {
+    const float n = warp_sum(m.n), sum = warp_sum(m.n * m.mean);
+    const float mean = n > 0.0f ? sum * rcp_fast_f(n) : 0.0f, d = m.mean - mean;
+    return {n, mean, warp_sum(fma_f(m.n * d, d, m.m2))};
 }
 
-// Mean and reciprocal deviation of the groups that the channels from `first` to `last` belong to.
-DEV void merge_groups(const GroupNormApply& p, GroupNormApplySmem& s, int image, int first, int last) {
-    const int cpg = (p.c0 + p.c1) / p.groups, g0 = first / cpg, here = last / cpg - g0 + 1;
-    const int team = BLOCK / here, g = thread_x() / team, rank = thread_x() - g * team;
-    EqualSets sets;
-    if (g < here) {
-        const int from = (g0 + g) * cpg, step_slab = team / cpg, step = team - step_slab * cpg;
-        const float pivot = load(entry(p, image * p.count, from));
-        if (rank == 0) s.high[g] = pivot;
-        int slab = rank / cpg, c = rank - slab * cpg;
-        slab += image * p.count;
-        const int end = (image + 1) * p.count;
-        while (slab < end) {
+// Statistics of channel c, from the image's first slab on.
+DEV const float* entries(const GroupNormApply& p, int image, int c) {
+    const bool left = c < p.c0;
+    const long long before = (long long)image * p.count * (left ? p.c0 : p.c1);
+    return (left ? p.stats0 : p.stats1) + (before + (left ? c : c - p.c0)) * 2;
+}
+
+// The warp's share of the group whose first channel is `from`; its mean less `pivot`.
+DEV Moments gather(const GroupNormApply& p, int image, int from, int rank, float pivot) {
+    const int phase = by_cpg(p, rank);
+    float sets = 0.0f, first = 0.0f, sum = 0.0f, square = 0.0f, m2 = 0.0f;
+    for (int k = rank - phase * p.cpg; k < p.cpg && phase < p.phases; k += p.warps * WARP) {
+        const int width = (from + k < p.c0 ? p.c0 : p.c1) * 2, step = p.phases * width;
+        const float* at = entries(p, image, from + k) + (long long)phase * width;
+        for (int slab = phase; slab < p.count; slab += ENTRIES * p.phases) {
             Vec<float, 2> e[ENTRIES];
-            int got = 0;
             UNROLL
             for (int i = 0; i < ENTRIES; i++) {
                 e[i] = {};
-                if (slab < end) e[i] = load<2>(entry(p, slab, from + c));
-                got += slab < end;
-                c += step;
-                slab += step_slab + (c >= cpg);
-                c -= c >= cpg ? cpg : 0;
+                if (slab + i * p.phases < p.count) e[i] = load<2>(at + i * step);
             }
+            first = sets == 0.0f ? e[0][0] : first;
             UNROLL
             for (int i = 0; i < ENTRIES; i++) {
-                sets.add(e[i][0] - pivot, e[i][1], i < got);
+                const bool in = slab + i * p.phases < p.count;
+                const float d = in ? e[i][0] - first : 0.0f;
+                sets += in ? 1.0f : 0.0f;
+                sum += d;
+                square = fma_f(d, d, square);
+                m2 += e[i][1];
             }
+            at += (long long)ENTRIES * step;
         }
     }
-    s.share[thread_x()] = sets.moments(float(p.each));
-    sync_block();
-    for (int i = warp(); i < here; i += BLOCK / WARP) {
-        Moments sum = {0.0f, 0.0f, 0.0f};
-        ROLLED
-        for (int k = lane(); k < team; k += WARP) sum = merged(sum, s.share[i * team + k]);
-        sum = warp_merged(sum);
-        if (lane() == 0) {
-            const Pair mean = two_sum(s.high[i], sum.mean);
-            s.high[i] = mean.high;
-            s.low[i] = mean.low;
-            s.rstd[i] = rsqrt_f(sum.m2 / sum.n + p.eps);
-        }
+    Moments m = {0.0f, 0.0f, 0.0f};
+    if (sets > 0.0f) {
+        const float mean = sum * rcp_fast_f(sets), each = float(p.each);
+        m = {sets * each, first - pivot + mean, fma_f(each, max_f(fma_f(-sum, mean, square), 0.0f), m2)};
     }
-    sync_block();
+    return of_warp(m);
+}
+
+// The factors of channel c, the k-th of the strip, from its group's statistics; mean as `pivot` and `m.mean` more.
+DEV void factors(const GroupNormApply& p, GroupNormApplySmem& s, int image, int c, int k, Moments m, float pivot, float w, float bias) {
+    const Pair mean = two_sum(pivot, m.mean);
+    float a = w * rsqrt_fast_f(fma_f(m.m2, rcp_fast_f(m.n), p.eps)), b = fma_f(-mean.low, a, bias);
+    if (p.film) {
+        const int all = p.c0 + p.c1, row = p.counter ? load(p.counter) : p.film_rows > 1 ? image : 0;
+        const float factor = 1.0f + to_float(load(p.film + 2ll * row * all + c));
+        a *= factor;
+        b = fma_f(b, factor, to_float(load(p.film + (2ll * row + 1) * all + c)));
+    }
+    s.high[k] = mean.high;
+    s.a[k] = a;
+    s.b[k] = b;
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 2) group_norm_apply(const __grid_constant__ GroupNormApply p) {
@@ -111,69 +135,86 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) group_norm_apply(const __
     GroupNormApplySmem& s = smem<GroupNormApplySmem>();
     const int all = p.c0 + p.c1, first = block_x() * STRIP, image = block_z();
     const int last = (first + STRIP < all ? first + STRIP : all) - 1;
-    const int c = first + int(thread_x()) % ACROSS * V;
+    const int row = block_y() * p.rows + thread_x() / ACROSS, c = first + int(thread_x()) % ACROSS * V;
     const int end = (int(block_y()) + 1) * p.rows < p.hw ? (int(block_y()) + 1) * p.rows : p.hw;
-    int row = block_y() * p.rows + thread_x() / ACROSS;
-    if (c > last) row = end;
-
+    int rest = c > last ? 0 : end - row;  // pixels from the thread's next one to the end
     const bool left = c < p.c0;
     const int stride = left ? p.c0 : p.c1;
     const T* x = (left ? p.x0 + c : p.x1 + (c - p.c0)) + ((long long)image * p.hw + row) * stride;
-    T* y = p.y + ((long long)image * p.hw + row) * all + c;
     Vec<T, V> v[FLIGHT];
+
+    const int mine = first + int(lane()), g0 = by_cpg(p, first), g_last = by_cpg(p, last), g_mine = by_cpg(p, mine);
+    const int team = p.warps * WARP, rank = thread_x() & (team - 1);
+    float w = 0.0f, bias = 0.0f, pivot = 0.0f;
+    if (rank < WARP && mine <= last) {
+        w = to_float(load(p.w + mine));
+        bias = to_float(load(p.bias + mine));
+    }
+    int g = g0 + int(warp()) / p.warps;
+    Moments m = {0.0f, 0.0f, 0.0f};
+    for (int i = g; i <= g_last; i += WARPS / p.warps) {
+        pivot = load(entries(p, image, i * p.cpg));
+        m = gather(p, image, i * p.cpg, rank, pivot);
+        if (p.warps == 1 && i == g_mine && mine <= last) factors(p, s, image, mine, lane(), m, pivot, w, bias);
+    }
     UNROLL
     for (int i = 0; i < FLIGHT; i++) {
-        if (row + i * DOWN < end) v[i] = load<V>(x + (long long)(i * DOWN) * stride);
+        if (i * DOWN < rest) v[i] = load<V>(x + (long long)(i * DOWN) * stride);
     }
-    merge_groups(p, s, image, first, last);
-    if (row >= end) return;
+    if (p.warps > 1) {
+        if (lane() == 0) s.share[warp()] = m;
+        sync_block();
+        if (rank < WARP && g == g_mine && mine <= last) {
+            float n = 0.0f, sum = 0.0f, m2 = 0.0f;
+            ROLLED
+            for (int i = warp(); i < int(warp()) + p.warps; i++) {
+                n += s.share[i].n;
+                sum = fma_f(s.share[i].n, s.share[i].mean, sum);
+            }
+            const float mean = sum * rcp_fast_f(n);
+            ROLLED
+            for (int i = warp(); i < int(warp()) + p.warps; i++) {
+                const float d = s.share[i].mean - mean;
+                m2 += fma_f(s.share[i].n * d, d, s.share[i].m2);
+            }
+            factors(p, s, image, mine, lane(), {n, mean, m2}, pivot, w, bias);
+        }
+    }
+    sync_block();
+    if (rest <= 0) return;
 
-    const int cpg = all / p.groups;
-    int g = c / cpg, in_group = c - g * cpg;
-    g -= first / cpg;
-    const Vec<T, V> w = load<V>(p.w + c), bias = load<V>(p.bias + c);
-    Vec<T, V> scale, shift;
-    if (p.film) {
-        const int row = p.counter ? load(p.counter) : p.film_rows > 1 ? image : 0;
-        scale = load<V>(p.film + 2ll * row * all + c);
-        shift = load<V>(p.film + (2ll * row + 1) * all + c);
-    }
+    T* y = p.y + ((long long)image * p.hw + row) * all + c;
+    constexpr int WORDS = 4;  // floats of one access
     float high[V], a[V], b[V];
     UNROLL
-    for (int k = 0; k < V; k++) {
-        high[k] = s.high[g];
-        a[k] = to_float(w[k]) * s.rstd[g];
-        b[k] = fma_f(-s.low[g], a[k], to_float(bias[k]));
-        if (p.film) {
-            const float factor = 1.0f + to_float(scale[k]);
-            a[k] *= factor;
-            b[k] = fma_f(b[k], factor, to_float(shift[k]));
-        }
-        in_group++;
-        if (in_group == cpg) {
-            in_group = 0;
-            g++;
+    for (int k = 0; k < V; k += WORDS) {
+        const int at = c - first + k;
+        const Vec<float, WORDS> h = load_shared<WORDS>(s.high + at), fa = load_shared<WORDS>(s.a + at), fb = load_shared<WORDS>(s.b + at);
+        UNROLL
+        for (int i = 0; i < WORDS; i++) {
+            high[k + i] = h[i];
+            a[k + i] = fa[i];
+            b[k + i] = fb[i];
         }
     }
 
     while (true) {
         UNROLL
         for (int i = 0; i < FLIGHT; i++) {
-            if (row + i * DOWN >= end) break;
+            if (i * DOWN >= rest) return;
             UNROLL
-            for (int k = 0; k < V; k++) {
-                const float z = fma_f(to_float(v[i][k]) - high[k], a[k], b[k]);
-                v[i][k] = from_float<T>(p.silu ? silu_fast_f(z) : z);
+            for (int k = 0; k < V; k += 2) {
+                float z0 = fma_f(to_float(v[i][k]) - high[k], a[k], b[k]);
+                float z1 = fma_f(to_float(v[i][k + 1]) - high[k + 1], a[k + 1], b[k + 1]);
+                if (p.silu) silu_fast_pair(z0, z1);
+                v[i][k] = from_float<T>(z0);
+                v[i][k + 1] = from_float<T>(z1);
             }
             store(y + (long long)(i * DOWN) * all, v[i]);
+            if ((FLIGHT + i) * DOWN < rest) v[i] = load<V>(x + (long long)((FLIGHT + i) * DOWN) * stride);
         }
-        row += FLIGHT * DOWN;
-        if (row >= end) return;
+        rest -= FLIGHT * DOWN;
         x += (long long)(FLIGHT * DOWN) * stride;
         y += (long long)(FLIGHT * DOWN) * all;
-        UNROLL
-        for (int i = 0; i < FLIGHT; i++) {
-            if (row + i * DOWN < end) v[i] = load<V>(x + (long long)(i * DOWN) * stride);
-        }
     }
 }

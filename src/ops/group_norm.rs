@@ -5,10 +5,13 @@
 //! PyTorch: `F.silu(F.group_norm(x, groups, w, b, eps))`. Kernels: `kernels/group_norm.cu`, which computes the statistics
 //! itself and takes any shape; and `kernels/group_norm_apply.cu`, which is given them by channel and slab of pixels
 //! ([`channel_stats`]); where there are many slabs, `kernels/group_norm_merge.cu` makes them fewer first.
+mod blocks;
 mod cases;
 mod grad;
 
 pub use grad::GroupNormGrad;
+
+use blocks::{rows_per_block, slabs_kept, team};
 
 use super::Op;
 use super::activation::{Act, code};
@@ -313,7 +316,10 @@ impl GroupNorm {
             io.launch(merge::GROUP_NORM_MERGE, DType::F32, "", grid, merge::BLOCK, p)?;
         }
         let strips = c.div_ceil(apply::STRIP);
-        let rows = rows_per_block(hw, b * strips);
+        let (rows, cpg) = (rows_per_block(hw, b * strips), c / self.groups);
+        let (warps, phases) = team(c, cpg, count);
+        // The kernel divides by cpg with a product; it is exact below this.
+        io.int(cpg.saturating_mul(c + apply::BLOCK))?;
         let p = apply::GroupNormApply {
             y: io.y(0),
             x0: io.x(0),
@@ -328,7 +334,10 @@ impl GroupNorm {
             hw: io.int(hw)?,
             c0: io.int(c0)?,
             c1: io.int(c - c0)?,
-            groups: io.int(self.groups)?,
+            cpg: io.int(cpg)?,
+            reciprocal: (1u32 << 31).div_ceil(cpg as u32),
+            warps: io.int(warps)?,
+            phases: io.int(phases)?,
             rows: io.int(rows)?,
             count: io.int(count)?,
             each: io.int(hw / count.max(1))?,
@@ -337,34 +346,6 @@ impl GroupNorm {
         };
         io.launch(apply::GROUP_NORM_APPLY, y.dtype, "", [strips, hw.div_ceil(rows), b], apply::BLOCK, p)
     }
-}
-
-/// Most slabs of an image that every block of the apply kernel merges itself. In a 16-bit type it then reads half as many
-/// bytes of statistics as of x, where it has 512 pixels; of more slabs, more than a launch costs.
-const MERGED_IN_PLACE: usize = 64;
-
-/// How many slabs of equal size are left to the apply kernel of `slabs`: all of them, or the most that divide them and are
-/// no more than 16.
-fn slabs_kept(slabs: usize) -> usize {
-    if slabs <= MERGED_IN_PLACE {
-        return slabs;
-    }
-    (1..=16).rev().find(|&n| slabs.is_multiple_of(n)).unwrap_or(1)
-}
-
-/// Pixels of a block of the apply kernel, of `hw` in an image, where `strips` blocks lie side by side: 512, of which a
-/// block of a 16-bit type has all loads in flight at once; fewer where there would not be a block for each of the 132
-/// multiprocessors of an H100; more, so that statistics are merged less often, while there are four for each.
-fn rows_per_block(hw: usize, strips: usize) -> usize {
-    let blocks = |rows: usize| strips * hw.div_ceil(rows);
-    let mut rows = 512;
-    while rows > SLAB && blocks(rows) < 132 {
-        rows /= 2;
-    }
-    while rows >= 512 && rows < hw && blocks(2 * rows) >= 4 * 132 {
-        rows *= 2;
-    }
-    rows.min(hw)
 }
 
 impl Operation for GroupNorm {
@@ -558,19 +539,5 @@ mod tests {
             let off = got.zip(&want, |a, b| (a - b).abs()).data.into_iter().fold(0.0, f64::max);
             assert!(got.shape == want.shape && off < 1e-12, "{off}");
         }
-    }
-
-    #[test]
-    fn blocks_and_slabs_for_the_real_shapes() {
-        // (batch, HW, C): pixels of a block, slabs that it merges.
-        let of = |[b, hw, c]: [usize; 3]| {
-            (rows_per_block(hw, b * c.div_ceil(apply::STRIP)), slabs_kept(hw / SLAB))
-        };
-        let sd15 = [[2, 4096, 320], [2, 1024, 640], [2, 256, 1280], [2, 64, 1280], [2, 64, 2560]];
-        assert_eq!(sd15.map(of), [(512, 64), (256, 16), (128, 4), (64, 1), (64, 1)]);
-        let decoder = [[1, 4096, 512], [1, 16384, 512], [1, 65536, 256], [1, 262144, 128]];
-        assert_eq!(decoder.map(of), [(256, 64), (512, 16), (512, 16), (1024, 16)]);
-        // 768×768, a prime number of slabs, and one image of one slab.
-        assert_eq!([144, 67, 1].map(slabs_kept), [16, 1, 1]);
     }
 }

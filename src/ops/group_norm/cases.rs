@@ -40,6 +40,9 @@ pub(super) fn listed() -> Vec<Case> {
         // 65 slabs, merged in fives; 67, which nothing divides.
         one(2, Act::Silu, &[2, 65, 64, 16]),
         two(2, Act::None, &[1, 67, 64], [8, 8]),
+        // A group of more channels than a block has threads; two rounds of a thread's slabs.
+        one(1, Act::None, &[1, 8, 8, 640]),
+        one(2, Act::Silu, &[1, 33, 64, 176]),
         // Seams inside a group, inside a strip, and between strips.
         two(4, Act::Silu, &[2, 8, 16], [24, 16]),
         two(3, Act::None, &[1, 8, 8], [64, 32]),

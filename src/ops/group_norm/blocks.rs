@@ -1,0 +1,82 @@
+//! How the pixels, groups and statistics of a group norm are shared out on a GPU, where statistics are given.
+
+use super::super::group_stats::SLAB;
+use crate::kernels::group_norm_apply as apply;
+
+/// Most slabs of an image that every block of the apply kernel merges itself. In a 16-bit type it then reads half as many
+/// bytes of statistics as of x, where it has 512 pixels; of more slabs, more than a launch costs.
+const MERGED_IN_PLACE: usize = 64;
+
+/// How many slabs of equal size are left to the apply kernel of `slabs`: all of them, or the most that divide them and are
+/// no more than 16.
+pub(super) fn slabs_kept(slabs: usize) -> usize {
+    if slabs <= MERGED_IN_PLACE {
+        return slabs;
+    }
+    (1..=16).rev().find(|&n| slabs.is_multiple_of(n)).unwrap_or(1)
+}
+
+/// Warps of the apply kernel that merge the statistics of a group, and slabs that they take at a time, of `count` of a group of
+/// `cpg` channels of c: as few as hold all entries at once, a channel to a thread, and no more than the block has for each group
+/// that a strip touches.
+pub(super) fn team(c: usize, cpg: usize, count: usize) -> (usize, usize) {
+    let strips = (0..c).step_by(apply::STRIP);
+    let groups = |first: usize| ((first + apply::STRIP).min(c) - 1) / cpg - first / cpg + 1;
+    let most = strips.map(groups).max().unwrap_or(1);
+    let phases = |warps: usize| (warps * 32 / cpg).max(1);
+    let enough = |warps: usize| warps * 32 >= cpg && count <= apply::ENTRIES * phases(warps);
+    let mut warps = 1;
+    while !enough(warps) && 2 * warps * most <= apply::BLOCK / 32 {
+        warps *= 2;
+    }
+    (warps, phases(warps))
+}
+
+/// Pixels of a block of the apply kernel, of `hw` in an image, where `strips` blocks lie side by side: 512, of which a
+/// block of a 16-bit type has all loads in flight at once; fewer where there would not be a block for each of the 132
+/// multiprocessors of an H100; more, so that statistics are merged less often, while there are four for each.
+pub(super) fn rows_per_block(hw: usize, strips: usize) -> usize {
+    let blocks = |rows: usize| strips * hw.div_ceil(rows);
+    let mut rows = 512;
+    while rows > SLAB && blocks(rows) < 132 {
+        rows /= 2;
+    }
+    while rows >= 512 && rows < hw && blocks(2 * rows) >= 4 * 132 {
+        rows *= 2;
+    }
+    rows.min(hw)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_and_slabs_for_the_real_shapes() {
+        // (batch, HW, C): pixels of a block, slabs that it merges.
+        let of = |[b, hw, c]: [usize; 3]| {
+            (rows_per_block(hw, b * c.div_ceil(apply::STRIP)), slabs_kept(hw / SLAB))
+        };
+        let sd15 = [[2, 4096, 320], [2, 1024, 640], [2, 256, 1280], [2, 64, 1280], [2, 64, 2560]];
+        assert_eq!(sd15.map(of), [(512, 64), (256, 16), (128, 4), (64, 1), (64, 1)]);
+        let decoder = [[1, 4096, 512], [1, 16384, 512], [1, 65536, 256], [1, 262144, 128]];
+        assert_eq!(decoder.map(of), [(256, 64), (512, 16), (512, 16), (1024, 16)]);
+        // 768×768, a prime number of slabs, and one image of one slab.
+        assert_eq!([144, 67, 1].map(slabs_kept), [16, 1, 1]);
+    }
+
+    #[test]
+    fn teams_for_the_real_shapes() {
+        // (channels, those of a group, slabs): warps that merge a group, slabs that they take at a time.
+        let of = |[c, cpg, count]: [usize; 3]| team(c, cpg, count);
+        let sd15 =
+            [[320, 10, 64], [960, 30, 64], [640, 20, 16], [1920, 60, 16], [1280, 40, 4], [2560, 80, 1]];
+        assert_eq!(sd15.map(of), [(2, 6), (4, 4), (1, 1), (2, 1), (2, 1), (4, 1)]);
+        assert_eq!(
+            [[128, 4, 16], [256, 8, 16], [512, 16, 16], [512, 16, 64]].map(of),
+            [(1, 8), (1, 4), (1, 2), (2, 4)]
+        );
+        // A group for each channel, one for all of them, and one of more channels than threads.
+        assert_eq!([[320, 1, 64], [320, 320, 64], [640, 640, 1]].map(of), [(1, 32), (16, 1), (16, 1)]);
+    }
+}
