@@ -100,9 +100,10 @@ impl Operation for LayerNorm {
             c: io.int(s.last())?,
             eps: self.eps,
         };
-        let grid = [s.rows().div_ceil(k::BLOCK / 32), 1, 1];
         let dtype = io.x_spec(0).dtype;
-        io.launch(k::LAYER_NORM_FWD, dtype, variant(s.last(), dtype), grid, k::BLOCK, p)
+        let variant = variant(s.last(), dtype);
+        let grid = [s.rows().div_ceil(k::BLOCK / k::LANES.of(variant)), 1, 1];
+        io.launch(k::LAYER_NORM_FWD, dtype, variant, grid, k::BLOCK, p)
     }
 
     fn grad(&self, g: &mut Graph, x: &[Var], _y: &[Var], dy: &[Option<Var>]) -> Result<Vec<Option<Var>>> {
@@ -116,7 +117,7 @@ impl Operation for LayerNorm {
     }
 
     fn launches(&self, x: &[Spec]) -> Vec<LaunchPlan> {
-        let blocks = x[0].shape.rows().div_ceil(k::BLOCK / 32);
+        let blocks = x[0].shape.rows().div_ceil(k::BLOCK / k::LANES.of(self.variant(x)));
         // A row is read, summed up, and written: 1 µs more than a stream (measured on an H100).
         let time = launch::streaming(2.0 * x[0].bytes() as f64, blocks) + 1.0;
         let (dtype, grid) = (x[0].dtype, [blocks, 1, 1]);
