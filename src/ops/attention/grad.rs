@@ -1,11 +1,15 @@
 //! Gradients of attention from q, k, v, its result y and dy: with p the weights and δ = Σ dy · y of a query,
 //! ds = scale · p · (dy vᵀ − δ); dq = ds k, dk = dsᵀ q, dv = pᵀ dy (Dao et al. 2022, algorithm 4).
-//! Kernel: `kernels/attention_grad.cu`.
+//! Kernels: on tensor cores `kernels/attention_grad_q_mma.cu`, then `kernels/attention_grad_kv_mma.cu`;
+//! `kernels/attention_grad.cu` for all that those do not take.
 
 use super::super::prelude::*;
-use super::{Attention, Sizes};
+use super::{Attention, SIXTEEN, Sizes};
 use crate::backend::cpu::attention::{Known, attention_grad, grad_working_bytes};
 use crate::kernels::attention_grad as k;
+use crate::kernels::attention_grad_kv_mma as mma_kv;
+use crate::kernels::attention_grad_q_mma as mma_q;
+use std::f64::consts::LOG2_E;
 
 /// q (B,…,N·D), k, v (B,…,N·D), y and dy as q to the gradients of q, k and v.
 #[derive(Clone, PartialEq, Debug)]
@@ -51,12 +55,38 @@ impl AttentionGrad {
     }
 }
 
-/// The variant of the kernel for heads of `d`, and the parts in which it takes them.
-fn variant(d: usize) -> (&'static str, usize) {
+/// Which kernels compute the gradients, in which variants.
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Choice {
+    /// All types and head sizes, without tensor cores, heads in so many parts.
+    Plain { variant: &'static str, parts: usize },
+    /// 16 bits, heads of up to 160, in whole 16-byte chunks: the variant that owns queries, and the one that owns keys.
+    TensorCores { q: &'static str, kv: &'static str },
+}
+
+/// The kernels for a head size `d`, `t` queries and `s` keys in each of `n` heads, those of all images together.
+fn choose(dtype: DType, d: usize, [t, s]: [usize; 2], n: usize) -> Choice {
+    // Large blocks read what passes by half as often, if there are enough to give each multiprocessor of the largest cards
+    // (132) the two that its registers hold, and if they are not half empty.
+    let large = |rows: usize| n * rows.div_ceil(128) >= 2 * 132 && (rows % 128 == 0 || rows % 128 > 64 || rows > 1024);
+    let (q, kv) = match d {
+        _ if !SIXTEEN.contains(&dtype) || !d.is_multiple_of(8) => ("", ""),
+        ..=32 => ("BM=64,D=32", "BN=64,D=32"),
+        ..=40 => (
+            if large(t) { "BM=128,D=40" } else { "BM=64,D=40" },
+            if large(s) { "BN=128,D=40" } else { "BN=64,D=40" },
+        ),
+        ..=64 => (if large(t) { "BM=128,D=64" } else { "BM=64,D=64" }, "BN=64,D=64"),
+        ..=80 => ("BM=64,D=80", "BN=64,D=80"),
+        ..=128 => ("BM=64,D=128", "BN=64,D=128"),
+        ..=160 => ("BM=64,D=160", "BN=64,D=160"),
+        _ => ("", ""),
+    };
     match d {
-        ..=64 => ("D=64", 1),
-        65..=160 => ("D=160", 1),
-        _ => ("D=512", d.div_ceil(512)),
+        _ if !q.is_empty() => Choice::TensorCores { q, kv },
+        ..=64 => Choice::Plain { variant: "D=64", parts: 1 },
+        65..=160 => Choice::Plain { variant: "D=160", parts: 1 },
+        _ => Choice::Plain { variant: "D=512", parts: d.div_ceil(512) },
     }
 }
 
@@ -95,20 +125,44 @@ impl Operation for AttentionGrad {
         let Sizes { b, t, s, d } = op.sizes(io.x_spec(0).shape, io.x_spec(1).shape);
         let (dtype, scale, causal) = (io.x_spec(0).dtype, op.scale(d) as f32, i32::from(self.causal));
         let (stats, [q, key, v, y, dy]) = (io.scratch, [0, 1, 2, 3, 4].map(|i| io.x(i)));
-        let (variant, parts) = variant(d);
-        let grid = |tokens: usize| [tokens.div_ceil(k::TILE) * parts, self.heads, b];
-        let (dq, grid_q, grid_k) = (io.y(0), grid(t), grid(s));
-        let (t, s, d, heads, parts) =
-            (io.int(t)?, io.int(s)?, io.int(d)?, io.int(self.heads)?, io.int(parts)?);
-        let p = k::AttentionGradQ { dq, stats, q, k: key, v, y, dy, t, s, heads, d, parts, scale, causal };
-        io.launch(k::ATTENTION_GRAD_Q, dtype, variant, grid_q, k::BLOCK, p)?;
-        let (dk, dv) = (io.y(1), io.y(2));
-        let p = k::AttentionGradKv { dk, dv, stats, q, k: key, v, dy, t, s, heads, d, parts, scale, causal };
-        io.launch(k::ATTENTION_GRAD_KV, dtype, variant, grid_k, k::BLOCK, p)
+        let [dq, dk, dv] = [0, 1, 2].map(|i| io.y(i));
+        let grid = |blocks: usize| [blocks, self.heads, b];
+        let (rows, exponent) = (io.int(stats_rows(t))?, (op.scale(d) * LOG2_E) as f32);
+        let choice = choose(dtype, d, [t, s], self.heads * b);
+        let [t, s, d, heads] = [io.int(t)?, io.int(s)?, io.int(d)?, io.int(self.heads)?];
+        let blocks = |tokens: i32, rows: usize| (tokens as usize).div_ceil(rows);
+        match choice {
+            Choice::TensorCores { q: own_q, kv: own_kv } => {
+                let grid_q = grid(blocks(t, mma_q::BM.of(own_q)));
+                let p = mma_q::AttentionGradQMma {
+                    dq, stats, q, k: key, v, y, dy, t, s, heads, d, rows, scale, exponent, causal,
+                };
+                io.launch(mma_q::ATTENTION_GRAD_Q_MMA, dtype, own_q, grid_q, mma_q::BLOCK, p)?;
+                let grid_k = grid(blocks(s, mma_kv::BN.of(own_kv)));
+                let p = mma_kv::AttentionGradKvMma {
+                    dk, dv, stats, q, k: key, v, dy, t, s, heads, d, rows, scale, exponent, causal,
+                };
+                io.launch(mma_kv::ATTENTION_GRAD_KV_MMA, dtype, own_kv, grid_k, mma_kv::BLOCK, p)
+            }
+            Choice::Plain { variant, parts } => {
+                let grid_q = grid(blocks(t, k::TILE) * parts);
+                let grid_k = grid(blocks(s, k::TILE) * parts);
+                let parts = io.int(parts)?;
+                let p = k::AttentionGradQ { dq, stats, q, k: key, v, y, dy, t, s, heads, d, parts, scale, causal };
+                io.launch(k::ATTENTION_GRAD_Q, dtype, variant, grid_q, k::BLOCK, p)?;
+                let p = k::AttentionGradKv { dk, dv, stats, q, k: key, v, dy, t, s, heads, d, parts, scale, causal };
+                io.launch(k::ATTENTION_GRAD_KV, dtype, variant, grid_k, k::BLOCK, p)
+            }
+        }
     }
 
     fn scratch(&self, x: &[Spec], _y: &[Spec]) -> usize {
-        x[0].shape.rows() * self.heads * 2 * size_of::<f32>()
+        let Sizes { b, t, s, d } = self.forward().sizes(x[0].shape, x[1].shape);
+        let rows = match choose(x[0].dtype, d, [t, s], self.heads * b) {
+            Choice::Plain { .. } => t,
+            Choice::TensorCores { .. } => stats_rows(t),
+        };
+        b * self.heads * rows * 2 * size_of::<f32>()
     }
 
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
@@ -117,11 +171,26 @@ impl Operation for AttentionGrad {
     }
 
     fn variant(&self, x: &[Spec]) -> &'static str {
-        variant(x[0].shape.last() / self.heads.max(1)).0
+        let Sizes { b, t, s, d } = self.forward().sizes(x[0].shape, x[1].shape);
+        match choose(x[0].dtype, d, [t, s], self.heads * b) {
+            Choice::Plain { variant, .. } => variant,
+            Choice::TensorCores { q, .. } => q,
+        }
     }
 
     fn cases() -> Vec<Case> {
-        Attention::cases().into_iter().filter_map(with_gradient).collect()
+        let of = |heads, d: usize, b, t: usize, s: usize, causal| {
+            let kv = super::super::t([b, s, heads * d]);
+            let forward = Attention { heads, causal, joined: false };
+            let case = Case::new(forward, [super::super::t([b, t, heads * d]), kv.clone(), kv]);
+            gradient_of(case).expect("not joined").only(&SIXTEEN)
+        };
+        let own = [
+            of(66, 40, 4, 70, 200, false),
+            of(66, 40, 4, 70, 200, true),
+            of(66, 64, 4, 70, 70, true),
+        ];
+        Attention::cases().into_iter().filter_map(with_gradient).chain(own).collect()
     }
 
     fn random(r: &mut Small) -> Case {
@@ -130,17 +199,25 @@ impl Operation for AttentionGrad {
     }
 }
 
+/// Rows of the statistics of a head, for blocks of any variant.
+fn stats_rows(t: usize) -> usize {
+    t.next_multiple_of(128)
+}
+
 /// The case of the gradients for one of the op; none for joined inputs, which only fused graphs hold.
-fn with_gradient(case: Case) -> Option<Case> {
+fn gradient_of(case: Case) -> Option<Case> {
     let super::super::Op::Attention(Attention { heads, causal, joined: false }) = case.op else {
         return None;
     };
-    // Long heads in many blocks of the emulator take too long, and show nothing that short ones do not.
-    let work = |a: &super::super::Arg| a.shape.numel();
-    if !case.bench && case.args.iter().map(work).sum::<usize>() > 60_000 {
-        return None;
-    }
     let q = t(case.args[0].shape);
     let args = [&case.args[..], &[q.clone(), q]].concat();
     Some(Case { op: AttentionGrad { heads, causal }.into(), args, ..case })
+}
+
+/// The same where it is small enough: long heads in many blocks of the emulator take too long, and show nothing that short
+/// ones do not.
+fn with_gradient(case: Case) -> Option<Case> {
+    let work = |a: &super::super::Arg| a.shape.numel();
+    let small = case.bench || case.args.iter().map(work).sum::<usize>() <= 60_000;
+    if small { gradient_of(case) } else { None }
 }
