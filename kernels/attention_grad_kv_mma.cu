@@ -1,4 +1,45 @@
-// CONTRACT
+// The gradients of attention by k and v on tensor cores, behind attention_grad_q_mma, which has left of each query the logarithm to
+// base 2 of its sum of exponentials and -delta (delta = sum dy · y). With p = softmax(scale · q kᵀ) and ds = p · (dy vᵀ - delta):
+// dk = scale · dsᵀ q, dv = pᵀ dy (Dao et al. 2022, algorithm 4).
+//
+// Grid: (ceil(S / BN), N, B). A block owns BN keys of one head, each of its four warps BN / 4 of them, in tiles of 16, and walks
+// over the queries, BM in a turn, of which it takes QUERIES at a time: it makes their scores again, transposed (k qᵀ, rows are
+// keys), and v dyᵀ, and from both pᵀ and dsᵀ and their products with dy and q. No block adds to what another one has, and queries
+// come in their order: a result has the same bits whenever it is computed.
+//
+// Operands of a warp: its rows of k and v are left operands, read once into registers (`whole`, and `half`, their last 8 columns where
+// D is an odd multiple of 8: a product of half the depth), or, where the sums leave no room for them (D > 128), read again from shared
+// memory for each QUERIES. Scores (`sc`), v dyᵀ - delta (`ds`, which starts at -delta), dk and dv are f32 accumulators in registers;
+// p and ds become 16 bits in registers, where the accumulator's layout is that of a left operand. q and dy are read from shared
+// memory twice: as right operands by columns of their rows for the scores, and, transposed as they are read, for dk and dv.
+//
+// Shared memory: k and v, a ring of two stages of q, dy and the two floats of each of their queries. Rows of PITCH chunks of 16 bytes,
+// PITCH = 2^A · odd; chunk c of row r lies at chunk r · PITCH + (c ^ x), where only the low A bits of c are changed, and x is
+// the A bits of r from bit 3 - A on. Without conflicts, since each pass, eight lanes of 16 bytes, touches each of the 8 chunk columns
+// (mod 8) once:
+//   ldmatrix reads chunk c of rows 8i … 8i+7. Rows with different x differ in the low A bits of c ^ x, to which r · PITCH,
+//   a multiple of 2^A, adds nothing; the 2^(3-A) consecutive rows of one x differ in odd · r mod 2^(3-A).
+//   cp_async and the rows of dk and dv move 8 chunks from a multiple of 8 on in the order of r · PITCH + c; the exclusive or
+//   permutes them within aligned groups of 2^A. The words of dk and dv are written as ldmatrix reads.
+// The floats of two queries are one chunk of 16 bytes; eight lanes of different keys read the same one.
+//
+// Waits: before the first turn wait<1> and a barrier make k and v visible, and leave the first q and dy on their way. Each turn
+// waits for its stage, which was asked for a turn before, and passes the turn's only barrier: behind it everybody's copies of
+// this stage are visible, and everybody has left the other stage, which is filled again at once. dk and dv go out by the
+// places of k and v, each warp's rows by themselves, which no other warp reads: a barrier of the warp stands between its writes and
+// reads.
+//
+// Edges: rows from S on (T for q and dy) and columns from d on are zeros in shared memory. Of queries from T on `stats` says +inf and
+// 0, so that p and ds are 0; keys from S on get what they get, and are not stored, nor are columns from d on. With `causal` the
+// walk begins with the turn of the first query that sees the block's first key, and p and ds of keys that a query does not see are
+// 0, set in those turns alone that have such keys; a NaN or an inf in q or dy of a query of these turns reaches all keys of the
+// block, as 0 · inf. A NaN or an inf in k or v of a key reaches dk and dv of no other key, but through `stats`. A copy that writes
+// zeros touches no memory at its address, which may lie outside.
+// Wants: pointers aligned to 16 bytes and not null, d <= D and a multiple of 8, scale > 0; S > 0, and with `causal` S >= T; `stats` of
+// as many rows as whole turns of queries have.
+// Occupancy: the BLOCKS that are asked for are what registers allow (at most 168 and 255 of a thread; 130 to 168 and 222 to 255
+// are used, nothing is spilled); shared memory (25 to 81 KB) allows as many on sm_80 and sm_90. On sm_86 and sm_89 it allows two blocks where D is 40 or 64, and one where it is larger. The loop over the queries of
+// a turn is rolled: unrolled, the compiler reads operands of the next queries early, and spills.
 //
 // types: f16 bf16
 // variants: BN=64,D=32 BN=64,D=40 BN=128,D=40 BN=64,D=64 BN=64,D=80 BN=64,D=128 BN=64,D=160
@@ -13,7 +54,7 @@ constexpr int STEPS = D / 16;              // steps of 16 columns of k qᵀ and 
 constexpr int HALF = D % 16 / 8;           // and of 8
 constexpr int PITCH = 2 * (STEPS + HALF);  // chunks in a row
 constexpr int A = PITCH % 8 == 0 ? 3 : PITCH % 4 == 0 ? 2 : 1;
-constexpr int KEPT = D <= 80 ? STEPS : 0;  // steps of k and v in registers
+constexpr int KEPT = D <= 128 ? STEPS : 0;  // steps of k and v in registers
 constexpr int BLOCKS = D <= 64 && BN == 64 ? 3 : 2;  // on a multiprocessor
 constexpr int SMEM_BYTES = (2 * BN + 4 * BM) * PITCH * 16 + 2 * BM * 8;
 // Instructions of an inner turn, which a test counts in the machine code.
@@ -51,13 +92,20 @@ DEV int chunk(int r, int c) {
     return (r * PITCH + (c & ~LOW) + ((c ^ (r >> (3 - A))) & LOW)) * 8;
 }
 
-// Starts the copy of ROWS rows of a head; rows from `rows` on and columns from d on become zeros.
+// Starts the copy of chunk `at` of a tile of a head; rows from `rows` on and columns from d on become zeros.
+DEV void copy_chunk(T* tile, const T* from, int at, int rows, int ld, int d) {
+    const int r = at / PITCH, c = at % PITCH;
+    cp_async(tile + chunk(r, c), from + r * ld + c * 8, r < rows && c * 8 < d);
+}
+// Of ROWS rows. Where registers are scarce, nothing of the addresses is kept from turn to turn.
 template <int ROWS>
 DEV void copy_tile(T* tile, const T* from, int rows, int ld, int d) {
-    UNROLL
-    for (int i = 0; i < ROWS * PITCH / BLOCK; i++) {
-        const int at = i * BLOCK + int(thread_x()), r = at / PITCH, c = at % PITCH;
-        cp_async(tile + chunk(r, c), from + r * ld + c * 8, r < rows && c * 8 < d);
+    if (D > 128) {
+        ROLLED
+        for (int at = thread_x(); at < ROWS * PITCH; at += BLOCK) copy_chunk(tile, from, at, rows, ld, d);
+    } else {
+        UNROLL
+        for (int i = 0; i < ROWS * PITCH / BLOCK; i++) copy_chunk(tile, from, i * BLOCK + int(thread_x()), rows, ld, d);
     }
 }
 
@@ -148,7 +196,7 @@ DEV void add_products(Sums& dk, Sums& dv, const Left& k, const Left& v, const T*
             for (int e = 0; e < 4; e++) {
                 lse[n][e % 2] = pair[e % 2 * 2];
                 UNROLL
-                for (int i = 0; i < TILES; i++) sc[i][n][e] = 0.0f, ds[i][n][e] = -pair[e % 2 * 2 + 1];
+                for (int i = 0; i < TILES; i++) sc[i][n][e] = 0.0f, ds[i][n][e] = pair[e % 2 * 2 + 1];
             }
         }
         multiply(sc, k, qt);

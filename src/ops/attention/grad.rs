@@ -68,7 +68,9 @@ enum Choice {
 fn choose(dtype: DType, d: usize, [t, s]: [usize; 2], n: usize) -> Choice {
     // Large blocks read what passes by half as often, if there are enough to give each multiprocessor of the largest cards
     // (132) the two that its registers hold, and if they are not half empty.
-    let large = |rows: usize| n * rows.div_ceil(128) >= 2 * 132 && (rows % 128 == 0 || rows % 128 > 64 || rows > 1024);
+    let large = |rows: usize| {
+        n * rows.div_ceil(128) >= 2 * 132 && (rows % 128 == 0 || rows % 128 > 64 || rows > 1024)
+    };
     let (q, kv) = match d {
         _ if !SIXTEEN.contains(&dtype) || !d.is_multiple_of(8) => ("", ""),
         ..=32 => ("BM=64,D=32", "BN=64,D=32"),
@@ -135,12 +137,40 @@ impl Operation for AttentionGrad {
             Choice::TensorCores { q: own_q, kv: own_kv } => {
                 let grid_q = grid(blocks(t, mma_q::BM.of(own_q)));
                 let p = mma_q::AttentionGradQMma {
-                    dq, stats, q, k: key, v, y, dy, t, s, heads, d, rows, scale, exponent, causal,
+                    dq,
+                    stats,
+                    q,
+                    k: key,
+                    v,
+                    y,
+                    dy,
+                    t,
+                    s,
+                    heads,
+                    d,
+                    rows,
+                    scale,
+                    exponent,
+                    causal,
                 };
                 io.launch(mma_q::ATTENTION_GRAD_Q_MMA, dtype, own_q, grid_q, mma_q::BLOCK, p)?;
                 let grid_k = grid(blocks(s, mma_kv::BN.of(own_kv)));
                 let p = mma_kv::AttentionGradKvMma {
-                    dk, dv, stats, q, k: key, v, dy, t, s, heads, d, rows, scale, exponent, causal,
+                    dk,
+                    dv,
+                    stats,
+                    q,
+                    k: key,
+                    v,
+                    dy,
+                    t,
+                    s,
+                    heads,
+                    d,
+                    rows,
+                    scale,
+                    exponent,
+                    causal,
                 };
                 io.launch(mma_kv::ATTENTION_GRAD_KV_MMA, dtype, own_kv, grid_k, mma_kv::BLOCK, p)
             }
@@ -148,9 +178,39 @@ impl Operation for AttentionGrad {
                 let grid_q = grid(blocks(t, k::TILE) * parts);
                 let grid_k = grid(blocks(s, k::TILE) * parts);
                 let parts = io.int(parts)?;
-                let p = k::AttentionGradQ { dq, stats, q, k: key, v, y, dy, t, s, heads, d, parts, scale, causal };
+                let p = k::AttentionGradQ {
+                    dq,
+                    stats,
+                    q,
+                    k: key,
+                    v,
+                    y,
+                    dy,
+                    t,
+                    s,
+                    heads,
+                    d,
+                    parts,
+                    scale,
+                    causal,
+                };
                 io.launch(k::ATTENTION_GRAD_Q, dtype, variant, grid_q, k::BLOCK, p)?;
-                let p = k::AttentionGradKv { dk, dv, stats, q, k: key, v, dy, t, s, heads, d, parts, scale, causal };
+                let p = k::AttentionGradKv {
+                    dk,
+                    dv,
+                    stats,
+                    q,
+                    k: key,
+                    v,
+                    dy,
+                    t,
+                    s,
+                    heads,
+                    d,
+                    parts,
+                    scale,
+                    causal,
+                };
                 io.launch(k::ATTENTION_GRAD_KV, dtype, variant, grid_k, k::BLOCK, p)
             }
         }
@@ -170,6 +230,10 @@ impl Operation for AttentionGrad {
         Cost { flops: 2.5 * forward, ..Cost::streaming(0, x, y) }
     }
 
+    fn launches(&self, x: &[Spec]) -> Vec<LaunchPlan> {
+        plans(&self.forward(), x)
+    }
+
     fn variant(&self, x: &[Spec]) -> &'static str {
         let Sizes { b, t, s, d } = self.forward().sizes(x[0].shape, x[1].shape);
         match choose(x[0].dtype, d, [t, s], self.heads * b) {
@@ -185,11 +249,7 @@ impl Operation for AttentionGrad {
             let case = Case::new(forward, [super::super::t([b, t, heads * d]), kv.clone(), kv]);
             gradient_of(case).expect("not joined").only(&SIXTEEN)
         };
-        let own = [
-            of(66, 40, 4, 70, 200, false),
-            of(66, 40, 4, 70, 200, true),
-            of(66, 64, 4, 70, 70, true),
-        ];
+        let own = [of(66, 40, 4, 70, 200, false), of(66, 40, 4, 70, 200, true), of(66, 64, 4, 70, 70, true)];
         Attention::cases().into_iter().filter_map(with_gradient).chain(own).collect()
     }
 
@@ -197,6 +257,32 @@ impl Operation for AttentionGrad {
         let of = |_| with_gradient(Attention::random(r));
         (0..).find_map(of).expect("most random cases are small")
     }
+}
+
+/// The two launches on tensor cores; none for the plain kernels, of which nothing is said. The model: both kernels multiply
+/// 4 · D columns for each pair of a query and a key, at six tenths of what long products reach, a guess: nothing of them is
+/// measured. Exponentials, two for a pair in the first kernel and one in the second, are counted as in the forward pass.
+fn plans(op: &Attention, x: &[Spec]) -> Vec<LaunchPlan> {
+    let (Sizes { b, t, s, d }, dtype) = (op.sizes(x[0].shape, x[1].shape), x[0].dtype);
+    let Choice::TensorCores { q, kv } = choose(dtype, d, [t, s], op.heads * b) else { return vec![] };
+    let time = |blocks: usize, pairs: f64, columns: usize, exponentials: f64, bytes: usize| {
+        let rate = 0.6 * launch::MMA / launch::MULTIPROCESSORS as f64;
+        let each = pairs * (8.0 * columns as f64 / rate + 0.7 * exponentials / 16.0 / launch::CLOCK);
+        let blocks_each = blocks.div_ceil(launch::MULTIPROCESSORS) as f64;
+        f64::max(blocks_each * each + 2.0, launch::streaming(bytes as f64, blocks)) + launch::GAP
+    };
+    // With `causal` a query sees the keys before the last T, and half of those.
+    let seen = if op.causal { ((s - t) as f64 + t as f64 / 2.0) / s as f64 } else { 1.0 };
+    let pairs = |rows: usize, passing: usize| (rows * passing.next_multiple_of(16)) as f64 * seen;
+    let (queries, keys) = (mma_q::BM.of(q), mma_kv::BN.of(kv));
+    let (grid_q, grid_k) = ([t.div_ceil(queries), op.heads, b], [s.div_ceil(keys), op.heads, b]);
+    let (bytes_q, bytes_k) = (4 * x[0].bytes() + 2 * x[1].bytes(), 2 * x[0].bytes() + 4 * x[1].bytes());
+    let time_q = time(grid_q.iter().product(), pairs(queries, s), mma_q::D.of(q), 2.0, bytes_q);
+    let time_k = time(grid_k.iter().product(), pairs(keys, t), mma_kv::D.of(kv), 1.0, bytes_k);
+    vec![
+        LaunchPlan::new(mma_q::ATTENTION_GRAD_Q_MMA, dtype, q, grid_q, mma_q::BLOCK, time_q),
+        LaunchPlan::new(mma_kv::ATTENTION_GRAD_KV_MMA, dtype, kv, grid_k, mma_kv::BLOCK, time_k),
+    ]
 }
 
 /// Rows of the statistics of a head, for blocks of any variant.
@@ -220,4 +306,85 @@ fn with_gradient(case: Case) -> Option<Case> {
     let work = |a: &super::super::Arg| a.shape.numel();
     let small = case.bench || case.args.iter().map(work).sum::<usize>() <= 60_000;
     if small { gradient_of(case) } else { None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_head_size_has_variants_that_hold_it() {
+        let sizes = (1..=1024).flat_map(|d| [1, 64, 77, 128, 130, 4096].map(|tokens| (d, tokens)));
+        for (d, tokens) in sizes {
+            for (dtype, [t, s]) in
+                DType::FLOATS.iter().flat_map(|&f| [[64, tokens], [tokens, 77]].map(|ts| (f, ts)))
+            {
+                match choose(dtype, d, [t, s], 128) {
+                    Choice::Plain { variant, parts } => {
+                        assert!(dtype == DType::F32 || d % 8 != 0 || d > 160, "{dtype:?} {d}");
+                        assert!(
+                            k::VARIANTS.contains(&variant) && d <= parts * k::D.of(variant),
+                            "{d}: {variant}"
+                        );
+                    }
+                    Choice::TensorCores { q, kv } => {
+                        assert!(dtype != DType::F32 && d % 8 == 0 && d <= 160, "{dtype:?} {d}");
+                        assert!(
+                            mma_q::VARIANTS.contains(&q) && mma_kv::VARIANTS.contains(&kv),
+                            "{d}: {q} {kv}"
+                        );
+                        assert!(d <= mma_q::D.of(q) && d <= mma_kv::D.of(kv), "{d}: {q} {kv}");
+                        assert_eq!(stats_rows(t) % mma_q::BM.of(q), 0, "{q}");
+                        assert_eq!(
+                            mma_q::BM.of(q) % mma_kv::BM.of(kv),
+                            0,
+                            "statistics of whole turns: {q} {kv}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_models_train_with() {
+        // Heads × images, head size, queries, keys.
+        let table = [
+            ("SD 1.5, 64×64", 128, 40, [4096, 4096], "BM=128,D=40", "BN=128,D=40"),
+            ("SD 1.5, 64×64, to a text", 128, 40, [4096, 77], "BM=128,D=40", "BN=64,D=40"),
+            ("SD 1.5, 32×32", 128, 80, [1024, 1024], "BM=64,D=80", "BN=64,D=80"),
+            ("SD 1.5, 16×16", 128, 160, [256, 256], "BM=64,D=160", "BN=64,D=160"),
+            ("SD 2, 64×64", 80, 64, [4096, 4096], "BM=128,D=64", "BN=64,D=64"),
+            ("CLIP's text encoder", 192, 64, [77, 77], "BM=64,D=64", "BN=64,D=64"),
+            ("LDM with heads of 32", 14, 32, [1024, 1024], "BM=64,D=32", "BN=64,D=32"),
+            ("the small checkpoint", 16, 16, [64, 77], "BM=64,D=32", "BN=64,D=32"),
+            ("heads of 128", 16, 128, [1024, 77], "BM=64,D=128", "BN=64,D=128"),
+        ];
+        for (name, n, d, sizes, q, kv) in table {
+            for dtype in SIXTEEN {
+                assert_eq!(choose(dtype, d, sizes, n), Choice::TensorCores { q, kv }, "{name}, {dtype:?}");
+            }
+            assert!(matches!(choose(DType::F32, d, sizes, n), Choice::Plain { .. }), "{name}");
+        }
+        let plain = |d| choose(DType::BF16, d, [1024, 1024], 128);
+        assert_eq!(plain(36), Choice::Plain { variant: "D=64", parts: 1 }, "no whole chunks");
+        assert_eq!(plain(512), Choice::Plain { variant: "D=512", parts: 1 }, "an autoencoder's head");
+    }
+
+    #[test]
+    fn the_launches_are_the_chosen_ones() {
+        let op = AttentionGrad { heads: 8, causal: false };
+        let spec = |dtype, tokens| Spec::new(dtype, Shape::from([16, tokens, 320]));
+        let x = |dtype| [4096, 77, 77, 4096, 4096].map(|tokens| spec(dtype, tokens));
+        let got = op.launches(&x(DType::BF16));
+        let got: Vec<_> = got.iter().map(|l| (l.kernel, l.variant, l.blocks)).collect();
+        let want = [
+            ("attention_grad_q_mma", "BM=128,D=40", 32 * 8 * 16),
+            ("attention_grad_kv_mma", "BN=64,D=40", 2 * 8 * 16),
+        ];
+        assert_eq!(got, want);
+        assert!(op.launches(&x(DType::F32)).is_empty());
+        let bytes = op.scratch(&x(DType::BF16), &[]);
+        assert_eq!(bytes, 16 * 8 * 4096 * 2 * 4, "two floats for each query of each head");
+    }
 }
