@@ -38,8 +38,9 @@
 // Wants: pointers aligned to 16 bytes and not null, d <= D and a multiple of 8, scale > 0; S > 0, and with `causal` S >= T; `stats` of
 // as many rows as whole turns of queries have.
 // Occupancy: the BLOCKS that are asked for are what registers allow (at most 168 and 255 of a thread; 130 to 168 and 222 to 255
-// are used, nothing is spilled); shared memory (25 to 81 KB) allows as many on sm_80 and sm_90. On sm_86 and sm_89 it allows two blocks where D is 40 or 64, and one where it is larger. The loop over the queries of
-// a turn is rolled: unrolled, the compiler reads operands of the next queries early, and spills.
+// are used, nothing is spilled); shared memory (25 to 81 KB) allows as many on sm_80 and sm_90. On sm_86 and sm_89 it allows two
+// blocks where D is 40 or 64, and one where it is larger. The loop over the queries of a turn is rolled: unrolled, the compiler
+// reads operands of the next queries early, and spills.
 //
 // types: f16 bf16
 // variants: BN=64,D=32 BN=64,D=40 BN=128,D=40 BN=64,D=64 BN=64,D=80 BN=64,D=128 BN=64,D=160
@@ -109,7 +110,8 @@ DEV void copy_tile(T* tile, const T* from, int rows, int ld, int d) {
     }
 }
 
-// The left operand of a warp's 16 · TILES rows: the first steps in registers, the others in `tile`, whose first row is the warp's.
+// The left operand of a warp's 16 · TILES rows: the first KEPT steps in registers, the others in `tile`, whose first row is the
+// warp's.
 struct Left {
     unsigned whole[TILES][KEPT > 0 ? KEPT : 1][4], half[TILES][2];
     const T* tile;

@@ -6,7 +6,7 @@
 use super::super::prelude::*;
 use super::{Attention, SIXTEEN, Sizes};
 use crate::backend::cpu::attention::{Known, attention_grad, grad_working_bytes};
-use crate::kernels::attention_grad as k;
+use crate::kernels::attention_grad as plain;
 use crate::kernels::attention_grad_kv_mma as mma_kv;
 use crate::kernels::attention_grad_q_mma as mma_q;
 use std::f64::consts::LOG2_E;
@@ -66,30 +66,27 @@ enum Choice {
 
 /// The kernels for a head size `d`, `t` queries and `s` keys in each of `n` heads, those of all images together.
 fn choose(dtype: DType, d: usize, [t, s]: [usize; 2], n: usize) -> Choice {
+    let tensor_cores = SIXTEEN.contains(&dtype) && d.is_multiple_of(8);
     // Large blocks read what passes by half as often, if there are enough to give each multiprocessor of the largest cards
     // (132) the two that its registers hold, and if they are not half empty.
     let large = |rows: usize| {
         n * rows.div_ceil(128) >= 2 * 132 && (rows % 128 == 0 || rows % 128 > 64 || rows > 1024)
     };
     let (q, kv) = match d {
-        _ if !SIXTEEN.contains(&dtype) || !d.is_multiple_of(8) => ("", ""),
-        ..=32 => ("BM=64,D=32", "BN=64,D=32"),
-        ..=40 => (
+        161.. => return Choice::Plain { variant: "D=512", parts: d.div_ceil(512) },
+        65.. if !tensor_cores => return Choice::Plain { variant: "D=160", parts: 1 },
+        _ if !tensor_cores => return Choice::Plain { variant: "D=64", parts: 1 },
+        129.. => ("BM=64,D=160", "BN=64,D=160"),
+        81.. => ("BM=64,D=128", "BN=64,D=128"),
+        65.. => ("BM=64,D=80", "BN=64,D=80"),
+        41.. => (if large(t) { "BM=128,D=64" } else { "BM=64,D=64" }, "BN=64,D=64"),
+        33.. => (
             if large(t) { "BM=128,D=40" } else { "BM=64,D=40" },
             if large(s) { "BN=128,D=40" } else { "BN=64,D=40" },
         ),
-        ..=64 => (if large(t) { "BM=128,D=64" } else { "BM=64,D=64" }, "BN=64,D=64"),
-        ..=80 => ("BM=64,D=80", "BN=64,D=80"),
-        ..=128 => ("BM=64,D=128", "BN=64,D=128"),
-        ..=160 => ("BM=64,D=160", "BN=64,D=160"),
-        _ => ("", ""),
+        _ => ("BM=64,D=32", "BN=64,D=32"),
     };
-    match d {
-        _ if !q.is_empty() => Choice::TensorCores { q, kv },
-        ..=64 => Choice::Plain { variant: "D=64", parts: 1 },
-        65..=160 => Choice::Plain { variant: "D=160", parts: 1 },
-        _ => Choice::Plain { variant: "D=512", parts: d.div_ceil(512) },
-    }
+    Choice::TensorCores { q, kv }
 }
 
 impl Operation for AttentionGrad {
@@ -126,21 +123,22 @@ impl Operation for AttentionGrad {
         let op = self.forward();
         let Sizes { b, t, s, d } = op.sizes(io.x_spec(0).shape, io.x_spec(1).shape);
         let (dtype, scale, causal) = (io.x_spec(0).dtype, op.scale(d) as f32, i32::from(self.causal));
-        let (stats, [q, key, v, y, dy]) = (io.scratch, [0, 1, 2, 3, 4].map(|i| io.x(i)));
+        let (stats, [q, k, v, y, dy]) = (io.scratch, [0, 1, 2, 3, 4].map(|i| io.x(i)));
         let [dq, dk, dv] = [0, 1, 2].map(|i| io.y(i));
         let grid = |blocks: usize| [blocks, self.heads, b];
-        let (rows, exponent) = (io.int(stats_rows(t))?, (op.scale(d) * LOG2_E) as f32);
-        let choice = choose(dtype, d, [t, s], self.heads * b);
-        let [t, s, d, heads] = [io.int(t)?, io.int(s)?, io.int(d)?, io.int(self.heads)?];
-        let blocks = |tokens: i32, rows: usize| (tokens as usize).div_ceil(rows);
-        match choice {
+        let heads = io.int(self.heads)?;
+        let (variant, parts) = match choose(dtype, d, [t, s], self.heads * b) {
+            Choice::Plain { variant, parts } => (variant, parts),
             Choice::TensorCores { q: own_q, kv: own_kv } => {
-                let grid_q = grid(blocks(t, mma_q::BM.of(own_q)));
+                let (grid_q, grid_k) =
+                    (grid(t.div_ceil(mma_q::BM.of(own_q))), grid(s.div_ceil(mma_kv::BN.of(own_kv))));
+                let (rows, exponent) = (io.int(stats_rows(t))?, (op.scale(d) * LOG2_E) as f32);
+                let (t, s, d) = (io.int(t)?, io.int(s)?, io.int(d)?);
                 let p = mma_q::AttentionGradQMma {
                     dq,
                     stats,
                     q,
-                    k: key,
+                    k,
                     v,
                     y,
                     dy,
@@ -154,13 +152,12 @@ impl Operation for AttentionGrad {
                     causal,
                 };
                 io.launch(mma_q::ATTENTION_GRAD_Q_MMA, dtype, own_q, grid_q, mma_q::BLOCK, p)?;
-                let grid_k = grid(blocks(s, mma_kv::BN.of(own_kv)));
                 let p = mma_kv::AttentionGradKvMma {
                     dk,
                     dv,
                     stats,
                     q,
-                    k: key,
+                    k,
                     v,
                     dy,
                     t,
@@ -172,48 +169,16 @@ impl Operation for AttentionGrad {
                     exponent,
                     causal,
                 };
-                io.launch(mma_kv::ATTENTION_GRAD_KV_MMA, dtype, own_kv, grid_k, mma_kv::BLOCK, p)
+                return io.launch(mma_kv::ATTENTION_GRAD_KV_MMA, dtype, own_kv, grid_k, mma_kv::BLOCK, p);
             }
-            Choice::Plain { variant, parts } => {
-                let grid_q = grid(blocks(t, k::TILE) * parts);
-                let grid_k = grid(blocks(s, k::TILE) * parts);
-                let parts = io.int(parts)?;
-                let p = k::AttentionGradQ {
-                    dq,
-                    stats,
-                    q,
-                    k: key,
-                    v,
-                    y,
-                    dy,
-                    t,
-                    s,
-                    heads,
-                    d,
-                    parts,
-                    scale,
-                    causal,
-                };
-                io.launch(k::ATTENTION_GRAD_Q, dtype, variant, grid_q, k::BLOCK, p)?;
-                let p = k::AttentionGradKv {
-                    dk,
-                    dv,
-                    stats,
-                    q,
-                    k: key,
-                    v,
-                    dy,
-                    t,
-                    s,
-                    heads,
-                    d,
-                    parts,
-                    scale,
-                    causal,
-                };
-                io.launch(k::ATTENTION_GRAD_KV, dtype, variant, grid_k, k::BLOCK, p)
-            }
-        }
+        };
+        let grid = |tokens: usize| grid(tokens.div_ceil(plain::TILE) * parts);
+        let (grid_q, grid_k) = (grid(t), grid(s));
+        let (t, s, d, parts) = (io.int(t)?, io.int(s)?, io.int(d)?, io.int(parts)?);
+        let p = plain::AttentionGradQ { dq, stats, q, k, v, y, dy, t, s, heads, d, parts, scale, causal };
+        io.launch(plain::ATTENTION_GRAD_Q, dtype, variant, grid_q, plain::BLOCK, p)?;
+        let p = plain::AttentionGradKv { dk, dv, stats, q, k, v, dy, t, s, heads, d, parts, scale, causal };
+        io.launch(plain::ATTENTION_GRAD_KV, dtype, variant, grid_k, plain::BLOCK, p)
     }
 
     fn scratch(&self, x: &[Spec], _y: &[Spec]) -> usize {
@@ -323,7 +288,7 @@ mod tests {
                     Choice::Plain { variant, parts } => {
                         assert!(dtype == DType::F32 || d % 8 != 0 || d > 160, "{dtype:?} {d}");
                         assert!(
-                            k::VARIANTS.contains(&variant) && d <= parts * k::D.of(variant),
+                            plain::VARIANTS.contains(&variant) && d <= parts * plain::D.of(variant),
                             "{d}: {variant}"
                         );
                     }
@@ -366,9 +331,9 @@ mod tests {
             }
             assert!(matches!(choose(DType::F32, d, sizes, n), Choice::Plain { .. }), "{name}");
         }
-        let plain = |d| choose(DType::BF16, d, [1024, 1024], 128);
-        assert_eq!(plain(36), Choice::Plain { variant: "D=64", parts: 1 }, "no whole chunks");
-        assert_eq!(plain(512), Choice::Plain { variant: "D=512", parts: 1 }, "an autoencoder's head");
+        let of = |d| choose(DType::BF16, d, [1024, 1024], 128);
+        assert_eq!(of(36), Choice::Plain { variant: "D=64", parts: 1 }, "no whole chunks");
+        assert_eq!(of(512), Choice::Plain { variant: "D=512", parts: 1 }, "an autoencoder's head");
     }
 
     #[test]
