@@ -10,8 +10,9 @@
 // Operands of a warp: its rows of k and v are left operands, read once into registers (`whole`, and `half`, their last 8 columns where
 // D is an odd multiple of 8: a product of half the depth), or, where the sums leave no room for them (D > 128), read again from shared
 // memory for each QUERIES. Scores (`sc`), v dyᵀ - delta (`ds`, which starts at -delta), dk and dv are f32 accumulators in registers;
-// p and ds become 16 bits in registers, where the accumulator's layout is that of a left operand. q and dy are read from shared
-// memory twice: as right operands by columns of their rows for the scores, and, transposed as they are read, for dk and dv.
+// p and ds become 16 bits in registers, where the accumulator's layout is that of a left operand: each is rounded by itself, so that
+// a sum of them loses about what rounding the result loses. q and dy are read from shared memory twice: as right operands by columns
+// of their rows for the scores, and, transposed as they are read, for dk and dv.
 //
 // Shared memory: k and v, a ring of two stages of q, dy and the two floats of each of their queries. Rows of PITCH chunks of 16 bytes,
 // PITCH = 2^A · odd; chunk c of row r lies at chunk r · PITCH + (c ^ x), where only the low A bits of c are changed, and x is
@@ -48,19 +49,19 @@
 
 constexpr int WARPS = 4;
 constexpr int BLOCK = 128;
-constexpr int BM = D <= 80 ? 64 : 32;      // queries in a turn
-constexpr int TILES = BN / (16 * WARPS);   // tiles of 16 keys in a warp
+constexpr int BM = D <= 80 ? 64 : 32;                   // queries in a turn
+constexpr int TILES = BN / (16 * WARPS);                // tiles of 16 keys in a warp
 constexpr int QUERIES = TILES > 1 || D > 40 ? 16 : 32;  // queries whose scores stand in registers
-constexpr int STEPS = D / 16;              // steps of 16 columns of k qᵀ and v dyᵀ
-constexpr int HALF = D % 16 / 8;           // and of 8
-constexpr int PITCH = 2 * (STEPS + HALF);  // chunks in a row
+constexpr int STEPS = D / 16;                           // steps of 16 columns of k qᵀ and v dyᵀ
+constexpr int HALF = D % 16 / 8;                        // and of 8
+constexpr int PITCH = 2 * (STEPS + HALF);               // chunks in a row
 constexpr int A = PITCH % 8 == 0 ? 3 : PITCH % 4 == 0 ? 2 : 1;
-constexpr int KEPT = D <= 128 ? STEPS : 0;  // steps of k and v in registers
-constexpr int BLOCKS = D <= 64 && BN == 64 ? 3 : 2;  // on a multiprocessor
+constexpr int KEPT = D <= 128 ? STEPS : 0;              // steps of k and v in registers
+constexpr int BLOCKS = D <= 64 && BN == 64 ? 3 : 2;    // on a multiprocessor
 constexpr int SMEM_BYTES = (2 * BN + 4 * BM) * PITCH * 16 + 2 * BM * 8;
 // Instructions of an inner turn, which a test counts in the machine code.
 constexpr int LOOP_HMMA = TILES * QUERIES / 16 * (4 * (STEPS + HALF) + 2 * (D / 8));
-constexpr int LOOP_LDSM = QUERIES / 16 * (4 * STEPS + 2 * HALF) + 2 * (STEPS - KEPT);
+constexpr int LOOP_LDSM = QUERIES / 16 * (4 * STEPS + 2 * HALF) + 2 * TILES * (STEPS - KEPT);
 constexpr int LOOP_LDGSTS = 0;
 
 struct AttentionGradKvMma {

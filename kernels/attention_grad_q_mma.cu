@@ -7,12 +7,12 @@
 // largest exponent and the sum of its own keys in the first pass; four lanes put theirs together behind it. No block adds to
 // what another one has: a result has the same bits whenever it is computed.
 //
-// Operands of a warp: its rows of q and dy are left operands in registers, read once (`whole`, and `half`, their last 8 columns where
-// D is an odd multiple of 8: a product of half the depth), those of dy for the second pass alone. Scores (`sc`), dy vᵀ - delta (`ds`,
-// which starts at -delta) and dq are f32 accumulators in registers; ds becomes 16 bits in registers, where the
-// accumulator's layout is that of a left operand. k and v are read from shared memory: k as a right operand, by columns of its
-// rows, for the scores, and once more, transposed as it is read, for dq. delta is of y and dy as they are stored, by the words of
-// left operands, a lane its own and four lanes together.
+// Operands of a warp: its rows of q and dy are left operands in registers, read once (`whole`, and `half`, their last 8 columns
+// where D is an odd multiple of 8: a product of half the depth), those of dy for the second pass alone. Scores (`sc`), dy vᵀ - delta
+// (`ds`, which starts at -delta) and dq are f32 accumulators in registers; ds becomes 16 bits in registers, where the accumulator's
+// layout is that of a left operand: each is rounded by itself, so that a sum of them loses about what rounding the result loses. k
+// and v are read from shared memory: k as a right operand, by columns of its rows, for the scores, and once more, transposed as it
+// is read, for dq. delta is of y and dy as they are stored, by the words of left operands, a lane its own and four lanes together.
 //
 // Shared memory: q and dy, and a ring of two stages: 2 · BN keys of k in the first pass, BN of k and of v in the second. y
 // lies in stage 1 before the first turn. Rows of PITCH chunks of 16 bytes, PITCH = 2^A · odd; chunk c of row r lies at chunk
@@ -51,13 +51,13 @@
 
 constexpr int WARPS = 4;
 constexpr int BLOCK = 128;
-constexpr int BN = D <= 80 ? 64 : 32;       // keys in a turn of the second pass, half of those in one of the first
-constexpr int TILES = BM / (16 * WARPS);    // tiles of 16 queries in a warp
-constexpr int MANY = TILES > 1 || D > 80 ? 32 : 64;   // keys whose scores stand in registers in the first pass
-constexpr int KEYS = TILES > 1 || D > 80 ? 16 : 32;   // and in the second
-constexpr int STEPS = D / 16;               // steps of 16 columns of q kᵀ and dy vᵀ
-constexpr int HALF = D % 16 / 8;            // and of 8
-constexpr int PITCH = 2 * (STEPS + HALF);   // chunks in a row
+constexpr int BN = D <= 80 ? 64 : 32;                // keys in a turn of the second pass, half of those in one of the first
+constexpr int TILES = BM / (16 * WARPS);             // tiles of 16 queries in a warp
+constexpr int MANY = TILES > 1 || D > 80 ? 32 : 64;  // keys whose scores stand in registers in the first pass
+constexpr int KEYS = TILES > 1 || D > 80 ? 16 : 32;  // and in the second
+constexpr int STEPS = D / 16;                        // steps of 16 columns of q kᵀ and dy vᵀ
+constexpr int HALF = D % 16 / 8;                     // and of 8
+constexpr int PITCH = 2 * (STEPS + HALF);            // chunks in a row
 constexpr int A = PITCH % 8 == 0 ? 3 : PITCH % 4 == 0 ? 2 : 1;
 constexpr int BLOCKS = D <= 40 ? (TILES > 1 ? 3 : 4) : D <= 64 && TILES == 1 ? 3 : 2;  // on a multiprocessor
 constexpr int SMEM_BYTES = (2 * BM + 4 * BN) * PITCH * 16;
