@@ -4,14 +4,15 @@
 // Who owns what. Grid: (ceil(K / BN), ceil(O / BM), splits); a block owns a BM×BN tile of dw for one part of the pixels, which it
 // takes in k-blocks of BK. Its four warps stand 2×2; they take turns by 16 channels, of both operands: rows of
 // warp (y,x) are those o with o / 16 % 2 = y, columns those with k / 16 % 2 = x. A warp has MT×NT products of m16n8k16, in
-// float in registers (128 of a thread for the 128×128 tile, 160 for the others).
+// float in registers (128 of a thread for the 128×128 tile, 160 for the other).
 //
 // Operands. Both lie in memory as pixels by channels: the sum's axis is that of rows. So they do in shared memory, in a ring of
 // STAGES slots: of each k-block first dy, BK pixels by BM channels, then x, BK pixels by BN columns. Both in panels of 64 channels, a
-// pixel's 128 bytes in a row, chunk c of 8 channels at c ^ (row % 8); where 32 are left over (160 = 2·64 + 32), in a panel with rows
-// of 64 bytes, chunk c at c ^ (row / 2 % 4). Eight lanes copy a row of 128 bytes, four a row of 64. The 8×8 matrices of a fragment are
-// eight rows (pixels) of one chunk, in eight different groups of four banks: in the wide panels by the exclusive or, in the narrow
-// one by it and the parity of the row.
+// pixel's 128 bytes in a row, chunk c of 8 channels at c ^ (row % 8); where 32 of dy are left over (160 = 2·64 + 32), in a panel with rows
+// of 64 bytes, chunk c at c ^ (row / 2 % 4), whose neighbours change places in the upper half (row ^ row / 16). Eight lanes copy a row
+// of 128 bytes; of the narrow panel the rows r and r + 16, which lie in different halves of the banks. The 8×8 matrices of a
+// fragment are eight rows (pixels) of one chunk, in eight different groups of four banks: in the wide panels by the exclusive or,
+// in the narrow one by it and the parity of the row.
 //
 // Fragments. `ldmatrix_trans` gives lane l, of each matrix, rows 2(l % 4) and + 1 of column l / 4: pixels in pairs, as the sum's axis
 // of both operands of `mma` wants them. Of dy (left, 16 channels × 16 pixels) word r is channels 8(r % 2) …, pixels 8(r / 2) …: lane l
@@ -40,7 +41,7 @@
 // `each` a multiple of BK; splits · each, out_h · stride and out_w · stride, with the window, below 2³⁰. Without a window: x as (1,M,1,C), windows
 // of 1×1.
 // types: f16 bf16
-// variants: BM=128,BN=128 BM=160,BN=128 BM=128,BN=160
+// variants: BM=128,BN=128 BM=160,BN=128
 #include "dev.cuh"
 
 constexpr int BLOCK = 128;
@@ -49,12 +50,12 @@ constexpr int STAGES = 4;
 constexpr int STRIDE = 16;  // pixels from one that a thread copies to its next
 constexpr int STEPS = BK / STRIDE;
 constexpr int MT = BM / 32, NT = BN / 16, PAIRS = BN / 32;
-constexpr int PANELS = (BN + 63) / 64;  // of x
+constexpr int PANELS = BN / 64;  // of x
 constexpr int SMEM_BYTES = STAGES * (BM + BN) * BK * 2;
 // Instructions of the main loop's body, which a test counts in the machine code.
 constexpr int LOOP_HMMA = MT * NT * STEPS, LOOP_LDSM = (MT + PAIRS) * STEPS;
-constexpr int LOOP_LDGSTS = ((BM + 63) / 64 + (BN + 63) / 64) * STEPS;
-static_assert(BM % 32 == 0 && BN % 32 == 0 && STEPS == 2 && BLOCK / 8 == STRIDE, "a pixel for each eight threads, twice");
+constexpr int LOOP_LDGSTS = ((BM + 63) / 64 + PANELS) * STEPS;
+static_assert(BM % 32 == 0 && BN % 64 == 0 && STEPS == 2 && BLOCK / 8 == STRIDE, "a pixel for each eight threads, twice");
 
 struct Conv2dWeightGradMma {
     float* dw;    // (splits,O,K)
@@ -74,18 +75,9 @@ struct alignas(128) WeightGradRing {
 };
 static_assert(sizeof(WeightGradRing) == SMEM_BYTES, "what the launch passes");
 
-// Where chunk `chunk` of a pixel stands in an operand: in the panel of channels 64 · panel …, or in the narrow one behind
-// W / 64 of them.
+// Where chunk `chunk` of a pixel stands in the panel of channels 64 · panel …, and in the narrow one of dy, behind the others.
 DEV int wide(int panel, int row, int chunk) { return panel * 64 * BK + row * 64 + ((chunk ^ (row & 7)) << 3); }
-template <int W>
-DEV int narrow(int row, int chunk) {
-    return W / 64 * 64 * BK + row * 32 + ((chunk ^ (row >> 1 & 3)) << 3);
-}
-// The same of 32 channels from 32 · i on: `chunk` is 0 to 3.
-template <int W>
-DEV int fragment(int i, int row, int chunk) {
-    return i < W / 64 * 2 ? wide(i / 2, row, i % 2 * 4 + chunk) : narrow<W>(row, chunk);
-}
+DEV int narrow(int row, int chunk) { return BM / 64 * 64 * BK + (row ^ (row >> 4 & 1)) * 32 + ((chunk ^ (row >> 1 & 3)) << 3); }
 
 // A row of the tap that a chunk of columns from K on counts to: outside of every image.
 constexpr int NOWHERE = -(1 << 30);
@@ -134,20 +126,17 @@ DEV void copy_x(T* to, const Conv2dWeightGradMma& p, const Walk& at, const Colum
 // `rows`: channels of dy from this thread's first chunk on.
 DEV void fetch(Walk& at, T* slot, int step, const Conv2dWeightGradMma& p, const Column (&columns)[PANELS], int rows) {
     const int row = thread_x() / 8 + step * STRIDE, chunk = thread_x() % 8;
-    const bool turn = chunk / 4 == step;
     UNROLL
     for (int i = 0; i < BM / 64; i++) {
         cp_async(slot + wide(i, row, chunk), at.dy + i * 64, at.left > 0 && i * 64 < rows);
     }
-    if (BM % 64 && turn) {
-        constexpr int FIRST = BM / 64 * 64;
-        const int back = chunk / 4 * 32;
-        cp_async(slot + narrow<BM>(row, chunk % 4), at.dy + FIRST - back, at.left > 0 && FIRST - back < rows);
+    if (BM % 64 && chunk / 4 == step) {
+        const int further = BM / 64 * 64 - step * 32;
+        cp_async(slot + narrow(row, chunk % 4), at.dy + further, at.left > 0 && further < rows);
     }
     slot += BM * BK;
     UNROLL
-    for (int i = 0; i < BN / 64; i++) copy_x(slot + wide(i, row, chunk), p, at, columns[i]);
-    if (BN % 64 && turn) copy_x(slot + narrow<BN>(row, chunk % 4), p, at, columns[PANELS - 1]);
+    for (int i = 0; i < PANELS; i++) copy_x(slot + wide(i, row, chunk), p, at, columns[i]);
     next(at, p);
 }
 
@@ -155,13 +144,16 @@ DEV void fetch(Walk& at, T* slot, int step, const Conv2dWeightGradMma& p, const 
 DEV void load_dy(unsigned (&a)[MT][4], const T* slot, int step) {
     const int l = lane(), row = step * 16 + l / 16 * 8 + l % 8, chunk = warp() / 2 * 2 + l / 8 % 2;
     UNROLL
-    for (int i = 0; i < MT; i++) ldmatrix_trans(a[i], slot + fragment<BM>(i, row, chunk));
+    for (int i = 0; i < MT; i++) {
+        const int at = i < BM / 64 * 2 ? wide(i / 2, row, i % 2 * 4 + chunk) : narrow(row, chunk);
+        ldmatrix_trans(a[i], slot + at);
+    }
 }
 
 // Of 16 of its columns of x.
 DEV void load_x(unsigned (&b)[4], const T* slot, int step, int j) {
-    const int l = lane();
-    ldmatrix_trans(b, slot + BM * BK + fragment<BN>(j, step * 16 + l % 16, warp() % 2 * 2 + l / 16));
+    const int l = lane(), chunk = warp() % 2 * 2 + l / 16;
+    ldmatrix_trans(b, slot + BM * BK + wide(j / 2, step * 16 + l % 16, j % 2 * 4 + chunk));
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 2) conv2d_weight_grad_mma(const __grid_constant__ Conv2dWeightGradMma p) {
@@ -173,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) conv2d_weight_grad_mma(co
 
     Column columns[PANELS];
     UNROLL
-    for (int i = 0; i < PANELS; i++) columns[i] = column_of(p, k0 + i * 64 + (i < BN / 64 ? chunk : chunk % 4) * 8);
+    for (int i = 0; i < PANELS; i++) columns[i] = column_of(p, k0 + i * 64 + chunk * 8);
     const int rows = p.o - o0 - chunk * 8, m = first + thread / 8;
     const int image = m / (p.out_h * p.out_w), rest = m - image * (p.out_h * p.out_w), row = rest / p.out_w;
     Walk at = {pixels - thread / 8, row * p.stride, (rest - row * p.out_w) * p.stride, unsigned(image) * p.h * p.w_,

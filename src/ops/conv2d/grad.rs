@@ -269,8 +269,8 @@ impl Operation for WeightGrad {
             asked("BM=128,BN=128", 4, linear(&[200], 136, 264)),
             asked("BM=160,BN=128", 1, conv([2, 9, 8, 40], 168, 3, 1, [1; 4], false)),
             asked("BM=160,BN=128", 3, conv([3, 12, 11, 16], 160, 3, 2, [0, 0, 1, 1], false)),
-            asked("BM=128,BN=160", 1, conv([2, 5, 6, 24], 136, 3, 1, [1; 4], true)),
-            asked("BM=128,BN=160", 2, linear(&[100], 320, 8)),
+            asked("BM=128,BN=128", 2, conv([2, 5, 6, 24], 136, 3, 1, [1; 4], true)),
+            asked("BM=160,BN=128", 2, linear(&[100], 320, 168)),
             conv([2, 64, 64, 320], 320, 3, 1, [1; 4], false).bench(),
             linear(&[2, 4096], 320, 320).bench(),
         ]
