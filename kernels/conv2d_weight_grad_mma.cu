@@ -37,6 +37,10 @@
 // Edges: pixels from the part's end on, and outside of the image, rows from O on and columns from K on are zeros in shared memory;
 // rows and columns are not stored. A copy that writes zeros touches no memory at its address, which may lie outside.
 //
+// Occupancy: two blocks, by registers (235 and 237 of a thread on sm_80 and sm_90 in the 128×128 tile, 255 in the other, which the
+// bounds name so that nothing spills). A block takes 64 or 72 KB of shared memory, of which two fit on sm_80 and sm_90, one
+// on sm_86 and sm_89.
+//
 // Wants, and the caller checks: pointers aligned to 16 bytes; C and O multiples of 8; fewer than 2³¹ elements in each of x and dy;
 // `each` a multiple of BK; splits · each, out_h · stride and out_w · stride, with the window, below 2³⁰. Without a window: x as (1,M,1,C), windows
 // of 1×1.

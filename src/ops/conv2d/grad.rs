@@ -1,5 +1,6 @@
 //! Gradients of products. That of the input is a product again, with the weights transposed, so it runs on the same fast
-//! kernels; that of the weights is a product over pixels, in f32.
+//! kernels; that of the weights is a product over pixels, in f32 (`kernels/conv2d_weight_grad_mma.cu` on tensor cores, for 16-bit
+//! types and channels that are multiples of 8; `kernels/conv2d_weight_grad.cu` for the rest).
 
 use super::super::prelude::*;
 use super::super::{ActivationGrad, Dilate, Op, SumPool, SumRows};

@@ -223,7 +223,11 @@ mod tests {
             let d = Divided::new(&s, o, DType::BF16, None).unwrap();
             let (us, work) = (d.microseconds(&s), 2.0 * (sizes(&s).0 * d.n * o) as f64);
             let Choice { variant, splits } = d.choice().unwrap();
-            println!("{x:?} {kernel} {o}: {variant} {splits} {us:.1} us, {:.0} TFLOP/s, {} MB", work / us / 1e6, d.scratch() >> 20);
+            println!(
+                "{x:?} {kernel} {o}: {variant} {splits} {us:.1} us, {:.0} TFLOP/s, {} MB",
+                work / us / 1e6,
+                d.scratch() >> 20
+            );
             assert_eq!((variant, splits), chosen, "{x:?} {kernel} {o}");
             assert!(d.scratch() <= SCRATCH);
         }
@@ -233,7 +237,9 @@ mod tests {
     fn other_types_and_odd_channels_take_the_plain_kernel() {
         let tile = |c, o, dtype| Divided::new(&same([2, 8, 8, c], 3), o, dtype, None).unwrap().tile;
         assert!(tile(32, 40, DType::BF16).is_some() && tile(8, 8, DType::F16).is_some());
-        for (c, o, dtype) in [(32, 40, DType::F32), (4, 40, DType::BF16), (32, 4, DType::F16), (36, 40, DType::F16)] {
+        for (c, o, dtype) in
+            [(32, 40, DType::F32), (4, 40, DType::BF16), (32, 4, DType::F16), (36, 40, DType::F16)]
+        {
             assert_eq!(tile(c, o, dtype), None, "{c} {o} {dtype}");
         }
         let asked = Some(Choice { variant: "BM=128,BN=128", splits: 1 });
@@ -253,7 +259,11 @@ mod tests {
         assert!(taken.contains(&None));
         for t in [DType::F16, DType::BF16] {
             for (tile, split) in TILES.into_iter().flat_map(|tile| [(tile, false), (tile, true)]) {
-                assert!(taken.contains(&Some((t, tile.name, split))), "{} split {split}: {taken:?}", tile.name);
+                assert!(
+                    taken.contains(&Some((t, tile.name, split))),
+                    "{} split {split}: {taken:?}",
+                    tile.name
+                );
             }
         }
     }
