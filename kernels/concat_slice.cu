@@ -1,4 +1,5 @@
-// y = columns start … start + len - 1 of x. Grid: ceil(n / BLOCK); a thread owns one element of y.
+// y = columns start … start + len - 1 of x. Grid: ceil(n / BLOCK); a thread owns N elements of a row of y: 16 bytes where LEN, C and
+// `start` are multiples of them, else one. Wants: pointers aligned to 16 bytes.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;
@@ -6,14 +7,23 @@ constexpr int BLOCK = 256;
 struct ConcatSlice {
     T* y;         // (rows,LEN)
     const T* x;   // (rows,C)
-    long long n;  // rows·LEN
+    int n;        // rows·LEN / N
     int len, c, start;
 };
 
+template <int N>
+DEV void cut(const ConcatSlice& p) {
+    const unsigned i = block_x() * BLOCK + thread_x(), per_row = p.len / N;
+    if (i >= unsigned(p.n)) return;
+    const unsigned row = i / per_row;
+    store(p.y + (long long)i * N, load<N>(p.x + (long long)row * p.c + p.start + (i - row * per_row) * N));
+}
+
 extern "C" __global__ void __launch_bounds__(BLOCK) concat_slice(const __grid_constant__ ConcatSlice p) {
     griddep_wait();
-    const long long i = (long long)block_x() * BLOCK + thread_x();
-    if (i >= p.n) return;
-    const long long row = i / p.len;
-    store(p.y + i, load(p.x + row * p.c + p.start + (i - row * p.len)));
+    if (p.len % vec_width<T> == 0 && p.c % vec_width<T> == 0 && p.start % vec_width<T> == 0) {
+        cut<vec_width<T>>(p);
+    } else {
+        cut<1>(p);
+    }
 }

@@ -1,5 +1,6 @@
-// dw[o,k] = the sum over output pixels m of dy[m,o] · x[m's window, k], k = (kh·KW + kw)·C + c, in f32. Grid:
-// (ceil(K / BN), ceil(O / BM), splits); a block owns a BM×BN tile of dw for one part of the pixels, a thread a 4×4 part of it.
+// dw[o,k] = the sum over output pixels m of dy[m,o] · x[m's window, k], k = (kh·KW + kw)·C + c, in f32: what
+// conv2d_weight_grad_mma.cu refuses. Grid: (ceil(K / BN), ceil(O / BM), splits); a block owns a BM×BN tile of dw for one part of the
+// pixels, a thread a 4×4 part of it.
 // Tiles of dy and x pass through shared memory as f32, BK pixels at a time; pixels outside the image are zero. With more
 // than one part, block z writes the z-th of `splits` partial results, and sum_parts (reduce.cu) adds them up in order.
 //

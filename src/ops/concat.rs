@@ -44,13 +44,13 @@ impl Operation for Concat {
 
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
         let y = io.y_spec(0);
-        let n = y.shape.numel();
         let (a, b) = (io.x_spec(0).shape.last(), io.x_spec(1).shape.last());
+        let n = y.shape.numel() / launch::at_once(y.dtype, &[a, b]);
         let p = k::ConcatFwd {
             y: io.y(0),
             a: io.x(0),
             b: io.x(1),
-            n: n as i64,
+            n: io.int(n)?,
             a_len: io.int(a)?,
             b_len: io.int(b)?,
         };
@@ -145,9 +145,10 @@ impl Operation for Slice {
     }
 
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
-        let (n, dtype) = (io.y_spec(0).shape.numel(), io.y_spec(0).dtype);
-        let (len, c, start) = (io.int(self.len)?, io.int(io.x_spec(0).shape.last())?, io.int(self.start)?);
-        let p = part::ConcatSlice { y: io.y(0), x: io.x(0), n: n as i64, len, c, start };
+        let (dtype, c) = (io.y_spec(0).dtype, io.x_spec(0).shape.last());
+        let n = io.y_spec(0).shape.numel() / launch::at_once(dtype, &[self.len, c, self.start]);
+        let (len, c, start) = (io.int(self.len)?, io.int(c)?, io.int(self.start)?);
+        let p = part::ConcatSlice { y: io.y(0), x: io.x(0), n: io.int(n)?, len, c, start };
         io.launch(part::CONCAT_SLICE, dtype, "", [n.div_ceil(part::BLOCK), 1, 1], part::BLOCK, p)
     }
 

@@ -13,6 +13,7 @@ mod fold;
 mod grad;
 mod tensor_cores;
 mod tiles;
+mod weight_grad;
 
 pub use epi::{Epi, SLAB};
 pub(super) use fold::{absorb_residual, gates, together};

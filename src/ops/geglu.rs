@@ -49,8 +49,9 @@ impl Operation for Geglu {
 
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
         let y = io.y_spec(0);
-        let n = y.shape.numel();
-        let p = k::GegluFwd { y: io.y(0), x: io.x(0), n: n as i64, e: io.int(y.shape.last())? };
+        let e = y.shape.last();
+        let n = y.shape.numel() / launch::at_once(y.dtype, &[e]);
+        let p = k::GegluFwd { y: io.y(0), x: io.x(0), n: io.int(n)?, e: io.int(e)? };
         io.launch(k::GEGLU_FWD, y.dtype, "", [n.div_ceil(k::BLOCK), 1, 1], k::BLOCK, p)
     }
 
@@ -153,8 +154,9 @@ impl Operation for GegluGrad {
 
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
         let dy = *io.x_spec(1);
-        let (n, e) = (dy.shape.numel(), io.int(dy.shape.last())?);
-        let p = back::GegluGrad { dx: io.y(0), x: io.x(0), dy: io.x(1), n: n as i64, e };
+        let e = dy.shape.last();
+        let n = dy.shape.numel() / launch::at_once(dy.dtype, &[e]);
+        let p = back::GegluGrad { dx: io.y(0), x: io.x(0), dy: io.x(1), n: io.int(n)?, e: io.int(e)? };
         io.launch(back::GEGLU_GRAD, dy.dtype, "", [n.div_ceil(back::BLOCK), 1, 1], back::BLOCK, p)
     }
 

@@ -95,6 +95,13 @@ pub(super) fn streaming(bytes: f64, blocks: usize) -> f64 {
     bytes / (share * if bytes < CACHED { CACHE } else { MEMORY }) + GAP
 }
 
+/// Elements of a row that a thread takes at once where rows of all these lengths lie side by side: 16 bytes of them if all are
+/// multiples of that, else one. Kernels choose alike.
+pub(super) fn at_once(dtype: DType, lengths: &[usize]) -> usize {
+    let most = 16 / dtype.size();
+    if lengths.iter().all(|n| n.is_multiple_of(most)) { most } else { 1 }
+}
+
 /// Microseconds below which no kernel does this work: the best instructions at the rate that they sustain, or the
 /// memory's.
 pub fn floor(cost: Cost) -> f64 {

@@ -48,9 +48,9 @@ impl Operation for SumPool {
 
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
         let y = *io.y_spec(0);
-        let n = y.shape.numel();
+        let n = y.shape.numel() / launch::at_once(y.dtype, &[y.shape[3]]);
         let (w, c) = (io.int(y.shape[2])?, io.int(y.shape[3])?);
-        let p = k::SumPoolFwd { y: io.y(0), x: io.x(0), n: n as i64, w, c };
+        let p = k::SumPoolFwd { y: io.y(0), x: io.x(0), n: io.int(n)?, w, c };
         io.launch(k::SUM_POOL_FWD, y.dtype, "", [n.div_ceil(k::BLOCK), 1, 1], k::BLOCK, p)
     }
 
@@ -126,11 +126,11 @@ impl Operation for Dilate {
 
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
         let (y, [_, h, w, c]) = (*io.y_spec(0), four(io.x_spec(0).shape));
-        let n = y.shape.numel();
+        let n = y.shape.numel() / launch::at_once(y.dtype, &[c]);
         let p = k::DilateFwd {
             y: io.y(0),
             x: io.x(0),
-            n: n as i64,
+            n: io.int(n)?,
             h: io.int(h)?,
             w: io.int(w)?,
             c: io.int(c)?,

@@ -1,16 +1,16 @@
 //! Gradients of products. That of the input is a product again, with the weights transposed, so it runs on the same fast
-//! kernels; that of the weights is a product over pixels, in f32.
+//! kernels; that of the weights is a product over pixels, in f32 (`kernels/conv2d_weight_grad_mma.cu` on tensor cores, for 16-bit
+//! types and channels that are multiples of 8; `kernels/conv2d_weight_grad.cu` for the rest).
 
 use super::super::prelude::*;
 use super::super::{ActivationGrad, Dilate, Op, SumPool, SumRows};
-use super::tiles::windows;
-use super::{Conv2d, Epi, Linear};
+use super::tiles::Choice;
+use super::weight_grad::Divided;
+use super::{Conv2d, Epi, Linear, WANT_CHOICE};
 use crate::backend::cpu::gemm::{
     Conv, ConvShape, Epilogue, Transposed, Weights, gemm, pixels_bytes, working_bytes,
 };
 use crate::kernels::conv2d_transpose as turn;
-use crate::kernels::conv2d_weight_grad as k;
-use crate::kernels::reduce;
 use crate::ops::Act;
 
 /// The gradients of what follows a product: those of the inputs from the third on, and of the bare product's result.
@@ -55,7 +55,7 @@ impl Conv2d {
             Conv2d { epi: Epi { act: Act::None, residual: false, ..self.epi.clone() }, ..self.clone() };
         let (dz, mut dx) = epilogue(bare.into(), &self.epi, g, x, dy)?;
         let window = Window { kernel: [kh, kw], stride: self.stride, pad: self.pad, upsample: self.upsample };
-        dx[1] = Some(g.push("dw", WeightGrad { window: Some(window) }, &[x[0], dz])?);
+        dx[1] = Some(g.push("dw", WeightGrad { window: Some(window), choice: None }, &[x[0], dz])?);
         dx[0] = Some(self.to_input(g, x[0], x[1], dz)?);
         Ok(dx)
     }
@@ -89,7 +89,7 @@ impl Linear {
         let bare =
             Linear { epi: Epi { act: Act::None, residual: false, ..self.epi.clone() }, ..self.clone() };
         let (dz, mut dx) = epilogue(bare.into(), &self.epi, g, x, dy)?;
-        dx[1] = Some(g.push("dw", WeightGrad { window: None }, &[x[0], dz])?);
+        dx[1] = Some(g.push("dw", WeightGrad { window: None, choice: None }, &[x[0], dz])?);
         let w = g.push("w.transposed", TransposeWeights, &[x[1]])?;
         dx[0] = Some(g.push("dx", Linear::default(), &[dz, w])?);
         Ok(dx)
@@ -115,6 +115,8 @@ pub struct Window {
 pub struct WeightGrad {
     /// The window of a convolution; none for a matrix product.
     pub window: Option<Window>,
+    /// Tile and parts of the pixels on a GPU, for measurements and tests; by default the room chooses.
+    pub choice: Option<Choice>,
 }
 
 impl WeightGrad {
@@ -129,13 +131,10 @@ impl WeightGrad {
         op.shape(x, [dy.last(), kernel[0], kernel[1], x.last()].into())
     }
 
-    /// Parts of the pixels on a GPU, and pixels of each: enough blocks for two on each multiprocessor of the largest cards.
-    fn parts(&self, s: &ConvShape, o: usize) -> (usize, usize) {
-        let (m, n) = (s.b * s.out_h * s.out_w, s.kh * s.kw * s.c);
-        let tiles = o.div_ceil(k::BM) * n.div_ceil(k::BN);
-        let parts = (2 * 132 / tiles.max(1)).clamp(1, m.div_ceil(256).max(1));
-        let each = m.div_ceil(parts).next_multiple_of(k::BK);
-        (m.div_ceil(each).max(1), each)
+    /// How a GPU does it; `None`: not as it is asked for.
+    fn divided(&self, x: &[Spec]) -> Option<(ConvShape, Divided)> {
+        let s = self.shape(x[0].shape, x[1].shape)?;
+        Some((s, Divided::new(&s, x[1].shape.last(), x[0].dtype, self.choice)?))
     }
 }
 
@@ -153,6 +152,7 @@ impl Operation for WeightGrad {
         let Some(window) = &self.window else {
             let lead = |s: Spec| s.shape.with_last(0);
             ensure!(!x0.shape.is_empty() && lead(x0) == lead(dy), Self::NAME, want, x);
+            ensure!(self.choice.is_none() || self.divided(x).is_some(), Self::NAME, WANT_CHOICE, x);
             return Ok(vec![Spec::new(DType::F32, [o, c])]);
         };
         let pixels = x0.shape.len() == 4 && dy.shape.len() == 4 && window.stride > 0;
@@ -160,6 +160,7 @@ impl Operation for WeightGrad {
         let s = self.shape(x0.shape, dy.shape);
         let fits = s.is_some_and(|s| dy.shape[..3] == [s.b, s.out_h, s.out_w]);
         ensure!(fits, Self::NAME, want, x);
+        ensure!(self.choice.is_none() || self.divided(x).is_some(), Self::NAME, WANT_CHOICE, x);
         Ok(vec![Spec::new(DType::F32, [o, window.kernel[0], window.kernel[1], c])])
     }
 
@@ -198,43 +199,22 @@ impl Operation for WeightGrad {
     }
 
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
-        let (x, dy) = (*io.x_spec(0), *io.x_spec(1));
-        let Some(s) = self.shape(x.shape, dy.shape) else { return Ok(()) };
-        let (o, n) = (dy.shape.last(), s.kh * s.kw * s.c);
-        let (parts, each) = self.parts(&s, o);
-        let mut p = k::Conv2dWeightGrad {
-            dw: if parts > 1 { io.scratch } else { io.y(0) },
-            x: io.x(0),
-            dy: io.x(1),
-            m: io.int(s.b * s.out_h * s.out_w)?,
-            o: io.int(o)?,
-            each: io.int(each)?,
-            ..Default::default()
-        };
-        windows!(io, &s, p);
-        let grid = [n.div_ceil(k::BN), o.div_ceil(k::BM), parts];
-        io.launch(k::CONV2D_WEIGHT_GRAD, x.dtype, "", grid, k::BLOCK, p)?;
-        if parts == 1 {
-            return Ok(());
-        }
-        let all = io.int(o * n)?;
-        let p = reduce::SumParts {
-            y: Default::default(),
-            wide: io.y(0),
-            partial: io.scratch,
-            n: all,
-            c: all,
-            splits: io.int(parts)?,
-        };
-        io.launch(reduce::SUM_PARTS, x.dtype, "", [(o * n).div_ceil(reduce::BLOCK), 1, 1], reduce::BLOCK, p)
+        let Some((s, divided)) = self.divided(&[*io.x_spec(0), *io.x_spec(1)]) else { return Ok(()) };
+        divided.launch(&s, io)
     }
 
-    fn scratch(&self, x: &[Spec], y: &[Spec]) -> usize {
-        let Some(s) = self.shape(x[0].shape, x[1].shape) else { return 0 };
-        match self.parts(&s, x[1].shape.last()).0 {
-            1 => 0,
-            parts => parts * y[0].bytes(),
-        }
+    fn scratch(&self, x: &[Spec], _y: &[Spec]) -> usize {
+        self.divided(x).map_or(0, |(_, divided)| divided.scratch())
+    }
+
+    fn launches(&self, x: &[Spec]) -> Vec<LaunchPlan> {
+        self.divided(x).map_or(vec![], |(s, divided)| divided.launches(&s, x[0].dtype))
+    }
+
+    fn choices(&self, x: &[Spec]) -> Vec<Op> {
+        let Some(s) = self.shape(x[0].shape, x[1].shape) else { return vec![] };
+        let all = Divided::all(&s, x[1].shape.last(), x[0].dtype);
+        all.map(|divided| WeightGrad { choice: divided.choice(), ..self.clone() }.into()).collect()
     }
 
     fn cpu_scratch(&self, x: &[Spec], y: &[Spec]) -> usize {
@@ -253,7 +233,13 @@ impl Operation for WeightGrad {
         };
         let linear = |lead: &[usize], c, o| {
             let at = |n| t([lead, &[n]].concat().as_slice());
-            Case::new(WeightGrad { window: None }, [at(c), at(o)])
+            Case::new(WeightGrad { window: None, choice: None }, [at(c), at(o)])
+        };
+        let asked = |variant, splits, mut case: Case| {
+            if let Op::WeightGrad(op) = &mut case.op {
+                op.choice = Some(Choice { variant, splits });
+            }
+            case.only(&[DType::F16, DType::BF16])
         };
         vec![
             linear(&[1], 1, 1),
@@ -270,6 +256,22 @@ impl Operation for WeightGrad {
             conv([1, 12, 11, 64], 66, 3, 1, [1; 4], false),
             conv([2, 9, 8, 5], 3, 4, 2, [1; 4], false),
             conv([1, 30, 31, 8], 270, 3, 1, [1; 4], false),
+            // On tensor cores: tails of pixels, several parts, tiles that end early, several images in a step.
+            linear(&[40], 8, 16),
+            linear(&[3, 77], 48, 64),
+            linear(&[700], 40, 24),
+            conv([1, 9, 9, 8], 16, 3, 2, [0, 0, 1, 1], false),
+            conv([2, 3, 4, 16], 24, 3, 1, [1; 4], true),
+            conv([2, 5, 7, 24], 8, 1, 1, [0; 4], false),
+            conv([5, 2, 3, 8], 8, 3, 1, [1; 4], false),
+            conv([2, 9, 8, 8], 16, 4, 2, [1; 4], false),
+            conv([1, 30, 31, 8], 272, 3, 1, [1; 4], false),
+            asked("BM=128,BN=128", 1, conv([1, 12, 11, 64], 72, 3, 1, [1; 4], false)),
+            asked("BM=128,BN=128", 4, linear(&[200], 136, 264)),
+            asked("BM=160,BN=128", 1, conv([2, 9, 8, 40], 168, 3, 1, [1; 4], false)),
+            asked("BM=160,BN=128", 3, conv([3, 12, 11, 16], 160, 3, 2, [0, 0, 1, 1], false)),
+            asked("BM=128,BN=128", 2, conv([2, 5, 6, 24], 136, 3, 1, [1; 4], true)),
+            asked("BM=160,BN=128", 2, linear(&[100], 320, 168)),
             conv([2, 64, 64, 320], 320, 3, 1, [1; 4], false).bench(),
             linear(&[2, 4096], 320, 320).bench(),
         ]
@@ -277,9 +279,12 @@ impl Operation for WeightGrad {
 
     fn random(r: &mut Small) -> Case {
         let (c, o) = (r.below(40) + 1, r.below(70) + 1);
+        // Half of them for tensor cores.
+        let whole = if r.below(2) == 0 { 8 } else { 1 };
+        let (c, o) = (c.next_multiple_of(whole), o.next_multiple_of(whole));
         if r.below(3) == 0 {
             let rows = r.below(90) + 1;
-            return Case::new(WeightGrad { window: None }, [t([rows, c]), t([rows, o])]);
+            return Case::new(WeightGrad { window: None, choice: None }, [t([rows, c]), t([rows, o])]);
         }
         let (kernel, stride, upsample) = (r.below(3) + 1, r.below(2) + 1, r.below(4) == 0);
         let x = [r.below(2) + 1, r.below(8) + kernel, r.below(8) + kernel, c];
@@ -293,7 +298,7 @@ fn weight_grad(x: [usize; 4], o: usize, window: Window) -> Case {
     let up = if upsample { 2 } else { 1 };
     let h = (x[1] * up + pad[0] + pad[2] - kh) / stride + 1;
     let w = (x[2] * up + pad[1] + pad[3] - kw) / stride + 1;
-    Case::new(WeightGrad { window: Some(window) }, [t(x), t([x[0], h, w, o])])
+    Case::new(WeightGrad { window: Some(window), choice: None }, [t(x), t([x[0], h, w, o])])
 }
 
 /// w (O,KH,KW,I) to (I,KH,KW,O) with the window turned about its centre, or (O,I) to (I,O).

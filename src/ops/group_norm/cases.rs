@@ -30,6 +30,9 @@ pub(super) fn listed() -> Vec<Case> {
         norm(16, 1e-5, Act::Silu, &[2, 6, 5, 80]),
         norm(3, 1e-5, Act::None, &[1, 40, 9]),
         norm(32, 1e-5, Act::Silu, &[1, 33, 31, 160]),
+        // More channels in a group than a block takes at once, in fours and one by one.
+        norm(1, 1e-5, Act::Silu, &[1, 2, 3, 1028]),
+        norm(2, 1e-5, Act::None, &[2, 1, 5, 514]),
         far(plain_far),
         one(1, Act::None, &[1, 8, 8, 8]),
         one(8, Act::Silu, &[3, 64, 8]),
