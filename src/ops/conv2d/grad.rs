@@ -274,6 +274,9 @@ impl Operation for WeightGrad {
             asked("BM=160,BN=128", 2, linear(&[100], 320, 168)),
             conv([2, 64, 64, 320], 320, 3, 1, [1; 4], false).bench(),
             linear(&[2, 4096], 320, 320).bench(),
+            conv([2, 32, 32, 640], 640, 3, 1, [1; 4], false).bench(),
+            conv([2, 16, 16, 1280], 1280, 3, 1, [1; 4], false).bench(),
+            linear(&[2, 4096], 320, 2560).bench(),
         ]
     }
 
