@@ -127,6 +127,13 @@ const SMEM_MOST: i64 = 227 * 1024;
 /// How the constants begin that count the instructions of the main loop.
 const LOOP: &str = "LOOP_";
 
+/// Whether a kernel file includes what it may: `dev.cuh`, and what kernels of its room share, `conv2d_….cuh` for `conv2d_mma`.
+pub fn may_include(stem: &str, name: &str) -> bool {
+    let Some(name) = name.strip_prefix('"').and_then(|n| n.strip_suffix(".cuh\"")) else { return false };
+    let room = stem.split('_').next().unwrap_or_default();
+    name == "dev" || name.strip_prefix(room).is_some_and(|rest| rest.starts_with('_') && !rest.contains('/'))
+}
+
 /// `group_norm_fwd` → `GroupNormFwd`.
 pub fn camel_case(name: &str) -> String {
     let mut out = String::new();
@@ -200,9 +207,9 @@ fn tokenize(stem: &str, text: &str) -> Result<Source, String> {
             i += directive.chars().count();
             let words: Vec<&str> = directive[1..].split_whitespace().collect();
             match words.first().copied().unwrap_or("") {
-                "include" if words.get(1) != Some(&"\"dev.cuh\"") => {
+                "include" if !words.get(1).is_some_and(|name| may_include(stem, name)) => {
                     return Err(format!(
-                        "kernels/{stem}.cu:{line}: want no include but \"dev.cuh\"; got `{}`",
+                        "kernels/{stem}.cu:{line}: want no include but \"dev.cuh\" and those of the room; got `{}`",
                         directive.trim()
                     ));
                 }

@@ -90,6 +90,14 @@ DEV E from_float(float x) {
     return FromFloat<E>::of(x);
 }
 
+// How `wgmma` is told of a matrix of 16-bit elements in shared memory, 64 of them in a row of 128 bytes, whose 16-byte chunk c stands
+// at c ^ (row % 8): of its first row, which is a multiple of 1024 bytes from the start of the window (the hardware takes the row from the address).
+// Further 16 elements of each row: 2 more. PTX ISA, "Matrix Descriptor Format", K-major: addresses and strides in units of 16 bytes, the one
+// between groups of eight rows in bits 32 to 45, the swizzle of 128 bytes in bit 62.
+DEV unsigned long long wgmma_descriptor(const void* first) {
+    return (unsigned long long)(shared_address(first) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
 DEV float rsqrt_f(float x) { return 1.0f / sqrt_f(x); }
 DEV bool is_finite_f(float x) { return (float_bits(x) & 0x7f800000u) != 0x7f800000u; }
 
