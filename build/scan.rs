@@ -274,10 +274,8 @@ impl Source {
                 return self.error(token.line, format!("`{}` belongs in dev.cuh; want {want}", token.text));
             }
             if token.text.starts_with("__shfl") {
-                return self.error(
-                    token.line,
-                    format!("`{}` belongs in dev.cuh; want shfl, shfl_xor or shfl_down", token.text),
-                );
+                let want = "want shfl, shfl_xor or shfl_down";
+                return self.error(token.line, format!("`{}` belongs in dev.cuh; {want}", token.text));
             }
         }
         Ok(())
@@ -297,10 +295,8 @@ impl Source {
         for item in items {
             let (t, u) = item.split_once('>').map_or((item, None), |(t, u)| (t, Some(u)));
             if !known(t) || !u.is_none_or(known) {
-                return self.error(
-                    line,
-                    format!("want types f32, f16, bf16, or pairs such as f32>bf16; got `{item}`"),
-                );
+                let want = "want types f32, f16, bf16, or pairs such as f32>bf16";
+                return self.error(line, format!("{want}; got `{item}`"));
             }
             types.push((t.to_string(), u.map(str::to_string)));
         }
@@ -316,16 +312,14 @@ impl Source {
                 let Some((name, value)) =
                     part.split_once('=').filter(|(k, v)| !k.is_empty() && v.parse::<i64>().is_ok())
                 else {
-                    return self
-                        .error(line, format!("want variants such as D=40 or BM=128,BN=64; got `{item}`"));
+                    let want = "want variants such as D=40 or BM=128,BN=64";
+                    return self.error(line, format!("{want}; got `{item}`"));
                 };
                 macros.push((name.to_string(), value.to_string()));
             }
             if item.len() > 16 {
-                return self.error(
-                    line,
-                    format!("variant `{item}` is longer than the 16 bytes of an image's header"),
-                );
+                let what = format!("variant `{item}` is longer than the 16 bytes of an image's header");
+                return self.error(line, what);
             }
             variants.push(macros);
         }

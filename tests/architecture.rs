@@ -267,7 +267,8 @@ fn device_words(path: &str, text: &str) -> Vec<String> {
         let name = what.split("//").next().unwrap_or_default().trim();
         // What kernels of one room share is named as they are: conv2d_tile.cuh for conv2d_mma.cu.
         let room = path.rsplit('/').next().and_then(|file| file.split(['_', '.']).next()).unwrap_or_default();
-        let shared = path.ends_with(".cu") && name.starts_with(&format!("\"{room}_")) && name.ends_with(".cuh\"");
+        let shared =
+            path.ends_with(".cu") && name.starts_with(&format!("\"{room}_")) && name.ends_with(".cuh\"");
         if name != "\"dev.cuh\"" && !shared {
             let says = "a kernel includes \"dev.cuh\" and what its room shares, and no other";
             complaints.push(format!("{path}:{}: {says}", i + 1));

@@ -120,9 +120,8 @@ fn warpgroups_multiply_as_documented_and_what_they_lack_is_reported() {
     let stream = stream();
     let row = |i: usize, k: usize| ((i * 37 + k * k * 11) % 61) as f32 / 8.0 - 4.0;
     let c: Vec<f32> = (0..M * N).map(|i| (i % 97) as f32 * 100.0).collect();
-    let want: Vec<f32> = (0..M * N)
-        .map(|i| c[i] + (0..K).map(|k| row(i / N, k) * row(M + i % N, k)).sum::<f32>())
-        .collect();
+    let want: Vec<f32> =
+        (0..M * N).map(|i| c[i] + (0..K).map(|k| row(i / N, k) * row(M + i % N, k)).sum::<f32>()).collect();
     for dtype in ["f16", "bf16"] {
         // Two elements of the type in each word.
         let bits = |v: f32| match dtype {

@@ -167,14 +167,12 @@ fn subjects(emulator: &Emulator, stems: &[String]) -> Vec<Subject> {
                 case.types.iter().partition(|t| **t == DType::F32);
             let other = others.get(i % others.len().max(1));
             for t in floats.into_iter().chain(other.copied()) {
-                let own = subject(emulator, stems, &case, t, false, i as u64);
-                // What another kernel computes with the switch on.
-                let switched = stems.iter().filter_map(|s| s.strip_suffix("_wgmma"));
-                let sites = own.iter().flat_map(|s| &s.sites).filter_map(|site| site.split(':').nth(1));
-                if sites.into_iter().any(|s| switched.clone().any(|room| s == format!("{room}_mma"))) {
-                    all.extend(subject(emulator, stems, &case, t, true, i as u64));
+                all.extend(subject(emulator, stems, &case, t, false, i as u64));
+                // And where another kernel computes it with the switch on.
+                if t != DType::F32 && stems.contains(&format!("{}_wgmma", room.stem)) {
+                    let other = subject(emulator, stems, &case, t, true, i as u64);
+                    all.extend(other.filter(|s| s.sites.iter().any(|site| site.contains("_wgmma:"))));
                 }
-                all.extend(own);
             }
         }
     }

@@ -111,7 +111,10 @@ fn complaints(listing: &Listing, want: &[(&str, u32)]) -> Vec<String> {
     for i in listing.code.iter().filter(|i| ["LDL", "STL"].contains(&i.kind())) {
         wrong.push(format!("{} (local memory)", i.code));
     }
-    let product = ["FFMA", "HGMMA"].into_iter().find(|p| want.iter().any(|(kind, n)| kind == p && *n > 0)).unwrap_or("HMMA");
+    let product = ["FFMA", "HGMMA"]
+        .into_iter()
+        .find(|p| want.iter().any(|(kind, n)| kind == p && *n > 0))
+        .unwrap_or("HMMA");
     let Some(body) = listing.main_loop(product) else {
         let products = listing.code.iter().any(|i| [product, "HGMMA"].contains(&i.kind()));
         if products || !want.is_empty() {

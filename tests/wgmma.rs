@@ -114,7 +114,8 @@ fn the_switch_is_off_unless_it_is_set() {
         let _ = std::fs::remove_file(&file);
         (found, said)
     };
-    for (value, want) in [(None, "false"), (Some(""), "false"), (Some("off"), "false"), (Some("on"), "true")] {
+    for (value, want) in [(None, "false"), (Some(""), "false"), (Some("off"), "false"), (Some("on"), "true")]
+    {
         let (found, said) = of(value);
         assert_eq!(found, want, "{value:?}: {said}");
     }
