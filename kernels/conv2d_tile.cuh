@@ -1,6 +1,7 @@
-// What the kernels of tiled products have in common: where rows of x and w lie, the walk over the blocks of a sum and the copies
-// of one, and everything behind the sums. Such a kernel gives a block the BM×BN tile of y that its place in the grid names, has
-// MT×NT products of m16n8 in each warp, WARPS_M×WARPS_N warps over the tile, and keeps k-blocks of BK channels in a ring in shared memory.
+// What the kernels of tiled products share: where rows of x and w lie, the walk over the blocks of a sum and the copies of one, and
+// everything behind the sums. In such a kernel a block owns the BM×BN tile of y that its place in the grid names, its warps stand
+// with WARPS_N beside each other over the tile, each with MT×NT products of m16n8, and k-blocks of BK channels lie in a ring of
+// slots in shared memory, BM rows of x, then BN rows of w.
 //
 // Segments of K. Segment 0 is x with its window of taps; up to two more add products of other inputs into the same sum: the
 // second half of a concatenation, or a 1×1 shortcut. A segment without a window (`flat`) reads pixel m for row m. Segment 1
@@ -31,7 +32,7 @@
 // LOAD_ROWS, A_LOADS, B_LOADS, SMEM_BYTES, and `Conv`, its struct of arguments. Lines are counted from 601 on, so that none of
 // them is a line of that file too: the emulator names barriers, waits and accesses by the file of the kernel and their line.
 #pragma once
-#line 635
+#line 636
 
 constexpr int PITCH = BN + 8;
 constexpr int THIRDS = 3;  // the copies of a k-block are begun in three parts

@@ -1,32 +1,34 @@
 // What conv2d_mma.cu computes, from the same arguments and in the same tiles, by the tensor cores of Hopper: `wgmma` multiplies
-// 64 rows of x by all columns of the tile at once, reads both from shared memory by itself, and works while its threads do something else.
+// 64 rows of x by all columns of the tile at once, reads both from shared memory by itself, and works while its threads go on.
+// How fast it is: not measured on a GPU yet.
 //
 // Who owns what. Grid: (ceil(M / BM), ceil(N / BN), splits); a block owns a BM×BN tile of y, or with several splits a contiguous
-// run of its k-blocks. A block has a warpgroup, four warps, for each 64 rows of the tile: one or two. A warpgroup's sums are one chain of
-// products m64nBNk16, held in float in registers: BN / 2 of a thread. Warp w of the block has rows 16 w to 16 w + 15 and all columns,
-// in pieces of 8 columns as the products of mma.sync have them, so what comes behind the sums is the same code with MT = 1.
+// run of its k-blocks. A block has a warpgroup, four warps, for each 64 rows of the tile: one or two. A warpgroup's sums are one
+// chain of products m64nBNk16, held in float in registers, BN / 2 of a thread. Warp w of the block has rows 16w to 16w + 15 and all
+// columns, in pieces of 8 as the products of mma.sync have them, so what comes behind the sums is the same code with MT = 1.
 //
 // Occupancy. A block takes 183, 99, 107, 86, 74, 66, 42 KB of shared memory, in the order of the variants, and the driver 1 KB more
-// for each: a multiprocessor of sm_90 (228 KB) has room for 1, 2, 2, 2, 3, 3, 5 blocks. Registers (182, 128, 100, 183, 96, 84, 48 of
-// a thread) leave as many; 128 is the most where two blocks of 256 threads are to fit. No other card has these instructions.
+// for each: a multiprocessor of sm_90 (228 KB) has room for 1, 2, 2, 2, 3, 3, 5 blocks, and the ring as many slots as leave that
+// room. Registers (182, 128, 100, 183, 96, 84, 48 of a thread) leave as many or more; 128 is the most where two blocks of 256
+// threads are to fit. No other card has these instructions.
 //
-// Operands. A k-block of x (BM rows of BK channels) and of w (BN rows) lies in one slot of a ring of STAGES slots in shared memory, rows
-// of 128 bytes, whose 16-byte chunk c stands at c ^ (row % 8). That is the swizzle of 128 bytes which the hardware undoes, by the bits of the
-// address: so slots, and the first row of each warpgroup and of w in them, begin at multiples of 1024 bytes. Both matrices are K-major, eight rows to
-// 1024 bytes; a step of 16 channels is 32 bytes on. cp.async writes zeros for pixels outside the image, channels beyond the segment,
-// rows beyond M and N.
+// Operands. A k-block of x (BM rows of BK channels) and of w (BN rows) lies in one slot of a ring of STAGES slots in shared
+// memory, rows of 128 bytes, whose 16-byte chunk c stands at c ^ (row % 8). That is the swizzle of 128 bytes, which the hardware
+// undoes by the bits of the address: so a slot, and in it the first row of each warpgroup and of w, begin at multiples of 1024
+// bytes. Both matrices are K-major, eight rows to 1024 bytes; a step of 16 channels is 32 bytes further on. cp.async writes zeros
+// for pixels outside the image, channels beyond the segment, rows beyond M and N.
 //
 // Order. Each thread commits one group of copies per k-block, an empty one where none is left, AHEAD of them before the first.
-// Turn i: a thread waits until its group of slot i has landed, and fences: copies are seen by threads, products read through the async
-// proxy. The barrier after that makes everybody's visible to both warpgroups. It also says that all threads have seen the products of
-// turn i − 2 done, so their slot, which is that of k-block i + AHEAD, may be filled. The four products of the turn are issued and committed; then, while
-// they run, the copies of k-block i + AHEAD begin, and the walk goes on; then the thread waits for the products of turn i − 1, not
-// for its own: the tensor cores go from one turn to the next without a gap. Accumulators start as zeros and nobody touches them until the last
-// wait; the wgmma_fence is for the first turn. (The compiler wants one in front of each batch.) Behind the loop, one barrier: both
+// Turn i begins with a wait until this thread's group of slot i has landed, and a fence: the products read through the async proxy,
+// which what a thread has written does not pass by itself. The barrier after that makes everybody's copies visible to both
+// warpgroups. It also says that all threads have seen the products of turn i − 2 done, so that their slot, the one of k-block
+// i + AHEAD, may be filled. The four products of the turn are issued and committed; while they run, the copies of k-block
+// i + AHEAD begin and the walk goes on; then the thread waits for the products of turn i − 1, not for its own, which still run
+// when those of turn i + 1 are issued. The accumulators start as zeros and nobody touches them until the last wait: the
+// wgmma_fence is for the first turn (where a later one has none, the compiler adds it). Behind the loop, one barrier: both
 // warpgroups are done with the ring, no copy is on its way, and the ring becomes the staging tile.
 //
-// Segments of K, phases, the end, and what M, N and O are: see conv2d_tile.cuh. Wants, and the caller checks, what conv2d_mma wants, but
-// gates may have any tile: a thread's columns of 16 are values and gates of its own.
+// Segments of K, phases, the end, and what M, N and O are: see conv2d_tile.cuh. Wants, and the caller checks: see conv2d_mma.cu.
 // arch: 90a
 // types: f16 bf16
 // variants: BM=128,BN=160 BM=128,BN=128 BM=128,BN=80 BM=64,BN=160 BM=64,BN=80 BM=64,BN=64 BM=64,BN=16

@@ -311,15 +311,10 @@ DEV unsigned pack2(float low, float high) {
 
 // ------------------------------------------------------------------- products of a warpgroup, by the tensor cores of sm_90a
 
-// What this thread wrote to shared memory before, itself or by copies that it has waited for, is there for `wgmma`s that it
-// issues after, and for those of others behind a barrier.
-DEV void fence_proxy_async() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// What this thread wrote to shared memory before, itself or by copies that it has waited for, is there for the `wgmma`s behind the
+// next barrier of the block: they read through the async proxy, which plain writes do not pass.
+DEV void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Before the first `wgmma` into registers that this thread has touched since a `wgmma_wait`.
 DEV void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 // Closes the group of the `wgmma`s since the last commit.
@@ -377,10 +372,9 @@ struct Wgmma;
 LDM_WGMMAS(f16, "f16");
 LDM_WGMMAS(bf16, "bf16");
 
-// d (64,N) += a (64,16) · b (N,16)ᵀ, in float, by the four warps of a warpgroup together, each of whose threads says the same a and
-// b: a `wgmma_descriptor` of the first of 8-row groups in shared memory. Done at any time until a `wgmma_wait` for its group; until then d
-// is nobody's to touch, nor the rows to write. Thread t of the warpgroup holds of d, for each j, element [j][i]: row
-// 16(t/32) + t%32/4 + 8(i/2), column 8j + 2(t%4) + i%2: as `mma` has it.
+// d (64,N) += a (64,16) · b (N,16)ᵀ, in float, by the four warps of a warpgroup together, all of whose threads name the same a and
+// b by a `wgmma_descriptor`. Done at any time until a `wgmma_wait` for its group; until then d is nobody's to touch, nor the rows
+// anybody's to write. Element [j][i] of thread t: row 16(t/32) + t%32/4 + 8(i/2), column 8j + 2(t%4) + i%2, as `mma` has it.
 template <class E, int N>
 DEV void wgmma(float (&d)[N / 8][4], unsigned long long a, unsigned long long b) {
     Wgmma<E, N>::run(d, a, b);
