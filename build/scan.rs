@@ -127,6 +127,13 @@ const SMEM_MOST: i64 = 227 * 1024;
 /// How the constants begin that count the instructions of the main loop.
 const LOOP: &str = "LOOP_";
 
+/// Whether a kernel file includes what it may: `dev.cuh`, and what kernels of its room share, `conv2d_….cuh` for `conv2d_mma`.
+pub fn may_include(stem: &str, name: &str) -> bool {
+    let Some(name) = name.strip_prefix('"').and_then(|n| n.strip_suffix(".cuh\"")) else { return false };
+    let room = stem.split('_').next().unwrap_or_default();
+    name == "dev" || name.strip_prefix(room).is_some_and(|rest| rest.starts_with('_') && !rest.contains('/'))
+}
+
 /// `group_norm_fwd` → `GroupNormFwd`.
 pub fn camel_case(name: &str) -> String {
     let mut out = String::new();
@@ -200,9 +207,9 @@ fn tokenize(stem: &str, text: &str) -> Result<Source, String> {
             i += directive.chars().count();
             let words: Vec<&str> = directive[1..].split_whitespace().collect();
             match words.first().copied().unwrap_or("") {
-                "include" if words.get(1) != Some(&"\"dev.cuh\"") => {
+                "include" if !words.get(1).is_some_and(|name| may_include(stem, name)) => {
                     return Err(format!(
-                        "kernels/{stem}.cu:{line}: want no include but \"dev.cuh\"; got `{}`",
+                        "kernels/{stem}.cu:{line}: want no include but \"dev.cuh\" and those of the room; got `{}`",
                         directive.trim()
                     ));
                 }
@@ -267,10 +274,8 @@ impl Source {
                 return self.error(token.line, format!("`{}` belongs in dev.cuh; want {want}", token.text));
             }
             if token.text.starts_with("__shfl") {
-                return self.error(
-                    token.line,
-                    format!("`{}` belongs in dev.cuh; want shfl, shfl_xor or shfl_down", token.text),
-                );
+                let want = "want shfl, shfl_xor or shfl_down";
+                return self.error(token.line, format!("`{}` belongs in dev.cuh; {want}", token.text));
             }
         }
         Ok(())
@@ -290,10 +295,8 @@ impl Source {
         for item in items {
             let (t, u) = item.split_once('>').map_or((item, None), |(t, u)| (t, Some(u)));
             if !known(t) || !u.is_none_or(known) {
-                return self.error(
-                    line,
-                    format!("want types f32, f16, bf16, or pairs such as f32>bf16; got `{item}`"),
-                );
+                let want = "want types f32, f16, bf16, or pairs such as f32>bf16";
+                return self.error(line, format!("{want}; got `{item}`"));
             }
             types.push((t.to_string(), u.map(str::to_string)));
         }
@@ -309,16 +312,14 @@ impl Source {
                 let Some((name, value)) =
                     part.split_once('=').filter(|(k, v)| !k.is_empty() && v.parse::<i64>().is_ok())
                 else {
-                    return self
-                        .error(line, format!("want variants such as D=40 or BM=128,BN=64; got `{item}`"));
+                    let want = "want variants such as D=40 or BM=128,BN=64";
+                    return self.error(line, format!("{want}; got `{item}`"));
                 };
                 macros.push((name.to_string(), value.to_string()));
             }
             if item.len() > 16 {
-                return self.error(
-                    line,
-                    format!("variant `{item}` is longer than the 16 bytes of an image's header"),
-                );
+                let what = format!("variant `{item}` is longer than the 16 bytes of an image's header");
+                return self.error(line, what);
             }
             variants.push(macros);
         }

@@ -90,6 +90,14 @@ DEV E from_float(float x) {
     return FromFloat<E>::of(x);
 }
 
+// How `wgmma` is told of a matrix in shared memory: rows of 128 bytes, 64 elements, whose 16-byte chunk c stands at c ^ (row % 8).
+// `first` is its first row and lies at a multiple of 1024 bytes, since the hardware takes row % 8 from the address. The next 16
+// elements of each row: 2 more. PTX ISA, "Matrix Descriptor Format": address and strides in units of 16 bytes; the stride between
+// groups of eight rows in bits 32 to 45; 1 in bits 62 and 63 for this swizzle, with which bits 16 to 29 do not matter.
+DEV unsigned long long wgmma_descriptor(const void* first) {
+    return (unsigned long long)(shared_address(first) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
 DEV float rsqrt_f(float x) { return 1.0f / sqrt_f(x); }
 DEV bool is_finite_f(float x) { return (float_bits(x) & 0x7f800000u) != 0x7f800000u; }
 

@@ -28,6 +28,12 @@ void ldm_emu_cp_async_wait(int pending, int line);
 void ldm_emu_ldmatrix(unsigned* r, const void* row, int count, int trans, int line);
 void ldm_emu_mma(float* d, const unsigned* a, const unsigned* b, int bfloat, int line);
 void ldm_emu_fence(int line);
+unsigned ldm_emu_shared_address(const void* p);
+void ldm_emu_fence_proxy(int line);
+void ldm_emu_wgmma(float* d, unsigned long long a, unsigned long long b, int columns, int bfloat, int line);
+void ldm_emu_wgmma_fence(int line);
+void ldm_emu_wgmma_commit(int line);
+void ldm_emu_wgmma_wait(int pending, int line);
 void ldm_emu_atomic(int done);
 void ldm_emu_griddep_wait();
 }
@@ -283,6 +289,24 @@ DEV void mma(float (&d)[4], const unsigned (&a)[2], unsigned b LDM_LINE) {
 template <class E>
 DEV unsigned pack2(float low, float high) {
     return unsigned(FromFloat<E>::of(low).bits) | unsigned(FromFloat<E>::of(high).bits) << 16;
+}
+
+DEV unsigned shared_address(const void* p) { return ldm_emu_shared_address(p); }
+DEV void fence_proxy_async(LDM_LINE_ONLY) { ldm_emu_fence_proxy(line); }
+DEV void wgmma_fence(LDM_LINE_ONLY) { ldm_emu_wgmma_fence(line); }
+DEV void wgmma_commit(LDM_LINE_ONLY) { ldm_emu_wgmma_commit(line); }
+template <int PENDING>
+DEV void wgmma_wait(LDM_LINE_ONLY) {
+    ldm_emu_wgmma_wait(PENDING, line);
+}
+template <int TILES>
+DEV void wgmma_wait_all(float (&)[TILES][4] LDM_LINE) {
+    ldm_emu_wgmma_wait(0, line);
+}
+template <class E, int N>
+DEV void wgmma(float (&d)[N / 8][4], unsigned long long a, unsigned long long b LDM_LINE) {
+    static_assert(sizeof(E) == 2, "f16 or bf16");
+    ldm_emu_wgmma(d[0], a, b, N, ldm_is_bf16(E{}), line);
 }
 
 DEV float exp2_fast_f(float x) { return x < -126.0f ? 0.0f : __builtin_exp2f(x); }

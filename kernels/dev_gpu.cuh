@@ -309,6 +309,78 @@ DEV unsigned pack2(float low, float high) {
     return Mma<E>::pack(low, high);
 }
 
+// ------------------------------------------------------------------- products of a warpgroup, by the tensor cores of sm_90a
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// What this thread wrote to shared memory before, itself or by copies that it has waited for, is there for the `wgmma`s behind the
+// next barrier of the block: they read through the async proxy, which plain writes do not pass.
+DEV void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Before the first `wgmma` into registers that this thread has touched since a `wgmma_wait`.
+DEV void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// Closes the group of the `wgmma`s since the last commit.
+DEV void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits until at most PENDING of the warpgroup's groups, the newest ones, are not done.
+template <int PENDING>
+DEV void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+// Waits for all of them, into d: what reads d stays behind the wait.
+template <int TILES>
+DEV void wgmma_wait_all(float (&d)[TILES][4]) {
+    wgmma_wait<0>();
+    UNROLL
+    for (int i = 0; i < TILES * 4; i++) asm volatile("" : "+f"(d[i / 4][i % 4])::"memory");
+}
+
+template <class E, int N>
+struct Wgmma;
+// The registers of 16 columns in the text of an instruction, and as its operands.
+#define LDM_D0 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define LDM_D1 LDM_D0 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define LDM_D2 LDM_D1 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define LDM_D3 LDM_D2 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define LDM_D4 LDM_D3 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define LDM_D5 LDM_D4 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define LDM_D6 LDM_D5 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define LDM_D7 LDM_D6 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define LDM_D8 LDM_D7 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define LDM_D9 LDM_D8 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define LDM_TILE(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define LDM_O0 LDM_TILE(0), LDM_TILE(1)
+#define LDM_O3 LDM_O0, LDM_TILE(2), LDM_TILE(3), LDM_TILE(4), LDM_TILE(5), LDM_TILE(6), LDM_TILE(7)
+#define LDM_O4 LDM_O3, LDM_TILE(8), LDM_TILE(9)
+#define LDM_O7 LDM_O4, LDM_TILE(10), LDM_TILE(11), LDM_TILE(12), LDM_TILE(13), LDM_TILE(14), LDM_TILE(15)
+#define LDM_O9 LDM_O7, LDM_TILE(16), LDM_TILE(17), LDM_TILE(18), LDM_TILE(19)
+// A and B are the numbers of the operands behind those of d.
+#define LDM_WGMMA(E, NAME, N, D, O, A, B)                                                                             \
+    template <>                                                                                                       \
+    struct Wgmma<E, N> {                                                                                              \
+        DEV void run(float (&d)[N / 8][4], unsigned long long a, unsigned long long b) {                              \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                                  \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME                              \
+                         " {" D "}, %" #A ", %" #B ", p, 1, 1, 0, 0;\n}"                                              \
+                         : O                                                                                          \
+                         : "l"(a), "l"(b));                                                                           \
+        }                                                                                                             \
+    }
+#define LDM_WGMMAS(E, NAME)                          \
+    LDM_WGMMA(E, NAME, 16, LDM_D0, LDM_O0, 8, 9);    \
+    LDM_WGMMA(E, NAME, 64, LDM_D3, LDM_O3, 32, 33);  \
+    LDM_WGMMA(E, NAME, 80, LDM_D4, LDM_O4, 40, 41);  \
+    LDM_WGMMA(E, NAME, 128, LDM_D7, LDM_O7, 64, 65); \
+    LDM_WGMMA(E, NAME, 160, LDM_D9, LDM_O9, 80, 81)
+LDM_WGMMAS(f16, "f16");
+LDM_WGMMAS(bf16, "bf16");
+
+// d (64,N) += a (64,16) · b (N,16)ᵀ, in float, by the four warps of a warpgroup together, all of whose threads name the same a and
+// b by a `wgmma_descriptor`. Done at any time until a `wgmma_wait` for its group; until then d is nobody's to touch, nor the rows
+// anybody's to write. Element [j][i] of thread t: row 16(t/32) + t%32/4 + 8(i/2), column 8j + 2(t%4) + i%2, as `mma` has it.
+template <class E, int N>
+DEV void wgmma(float (&d)[N / 8][4], unsigned long long a, unsigned long long b) {
+    Wgmma<E, N>::run(d, a, b);
+}
+#endif
+
 // 2^x to 2 ulp, zero where the result is subnormal.
 DEV float exp2_fast_f(float x) {
     float r;

@@ -57,6 +57,8 @@ fn no_kernel_wants_more_than_such_a_card_has_but_that_tile() {
     let larger: Vec<_> = ldm::kernels::UNITS
         .iter()
         .filter(|u| u.smem > SMALL && !(u.stem == "conv2d_mma" && u.variant == "BM=128,BN=160"))
+        // Which other cards have no instructions for.
+        .filter(|u| u.stem != "conv2d_wgmma")
         .map(|u| format!("{u}: {} bytes", u.smem))
         .collect();
     assert!(larger.is_empty(), "{larger:?}");

@@ -142,6 +142,10 @@ const CASES: &[Case] = &[
     case("misaligned_matrix", 1024, 1, "misaligned ldmatrix", permuted),
     case("diverged_matrix", 1024, 1, "ldmatrix", permuted),
     case("diverged_mma", 1024, 1, "diverged warp", |x, i| 16.0 * x[i]),
+    case("wgmma_no_proxy_fence", 4096, 8, "no fence_proxy_async", |x, i| x[i]),
+    case("wgmma_no_fence", 4096, 8, "without a wgmma_fence", |x, i| x[i]),
+    case("wgmma_early_read", 4096, 8, "", |x, i| x[i]),
+    case("wgmma_overwritten", 4096, 8, "", |x, i| x[i]),
     Case { shared: 65536, ..case("dynamic_size", 1024, 1, "65536 bytes", reversed) },
     Case {
         programmatic: true,
@@ -156,6 +160,9 @@ fn every_case_is_listed() {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/emulator/bad");
     for entry in std::fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
+        if path.extension().is_none_or(|e| e != "cu") {
+            continue;
+        }
         let stem = path.file_stem().unwrap().to_str().unwrap().to_string();
         assert!(CASES.iter().any(|case| case.stem == stem), "{stem}.cu is in no case of tests/emulator.rs");
     }

@@ -88,6 +88,78 @@ fn matrices_are_multiplied_as_documented() {
 }
 
 #[test]
+fn warpgroups_multiply_as_documented_and_what_they_lack_is_reported() {
+    let Some(bench) = Bench::new("warpgroups_multiply_as_documented_and_what_they_lack_is_reported") else {
+        return;
+    };
+    #[repr(C)]
+    struct Warpgroup {
+        d: u64,
+        rows: u64,
+        c: u64,
+    }
+    const M: usize = 64;
+    const N: usize = 80;
+    const K: usize = 64;
+    // What is wrong with each way, in words of the report; empty where only the values betray it.
+    const WAYS: [&str; 13] = [
+        "",
+        "no fence_proxy_async since",
+        "met no barrier since its fence_proxy_async",
+        "without a wgmma_fence",
+        "has not waited for 4 of its wgmma",
+        "has not waited for 4 of its wgmma",
+        "",
+        "",
+        "diverged warpgroup: thread",
+        "were written while another wgmma was in flight",
+        "want a multiple of 1024",
+        "diverged warpgroup",
+        "has not waited for its copy",
+    ];
+    let stream = stream();
+    let row = |i: usize, k: usize| ((i * 37 + k * k * 11) % 61) as f32 / 8.0 - 4.0;
+    let c: Vec<f32> = (0..M * N).map(|i| (i % 97) as f32 * 100.0).collect();
+    let want: Vec<f32> =
+        (0..M * N).map(|i| c[i] + (0..K).map(|k| row(i / N, k) * row(M + i % N, k)).sum::<f32>()).collect();
+    for dtype in ["f16", "bf16"] {
+        // Two elements of the type in each word.
+        let bits = |v: f32| match dtype {
+            "f16" => half::f16::from_f32(v).to_bits(),
+            _ => half::bf16::from_f32(v).to_bits(),
+        };
+        let word = |i: usize| {
+            let [low, high] = [0, 1].map(|e| u32::from(bits(row((2 * i + e) / K, (2 * i + e) % K))));
+            f32::from_bits(low | high << 16)
+        };
+        let rows: Vec<f32> = (0..(M + N) * K / 2).map(word).collect();
+        for (way, says) in WAYS.into_iter().enumerate() {
+            let mut right = 0;
+            for schedule in SCHEDULES {
+                bench.emulator.configure(schedule);
+                let (rows, c) = (Memory::with(&rows, stream).unwrap(), Memory::with(&c, stream).unwrap());
+                let d = Memory::new(4 * M * N).unwrap();
+                let p = Warpgroup { d: d.0, rows: rows.0, c: c.0 };
+                let function = kernel_of("warpgroup", dtype, &format!("WAY={way}")).unwrap();
+                let got = launch(function, 1, 128, stream, p).and_then(|()| d.read(M * N, stream));
+                let report = bench.emulator.report();
+                bench.emulator.reset();
+                let same = got.as_ref() == Ok(&want);
+                right += usize::from(same);
+                match says {
+                    "" if way == 0 => assert!(same && report.is_empty(), "{dtype}, {schedule}: {report}"),
+                    "" => {}
+                    _ => assert!(got.is_err() && report.contains(says), "way {way}, {schedule}: {report}"),
+                }
+            }
+            // Read too early, they are never there; overwritten too early, they are where products are done at once.
+            assert!(right == if way == 0 { 4 } else { 0 } || way == 7 && right < 4, "way {way}: {right}");
+        }
+    }
+    assert_eq!(bench.emulator.report(), "");
+}
+
+#[test]
 fn dynamic_shared_memory_must_be_allowed() {
     let Some(bench) = Bench::new("dynamic_shared_memory_must_be_allowed") else { return };
     use CUdevice_attribute::{

@@ -138,6 +138,8 @@ fn refuses_what_a_kernel_may_not_do() {
         (body("__shared__ float s[4];"), "want smem<Struct>()"),
         (body("v = __shfl_down_sync(~0u, v, 1);"), "`__shfl_down_sync`"),
         (GOOD.replace("dev.cuh", "cuda_fp16.h"), "copy.cu:4: want no include but"),
+        (GOOD.replace("dev.cuh", "add_tile.cuh"), "copy.cu:4: want no include but"),
+        (GOOD.replace("dev.cuh", "copy_tile.h"), "copy.cu:4: want no include but"),
         (GOOD.replace("f32>bf16", "f32>f64"), "copy.cu:2: want types"),
         (GOOD.replace("BM=64,", "BM:64,"), "copy.cu:3: want variants"),
         (GOOD.replace("struct CopyFwd {\n", "struct Copy {\n"), "no `struct CopyFwd"),

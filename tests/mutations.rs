@@ -1,7 +1,7 @@
 //! Two questions to the kernels with asynchronous copies or matrices, which are found by what their files contain: is every barrier
 //! needed, and do accesses to shared memory meet in a bank?
 //!
-//! Mutants: each barrier, wait, commit and fence of theirs is made to do nothing, in turn.
+//! Mutants: each barrier, wait, commit and fence of theirs is made to do nothing, in turn. What `LDM_CUDA_WGMMA` chooses runs too.
 //! Some case of the room must then break a rule or give another result, in some schedule; where none does, the site is
 //! redundant, and [`REDUNDANT`] says why, or the cases are too weak.
 
@@ -32,6 +32,8 @@ const CONFLICTS: &[(&str, &str, f64, &str)] = &[
          one of the next row",
     ),
     ("conv2d_mma", "cp_async", 1.8, "the residual, at the end: as above"),
+    ("conv2d_wgmma", "load_shared", 1.5, "the end is that of conv2d_mma"),
+    ("conv2d_wgmma", "cp_async", 1.8, "as there"),
 ];
 
 /// Those first that miss most.
@@ -47,6 +49,8 @@ const SCHEDULES: [&str; 5] = [
 struct Subject {
     name: String,
     op: Op,
+    /// With the kernels of warpgroups.
+    wgmma: bool,
     inputs: Vec<HostTensor>,
     sites: Vec<String>,
     cost: Duration,
@@ -58,8 +62,12 @@ impl Subject {
     fn run(&self, emulator: &Emulator, settings: &str) -> Result<Vec<Vec<u8>>, String> {
         emulator.reset();
         emulator.configure(&format!("threads=1;{settings}"));
+        let open = |device| match device {
+            Device::Cuda(cuda) => Device::Cuda(cuda.with_wgmma(self.wgmma)),
+            other => other,
+        };
         let outputs = Device::open(DeviceName::Cuda(0))
-            .and_then(|device| exec::run_op(&device, &self.op, &self.inputs))
+            .and_then(|device| exec::run_op(&open(device), &self.op, &self.inputs))
             .map_err(|e| e.to_string());
         let report = emulator.report();
         emulator.configure("drop=none");
@@ -116,11 +124,19 @@ fn pipelined() -> Vec<String> {
 }
 
 /// A case in one type, if it reaches a site in one of these kernel files.
-fn subject(emulator: &Emulator, stems: &[String], case: &Case, t: DType, seed: u64) -> Option<Subject> {
+fn subject(
+    emulator: &Emulator,
+    stems: &[String],
+    case: &Case,
+    t: DType,
+    wgmma: bool,
+    seed: u64,
+) -> Option<Subject> {
     let arrays = case.inputs(t, seed);
     let mut subject = Subject {
-        name: case.name(t),
+        name: case.name(t) + if wgmma { ", wgmma" } else { "" },
         op: case.op.clone(),
+        wgmma,
         inputs: arrays.iter().zip(case.specs(t)).map(|(a, s)| a.to_tensor(s).unwrap()).collect(),
         sites: vec![],
         cost: Duration::ZERO,
@@ -151,7 +167,12 @@ fn subjects(emulator: &Emulator, stems: &[String]) -> Vec<Subject> {
                 case.types.iter().partition(|t| **t == DType::F32);
             let other = others.get(i % others.len().max(1));
             for t in floats.into_iter().chain(other.copied()) {
-                all.extend(subject(emulator, stems, &case, t, i as u64));
+                all.extend(subject(emulator, stems, &case, t, false, i as u64));
+                // And where another kernel computes it with the switch on.
+                if t != DType::F32 && stems.contains(&format!("{}_wgmma", room.stem)) {
+                    let other = subject(emulator, stems, &case, t, true, i as u64);
+                    all.extend(other.filter(|s| s.sites.iter().any(|site| site.contains("_wgmma:"))));
+                }
             }
         }
     }

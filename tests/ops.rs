@@ -7,6 +7,8 @@ use ldm::backend::Device;
 use ldm::backend::cuda::{Call, Cuda, Operand};
 use ldm::exec::{self, Program, Weights};
 use ldm::graph::{Graph, Layout};
+use ldm::kernels;
+use ldm::ops::launch::LaunchPlan;
 use ldm::ops::{Array, Case, Op, ROOMS, Room};
 use ldm::rng::Small;
 use ldm::tensor::{DType, HostTensor, Spec};
@@ -99,6 +101,13 @@ fn run_packed(op: &Op, x: &[HostTensor], weight: usize) -> Result<Vec<HostTensor
     (0..y.len()).map(|i| program.read(&format!("y{i}"))).collect()
 }
 
+/// Whether a launch has a kernel of warpgroups beside its own, `x_wgmma` beside `x_mma`, which `LDM_CUDA_WGMMA` chooses.
+fn has_wgmma(op: &Op, x: &[Spec]) -> bool {
+    let twin = |p: &LaunchPlan| Some(format!("{}_wgmma", p.stem.strip_suffix("_mma")?));
+    let unit = |p: &LaunchPlan| kernels::unit(&twin(p)?, p.dtype.name(), p.variant);
+    op.launches(x).iter().any(|p| unit(p).is_some())
+}
+
 /// Runs a case and compares each output with the specification.
 fn check(device: &Device, case: &Case, t: DType, seed: u64) -> Result<(), String> {
     let arrays = case.inputs(t, seed);
@@ -119,6 +128,11 @@ fn check(device: &Device, case: &Case, t: DType, seed: u64) -> Result<(), String
         }
         Device::Cuda(cuda) => {
             compare(case, t, &arrays, &run_apart(cuda, &case.op, &inputs, false).map_err(err)?)?;
+            let other = cuda.with_wgmma(!cuda.wgmma());
+            if has_wgmma(&case.op, &specs) && other.wgmma() != cuda.wgmma() {
+                let got = run_apart(&other, &case.op, &inputs, false).map_err(err)?;
+                compare(case, t, &arrays, &got).map_err(|e| format!("wgmma {}: {e}", other.wgmma()))?;
+            }
             match case.op.in_place() {
                 [] => Ok(()),
                 _ => compare(case, t, &arrays, &run_apart(cuda, &case.op, &inputs, true).map_err(err)?),

@@ -1,5 +1,5 @@
 //! The machine code of the kernels, as `nvdisasm` shows it: the main loop holds the instructions that the kernel file says
-//! (`LOOP_HMMA`, `LOOP_LDSM`, `LOOP_LDGSTS`; `LOOP_FFMA`, `LOOP_LDS`) and none that have no place in it. Needs no GPU, but `nvcc` and `nvdisasm`
+//! (`LOOP_HMMA`, `LOOP_LDSM`, `LOOP_LDGSTS`; `LOOP_HGMMA`; `LOOP_FFMA`, `LOOP_LDS`) and none that have no place in it. Needs no GPU, but `nvcc` and `nvdisasm`
 //! (`$NVDISASM`, beside `nvcc`, or on `PATH`); where they are missing it is skipped loudly, or fails if
 //! `LDM_REQUIRE_SASS` is set, as in CI.
 
@@ -111,9 +111,12 @@ fn complaints(listing: &Listing, want: &[(&str, u32)]) -> Vec<String> {
     for i in listing.code.iter().filter(|i| ["LDL", "STL"].contains(&i.kind())) {
         wrong.push(format!("{} (local memory)", i.code));
     }
-    let product = if want.iter().any(|(kind, _)| *kind == "FFMA") { "FFMA" } else { "HMMA" };
+    let product = ["FFMA", "HGMMA"]
+        .into_iter()
+        .find(|p| want.iter().any(|(kind, n)| kind == p && *n > 0))
+        .unwrap_or("HMMA");
     let Some(body) = listing.main_loop(product) else {
-        let products = listing.code.iter().any(|i| i.kind() == product);
+        let products = listing.code.iter().any(|i| [product, "HGMMA"].contains(&i.kind()));
         if products || !want.is_empty() {
             wrong.push(format!("no loop holds an {product}"));
         }
@@ -305,6 +308,13 @@ fn a_wrong_main_loop_is_found() {
         of_sample(ldsm, &reciprocal, &[("MUFU", 2), ("HMMA", 2)]).contains("1 MUFU in the main loop; want 2")
     );
     assert!(of_sample("LDSM", "LDSM", &[]).contains("the file has no LOOP_HMMA"));
+    // By warpgroups.
+    let group = |from: &str, to: &str| of_sample(from, to, &[("HMMA", 0), ("HGMMA", 2), ("LDGSTS", 1)]);
+    let hgmma = "        /*0070*/                   HGMMA.64x160x16.F32.BF16 R24, gdesc[UR20], R24 ;\n";
+    assert_eq!(group("HMMA.16816", "HGMMA.64x160x16"), "");
+    assert_eq!(group(hmma, hgmma), "1 HMMA in the main loop; want 0; 1 HGMMA in the main loop; want 2");
+    assert_eq!(group(hmma, hmma), "no loop holds an HGMMA");
+    assert!(of_sample("HMMA.16816", "HGMMA.64x160x16", &[]).contains("no loop holds an HMMA"));
     // By float units: the shorter loop, of which they are more, is the main one.
     let floats = "        /*0000*/ FFMA R1, R2, R3, R1 ;\n".repeat(4);
     let slow = "        /*0010*/ MUFU.RCP R1, R1 ;\n".repeat(2);

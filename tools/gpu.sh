@@ -9,6 +9,7 @@
 #   ./gpu.sh test        every room against its specification, then the models, each test in a process of its own
 #   ./gpu.sh step        a step of Stable Diffusion 1.5 at 512×512, its UNet, and the decoder, node by node, in bf16; the step in f32
 #   ./gpu.sh overlap     that step, UNet and decoder in bf16 with LDM_CUDA_OVERLAP off and on, twice in turn; then the tests with it on
+#   ./gpu.sh wgmma       the same with LDM_CUDA_WGMMA (products by whole warpgroups, on a Hopper card); then the sweep of its tiles in bf16
 #   ./gpu.sh probe       how fast the card's units, products and copies are at most, and what a kernel costs that does nothing
 #   ./gpu.sh sweep       the heaviest products of that step and of the decoder with every tile and number of splits, in bf16 and f32
 #   ./gpu.sh bench       every real shape of every room in bf16; of one room with `./gpu.sh bench conv2d`
@@ -99,10 +100,13 @@ once() {
 }
 
 # Several at once: most of a test's time is its specification, on the processor. `run_test overlap` runs them with
-# LDM_CUDA_OVERLAP=on, under names of their own.
+# LDM_CUDA_OVERLAP=on, `run_test wgmma` with LDM_CUDA_WGMMA=on, under names of their own.
 run_test() {
     local bin test only list=() jobs way=
-    if [ "${1:-}" = overlap ]; then way=overlap-; export LDM_CUDA_OVERLAP=on; fi
+    case ${1:-} in
+    overlap) way=overlap-; export LDM_CUDA_OVERLAP=on ;;
+    wgmma) way=wgmma-; export LDM_CUDA_WGMMA=on ;;
+    esac
     for bin in ops models attention norms replay; do
         # Of rooms and models, the tests on the GPU are those of this name.
         only=
@@ -123,7 +127,7 @@ run_test() {
         once "test-$way$bin-${test//::/-}" "bin/tests-$bin" "$test" --exact --test-threads=1
         printf '%-60s %s\n' "$way$bin $test" "$([ "$(cat "$out/done/test-$way$bin-${test//::/-}")" = 0 ] && echo ok || echo FAILED)"
     done
-    unset LDM_CUDA_OVERLAP
+    unset LDM_CUDA_OVERLAP LDM_CUDA_WGMMA
 }
 
 # One file of `ldm bench` per part: time by events, memory, and every node.
@@ -136,22 +140,36 @@ run_step() {
     done <<<$'sd15-step step bf16\nsd15-unet unet bf16\nsd15-vae-decoder vae-decoder bf16\nsd15-step-f32 step f32'
 }
 
-# Kernels one after the other, and each started while the one before it ends, in turn: a card's clocks drift. Without --per-op, whose
-# events between kernels keep them apart.
-run_overlap() {
+# switched NAME VARIABLE: with a switch off and on, in turn: a card's clocks drift. Without --per-op, whose events between kernels keep
+# them apart.
+switched() {
     local turn part switch name
     for turn in 1 2; do
         for part in unet vae-decoder step; do
             for switch in off on; do
-                name=overlap-$part-$switch-$turn
-                once "$name" env LDM_CUDA_OVERLAP=$switch bin/ldm bench --preset sd15 --component "$part" -W 512 -H 512 --dtype bf16 \
+                name=$1-$part-$switch-$turn
+                once "$name" env "$2=$switch" bin/ldm bench --preset sd15 --component "$part" -W 512 -H 512 --dtype bf16 \
                     --device cuda --warmup 5 --iterations 50 --json "$out/$name.json"
                 printf '%s: ' "$name"
                 grep -m 1 '^evaluation' "$out/$name.log" || true
             done
         done
     done
+}
+
+# Kernels one after the other, and each started while the one before it ends.
+run_overlap() {
+    switched overlap LDM_CUDA_OVERLAP
     run_test overlap
+}
+
+# Products by warps, and by whole warpgroups.
+run_wgmma() {
+    switched wgmma LDM_CUDA_WGMMA
+    run_test wgmma
+    export LDM_CUDA_WGMMA=on
+    sweep bf16 sweep-wgmma
+    unset LDM_CUDA_WGMMA
 }
 
 # The card's units, one by one, are in tools/probes.cu. P-7, the peak of mma.sync as the engine's own product reaches it, is among the ceilings of the first. P-5, what lies
@@ -180,18 +198,19 @@ run_bench() {
     [ -n "${1:-}" ] || once bench-steps bin/benches-steps --bench --noplot --output-format bencher
 }
 
-# Every line of sweep-*.jsonl is one launch: what the room would take is `chosen`.
+# sweep DTYPE NAME: every line of NAME.jsonl is one launch; what the room would take is `chosen`, what took the products of warpgroups `wgmma`.
+sweep() {
+    # It stops by itself, and goes on where it stopped.
+    local status=0
+    bin/benches-sweep --dtype "$1" --out "$out/$2.jsonl" --seconds "$(left)" >>"$out/$2.log" 2>&1 || status=$?
+    [ "$status" != 3 ] || stop "out of time in the sweep"
+    [ "$status" = 0 ] || { code=1; tail -n 5 "$out/$2.log"; }
+    printf '%s: %s launches measured\n' "$2" "$(wc -l <"$out/$2.jsonl")"
+}
+
 run_sweep() {
-    local dtype status
-    for dtype in bf16 f32; do
-        # It stops by itself, and goes on where it stopped.
-        status=0
-        bin/benches-sweep --dtype $dtype --out "$out/sweep-$dtype.jsonl" --seconds "$(left)" \
-            >>"$out/sweep-$dtype.log" 2>&1 || status=$?
-        [ "$status" != 3 ] || stop "out of time in the sweep"
-        [ "$status" = 0 ] || { code=1; tail -n 5 "$out/sweep-$dtype.log"; }
-        printf '%s: %s launches measured\n' "sweep-$dtype" "$(wc -l <"$out/sweep-$dtype.jsonl")"
-    done
+    sweep bf16 sweep-bf16
+    sweep f32 sweep-f32
 }
 
 # One line of CSV for each launch: its units' use, its stalls, its traffic. Of the kernels that a step spends its time in; the
@@ -311,7 +330,7 @@ report() {
         printf '\n],\n"sweep": ['
         lines_of "$out"/sweep-*.jsonl
         printf '\n]'
-        for file in "$out"/sd15-*.json "$out"/overlap-*.json "$out"/probe-*.json; do
+        for file in "$out"/sd15-*.json "$out"/overlap-*.json "$out"/wgmma-*.json "$out"/probe-*.json; do
             [ -e "$file" ] || continue
             name=$(basename "$file" .json)
             printf ',\n"%s": ' "$name"
@@ -352,9 +371,9 @@ pack)
 probes)
     probes "${2:?a file to write}"
     ;;
-test | step | overlap | probe | sweep | bench | profile | torch | train | report | all)
+test | step | overlap | wgmma | probe | sweep | bench | profile | torch | train | report | all)
     prepare
-    for part in test step overlap probe sweep bench profile torch train; do
+    for part in test step overlap wgmma probe sweep bench profile torch train; do
         if [ "$what" = all ] || [ "$what" = $part ]; then "run_$part" "${2:-}"; fi
     done
     report

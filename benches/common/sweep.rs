@@ -158,6 +158,9 @@ pub fn sweep(
             }
             let us = time(device, &mut subject.program(&op, device)?, effort)?;
             row["microseconds"] = json!(us);
+            if matches!(device, Device::Cuda(cuda) if cuda.wgmma()) {
+                row["wgmma"] = json!(true);
+            }
             write(&row)?;
         }
     }

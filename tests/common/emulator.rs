@@ -281,9 +281,17 @@ fn unit_jobs(
 ) {
     // Hidden, so that a kernel's name never meets one of the C library's; only what the emulator asks for is exported.
     let mut text = format!("#include \"{}\"\n#pragma GCC visibility push(default)\n", path.display());
+    // With what it shares with other kernels of its room.
+    let shared = source.lines().filter_map(|line| line.strip_prefix("#include \"")?.strip_suffix('"'));
+    let shared = shared.filter(|name| *name != "dev.cuh").map(|name| read(&path.with_file_name(name)));
+    let whole = source.to_string() + &shared.collect::<String>();
     text += &format!(
         "extern \"C\" {{ extern const unsigned ldm_combines; const unsigned ldm_combines = {}; }}\n",
-        u32::from(source.contains("atomic_"))
+        u32::from(whole.contains("atomic_"))
+    );
+    text += &format!(
+        "extern \"C\" {{ extern const unsigned ldm_wgmma; const unsigned ldm_wgmma = {}; }}\n",
+        u32::from(whole.contains("wgmma"))
     );
     for kernel in &unit.kernels {
         let (name, params) = (&kernel.name, &kernel.params_struct);
@@ -308,7 +316,7 @@ fn unit_jobs(
                 ["-shared", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"].map(str::to_string),
             );
             arguments.extend(scan::Unit::defines(types, variant));
-            let key = hash(&[identity, &arguments.join(" "), dev, &text, source]);
+            let key = hash(&[identity, &arguments.join(" "), dev, &text, &whole]);
             let name = format!("{}.{type_name}.{variant_name}", unit.stem);
             jobs.push(Job { name, text, extension: "so", arguments, key });
         }

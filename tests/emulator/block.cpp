@@ -24,12 +24,14 @@ const char* name_of(int op) {
         case OP_LDMATRIX: return "ldmatrix";
         case OP_LDMATRIX_TRANS: return "ldmatrix_trans";
         case OP_MMA: return "mma";
+        case OP_WGMMA_WAIT: return "wgmma_wait";
         default: return op >= 200 ? block_names[op - 200] : op_names[op];
     }
 }
 
 struct Warp {
     uint32_t all, ready, unstarted, arrived, done, waited;
+    uint32_t grouped;  // lanes that wait for their warpgroup
     int op, line;
     uint32_t values[32], results[32];
     int arguments[32];
@@ -46,7 +48,7 @@ struct Runner {
     float block_result = 0;
     uint32_t ready_warps = 0;
     unsigned threads = 0, arrived = 0, finished = 0, warp_count = 0, last_warp = 0;
-    int barrier_op = 0, barrier_line = 0;
+    int barrier_op = 0, barrier_line = 0, group_lines[8];
     float* scratch = nullptr;
     const Launch* launch = nullptr;
     uint64_t chance = 1;
@@ -110,8 +112,9 @@ void take(unsigned t) {
         const Warp& warp = R.warps[t >> 5];
         if (warp.done >> (t & 31) & 1) continue;
         // Who does not wait for its warp waits for the block.
-        const bool in_warp = warp.arrived >> (t & 31) & 1;
-        const int op = in_warp ? warp.op : R.barrier_op, line = in_warp ? warp.line : R.barrier_line;
+        const bool in_warp = warp.arrived >> (t & 31) & 1, in_group = warp.grouped >> (t & 31) & 1;
+        const int op = in_warp ? warp.op : in_group ? OP_WGMMA_WAIT : R.barrier_op;
+        const int line = in_warp ? warp.line : in_group ? R.group_lines[t / 128] : R.barrier_line;
         if (op == last_op && line == last_line) continue;
         text += format(" thread %u waits in %s of line %d;", t, name_of(op), line);
         last_op = op;
@@ -160,7 +163,11 @@ void finish(unsigned t) {
     if (R.arrived)
         kernel_violation(LAUNCH_FAILED, R.barrier_line, format("thread %u exits while others wait in %s: every thread must reach it",
                                                                t, name_of(R.barrier_op)));
+    for (unsigned w = t / 128 * 4; w < R.warp_count && w < t / 128 * 4 + 4; w++)
+        if (R.warps[w].grouped)
+            kernel_violation(LAUNCH_FAILED, R.group_lines[t / 128], format("thread %u exits while others of its warpgroup wait in wgmma_wait", t));
     copies_exit();
+    wgmma_exit();
     if (R.launch->programmatic && !(warp.waited >> (t & 31) & 1))
         kernel_violation(LAUNCH_FAILED, 0, format("thread %u of a programmatic launch exits and has not waited (griddep_wait)", t));
     warp.done |= 1u << (t & 31);
@@ -285,6 +292,7 @@ bool arrive_block(unsigned t, int op, int line) {
     }
     if (++R.arrived != R.threads) return false;
     visibility_barrier();
+    proxy_barrier();
     R.arrived = 0;
     for (unsigned w = 0; w < R.warp_count; w++) set_ready(w, R.warps[w].all);
     take(t);
@@ -327,8 +335,8 @@ void catch_faults() {
 bool in_kernel() { return runner && runner->running; }
 
 bool dropped(Site kind, int line) {
-    uint8_t& seen = R.launch->kernel->sites->kinds[unsigned(line) % LINES];
-    const uint8_t bit = uint8_t(1u << int(kind));
+    uint16_t& seen = R.launch->kernel->sites->kinds[unsigned(line) % LINES];
+    const uint16_t bit = uint16_t(1u << int(kind));
     if (!(__atomic_load_n(&seen, __ATOMIC_RELAXED) & bit)) __atomic_fetch_or(&seen, bit, __ATOMIC_RELAXED);
     return line == R.drop_line && kind == settings.drop;
 }
@@ -341,6 +349,34 @@ void griddep_check(const char* what, int line) {
 
 bool warp_arrives(int op, int line) { return arrive_warp(ldm_thread.thread, op, line); }
 void warp_waits() { wait_as(ldm_thread.thread); }
+
+bool warpgroup_arrives(int line) {
+    const unsigned t = ldm_thread.thread, first = t / 128 * 4;
+    uint32_t arrived = 0, all = ~0u;
+    for (unsigned w = first; w < first + 4; w++) {
+        if (w >= R.warp_count || R.warps[w].all != ~0u)
+            kernel_violation(LAUNCH_FAILED, line, format("wgmma_wait in a block of %u threads: a warpgroup has 128", R.threads));
+        if (R.warps[w].done)
+            kernel_violation(LAUNCH_FAILED, line, format("thread %u has exited before wgmma_wait of its warpgroup",
+                                                         w * 32 + unsigned(__builtin_ctz(R.warps[w].done))));
+        arrived |= R.warps[w].grouped;
+    }
+    if (!arrived) R.group_lines[t / 128] = line;
+    if (R.group_lines[t / 128] != line)
+        kernel_violation(LAUNCH_FAILED, line, format("diverged warpgroup: others wait in wgmma_wait of line %d", R.group_lines[t / 128]));
+    R.warps[t >> 5].grouped |= 1u << (t & 31);
+    for (unsigned w = first; w < first + 4; w++) all &= R.warps[w].grouped;
+    if (all != ~0u) return false;
+    for (unsigned w = first; w < first + 4; w++) {
+        R.warps[w].grouped = 0;
+        set_ready(w, ~0u);
+    }
+    take(t);
+    return true;
+}
+
+const unsigned char* shared_at(unsigned offset) { return R.smem + SMEM_ALIGN + offset; }
+unsigned shared_bytes() { return R.smem_bytes; }
 
 unsigned shared_offset(const void* p, unsigned bytes, const char* what, int line) {
     const uintptr_t at = uintptr_t(p) - uintptr_t(R.smem + SMEM_ALIGN);
@@ -386,12 +422,13 @@ bool block_run(const Launch& launch, uint64_t index) {
     memory_bind_thread();
     if (launch.programmatic) ldm_thread.size = 0;
     copies_start(index);
+    wgmma_start(launch, index);
     visibility_start(launch);
     for (unsigned w = 0; w < R.warp_count; w++) {
         Warp& warp = R.warps[w];
         const unsigned lanes = launch.block - w * 32 < 32 ? launch.block - w * 32 : 32;
         warp.all = warp.unstarted = lanes == 32 ? ~0u : (1u << lanes) - 1;
-        warp.ready = warp.arrived = warp.done = warp.waited = 0;
+        warp.ready = warp.arrived = warp.done = warp.waited = warp.grouped = 0;
         set_ready(w, warp.all);
     }
     R.last_warp = choose(R.ready_warps);
@@ -435,6 +472,7 @@ API void* ldm_emu_smem_dynamic(const void* key, unsigned long long bytes, unsign
 API void ldm_emu_shared(const void* p, unsigned bytes, int write, int line) {
     const unsigned at = shared_offset(p, bytes, write ? "store_shared" : "load_shared", line);
     if (settings.banks) banks_access(write ? Access::Store : Access::Load, at, bytes, line);
+    if (write) proxy_written(at);
 }
 
 API void ldm_emu_griddep_wait() {
@@ -445,6 +483,7 @@ API void ldm_emu_griddep_wait() {
 API void ldm_emu_sync_block(int line) {
     const unsigned t = ldm_thread.thread;
     copies_play();
+    wgmma_play();
     if (dropped(Site::SyncBlock, line)) return;
     if (arrive_block(t, SYNC_BLOCK, line)) check_smem();
     else wait_as(t);

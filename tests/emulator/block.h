@@ -8,14 +8,19 @@
 bool block_run(const Launch& launch, uint64_t index);
 
 // Operations of a whole warp that are not in block.cpp, by number.
-enum { OP_LDMATRIX = 110, OP_LDMATRIX_TRANS, OP_MMA };
+enum { OP_LDMATRIX = 110, OP_LDMATRIX_TRANS, OP_MMA, OP_WGMMA_WAIT };
 // The running lane comes to an operation of its warp: true for the lane that comes last, which computes for all and goes
 // on. The others wait, and find their results when they are back.
 bool warp_arrives(int op, int line);
 void warp_waits();
+// The same for the 128 threads of a warpgroup, which meet in `wgmma_wait`.
+bool warpgroup_arrives(int line);
 
 // Where `p` lies in the block's shared memory. An access that leaves it or is not aligned to its size is a violation.
 unsigned shared_offset(const void* p, unsigned bytes, const char* what, int line);
+// What lies there, of the running block.
+const unsigned char* shared_at(unsigned offset);
+unsigned shared_bytes();
 
 // An access by the running thread: a violation where its launch is programmatic and the thread has not waited.
 void griddep_check(const char* what, int line);
@@ -35,6 +40,16 @@ void banks_end(const Kernel& kernel);
 void copies_start(uint64_t block);
 void copies_exit();
 void copies_play();
+
+// Products of warpgroups: a new block has none; a thread that exits may leave none behind; the adversary's move; and what the
+// async proxy, which reads their operands, may rely on: a thread has begun a copy to 16 bytes or has seen it land, has stored,
+// has fenced, or all threads of the block have met.
+void wgmma_start(const Launch& launch, uint64_t block);
+void wgmma_exit();
+void wgmma_play();
+void proxy_copying(unsigned offset);
+void proxy_written(unsigned offset);
+void proxy_barrier();
 
 // Which stores other blocks may rely on: a block starts, its threads or those of a warp come to a barrier, it ends.
 void visibility_start(const Launch& launch);

@@ -9,6 +9,7 @@
 namespace {
 struct Copy {
     void* to;
+    unsigned at;        // where that is in shared memory
     const void* from;   // null: zeros
     unsigned group;
     int line;
@@ -65,8 +66,9 @@ API void ldm_emu_cp_async(void* to, const void* from, int in, int line) {
     const unsigned at = shared_offset(to, 16, "cp_async", line);
     if (settings.banks) banks_access(Access::Copy, at, 16, line);
     Queue& queue = mine();
-    queue.copies.push_back({to, in ? from : nullptr, queue.open, line, false});
+    queue.copies.push_back({to, at, in ? from : nullptr, queue.open, line, false});
     copies->in_flight++;
+    proxy_copying(at);
     if (settings.async == Async::Early || (settings.async == Async::Random && copies->random.next() % 4 == 0)) land(queue.copies.back());
     else memset(to, POISON, 16);
 }
@@ -81,7 +83,10 @@ API void ldm_emu_cp_async_wait(int pending, int line) {
     if (dropped(Site::CopyWait, line)) return;
     Queue& queue = mine();
     size_t n = 0;
-    while (n < queue.copies.size() && queue.copies[n].group + unsigned(pending) < queue.open) land(queue.copies[n++]);
+    for (; n < queue.copies.size() && queue.copies[n].group + unsigned(pending) < queue.open; n++) {
+        land(queue.copies[n]);
+        proxy_written(queue.copies[n].at);
+    }
     queue.copies.erase(queue.copies.begin(), queue.copies.begin() + long(n));
     copies->in_flight -= unsigned(n);
 }

@@ -48,7 +48,18 @@ constexpr unsigned char POISON = 0xff;
 enum class Order { Forward, Reverse, Random };
 enum class Async { Late, Early, Random };
 // What orders the accesses of threads: each source line with one is a site, which the setting `drop` can take away.
-enum class Site { SyncBlock, SyncWarp, CopyWait, CopyCommit, Fence, COUNT };
+enum class Site {
+    SyncBlock,
+    SyncWarp,
+    CopyWait,
+    CopyCommit,
+    Fence,
+    FenceProxy,
+    WgmmaFence,
+    WgmmaCommit,
+    WgmmaWait,
+    COUNT
+};
 
 struct Settings {
     Order order = Order::Forward;
@@ -132,9 +143,9 @@ bool host_is_pinned(const void* at, size_t bytes);
 // -------------------------------------------------------------------------------------------------------- kernels
 
 // The sites of a kernel file that were reached: a bit per kind, by line.
-constexpr unsigned LINES = 1024;
+constexpr unsigned LINES = 2048;
 struct Sites {
-    uint8_t kinds[LINES] = {};
+    uint16_t kinds[LINES] = {};
 };
 Sites* sites_of(const std::string& stem);
 bool sites_drop(const std::string& value);          // parses the setting; false if it is not understood
@@ -144,6 +155,7 @@ struct Kernel {
     std::string name, unit, stem, file;
     Sites* sites = nullptr;
     bool combines = false;  // its file has atomic operations
+    bool wgmma = false;     // and products of warpgroups
     void (*entry)(const void* params) = nullptr;
     unsigned params = 0, bounds = 1024, dynamic = SMEM_STATIC;  // `dynamic`: bytes of shared memory that a launch may pass
 };

@@ -183,6 +183,8 @@ Result module_kernel(Module* module, const char* name, Kernel** out) {
     if (bounds) kernel->bounds = *bounds;
     const unsigned* combines = (const unsigned*)dlsym(module->library, "ldm_combines");
     kernel->combines = combines && *combines;
+    const unsigned* wgmma = (const unsigned*)dlsym(module->library, "ldm_wgmma");
+    kernel->wgmma = wgmma && *wgmma;
     *out = kernel.get();
     module->kernels.push_back(std::move(kernel));
     return SUCCESS;

@@ -8,7 +8,8 @@
 
 namespace {
 constexpr int KINDS = int(Site::COUNT);
-const char* const kind_names[KINDS] = {"sync_block", "sync_warp", "cp_async_wait", "cp_async_commit", "fence_gpu"};
+const char* const kind_names[KINDS] = {"sync_block", "sync_warp", "cp_async_wait", "cp_async_commit", "fence_gpu",
+                                       "fence_proxy_async", "wgmma_fence", "wgmma_commit", "wgmma_wait"};
 
 std::mutex lock;
 std::map<std::string, std::unique_ptr<Sites>>& all() {

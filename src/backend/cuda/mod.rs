@@ -20,7 +20,12 @@ pub struct Cuda {
     inner: Arc<Inner>,
     /// Where kernels and fills are written down instead of run, inside [`Cuda::record_graph`].
     recording: Option<Arc<Recording>>,
+    /// With `LDM_CUDA_WGMMA=on`, on hardware that has them: see [`Cuda::wgmma`].
+    wgmma: bool,
 }
+
+/// The one version of the hardware that has the products of warpgroups.
+const WGMMA: (u32, u32) = (9, 0);
 
 struct Inner {
     ordinal: usize,
@@ -130,6 +135,7 @@ impl Cuda {
         let (name, capability) = context.describe()?;
         let patient = std::env::var("LDM_CUDA_SYNC").is_ok_and(|v| !matches!(v.as_str(), "" | "0"));
         let (graphs, overlap) = (switch("LDM_CUDA_GRAPH", true)?, switch("LDM_CUDA_OVERLAP", false)?);
+        let wgmma = switch("LDM_CUDA_WGMMA", false)? && capability == WGMMA;
         let (functions, modules, counters) = Default::default();
         let inner = Inner {
             ordinal,
@@ -144,7 +150,7 @@ impl Cuda {
             counters,
             context,
         };
-        let cuda = Cuda { inner: Arc::new(inner), recording: None };
+        let cuda = Cuda { inner: Arc::new(inner), recording: None, wgmma };
         // Whether one unit loads says whether the others will.
         if let Some(first) = UNITS.iter().position(|u| u.image(capability).is_some()) {
             cuda.module(first)?;
@@ -167,6 +173,17 @@ impl Cuda {
     /// Version of the hardware: (9, 0) for Hopper.
     pub fn capability(&self) -> (u32, u32) {
         self.inner.capability
+    }
+
+    /// Whether rooms launch the kernels that multiply by whole warpgroups (`wgmma`, which only Hopper has) in place of
+    /// those by warps, where there is one: on hardware of version 9.0, with `LDM_CUDA_WGMMA=on`.
+    pub fn wgmma(&self) -> bool {
+        self.wgmma
+    }
+
+    /// A handle on the same GPU for which `LDM_CUDA_WGMMA` is on or off.
+    pub fn with_wgmma(&self, on: bool) -> Cuda {
+        Cuda { wgmma: on && self.capability() == WGMMA, ..self.clone() }
     }
 
     /// Free and total bytes of memory, other processes' use included.
@@ -281,7 +298,7 @@ impl Cuda {
     pub fn record_graph(&self, work: impl FnOnce(&Cuda) -> Result<()>) -> Result<Graph> {
         let context = &self.inner.context;
         let recording = Arc::new(Recording::begin(context).map_err(explain_graph)?);
-        let done = work(&Cuda { inner: self.inner.clone(), recording: Some(recording.clone()) });
+        let done = work(&Cuda { recording: Some(recording.clone()), ..self.clone() });
         // It ends in any case. An error of the work says more than what it does to the recording.
         let graph = recording.end();
         done?;

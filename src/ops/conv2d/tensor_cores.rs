@@ -1,4 +1,6 @@
-//! Products on tensor cores: which of them the kernel takes, in which tiles, and the launch.
+//! Products on tensor cores: which of them the kernel takes, in which tiles, and the launch. Where the device's `wgmma` says so, the
+//! kernel of whole warpgroups takes the same products in the same tiles. It is not measured on a GPU yet: tiles and splits are
+//! those that suit `mma.sync`.
 
 use super::super::prelude::*;
 use super::tiles::{Sums, Tile, Tiled, corners_fit, operands, tile, windows};
@@ -6,6 +8,7 @@ use super::{Conv2d, Epi, Linear, SLAB};
 use crate::backend::cpu::gemm::ConvShape;
 use crate::kernels;
 pub(super) use crate::kernels::conv2d_mma as k;
+use crate::kernels::conv2d_wgmma as wgmma;
 
 /// 160 divides the channels of the Stable Diffusion family, 128 those of the autoencoders; half of 160 gives twice as many
 /// tiles, one for each multiprocessor in products of few rows; lower tiles are for the small levels, and the narrow one for
@@ -150,8 +153,23 @@ fn launch(product: &Tiled, epi: &Epi, io: &cuda::Call, mut p: k::Conv2dMma) -> R
         (p.partial, p.counters) = (io.scratch, io.counters()?);
     }
     let product = product.on(io.device.shared_memory()?, io.y_spec(0).dtype)?;
-    let name = product.tile.name;
-    io.launch(k::CONV2D_MMA, io.y_spec(0).dtype, name, product.grid(), k::BLOCK.of(name), p)
+    let (dtype, name, grid) = (io.y_spec(0).dtype, product.tile.name, product.grid());
+    if io.device.wgmma() && wgmma::VARIANTS.contains(&name) {
+        return io.launch(wgmma::CONV2D_WGMMA, dtype, name, grid, wgmma::BLOCK.of(name), of_warpgroups(p));
+    }
+    io.launch(k::CONV2D_MMA, dtype, name, grid, k::BLOCK.of(name), p)
+}
+
+/// The arguments of the kernel that does the same by whole warpgroups.
+fn of_warpgroups(p: k::Conv2dMma) -> wgmma::Conv2dWgmma {
+    macro_rules! same {
+        ($($field:ident)*) => { wgmma::Conv2dWgmma { $($field: p.$field),* } };
+    }
+    same!(
+        y x w x1 w1 x2 w2 bias bias1 time counter residual stats partial counters m o h w_ c kh kw out_h
+        out_w stride top left upsample flat w_row w_tap c1 w_row1 w_tap1 flat1 c2 w_row2 segments blocks
+        part time_rows act glu phases
+    )
 }
 
 impl Tiled {
@@ -182,6 +200,9 @@ mod tests {
     fn every_variant_is_a_tile() {
         let names: Vec<_> = TILES.iter().map(|t| t.name).collect();
         assert_eq!(names, k::VARIANTS);
+        // A launch with either kernel leaves the same sums of splits, and the ends of both have a thread take the same rows.
+        assert!(wgmma::VARIANTS.iter().all(|name| names.contains(name)), "{:?}", wgmma::VARIANTS);
+        assert_eq!((wgmma::BK, wgmma::SLAB), (k::BK, k::SLAB));
         for t in TILES {
             assert_eq!(t.name, format!("BM={},BN={}", t.rows, t.columns));
         }

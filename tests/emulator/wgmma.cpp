@@ -1,0 +1,281 @@
+// Products of warpgroups. When one is done is the adversary's choice (`async`), between the issue by the last of its 128 threads and the
+// `wgmma_wait` that covers it: late, it finds in shared memory what lies there then. Until it has been waited for, its accumulators hold
+// poison. And what the async proxy may read: 16 bytes that a thread wrote, by a copy that it has waited for or by `store_shared`, after a
+// `fence_proxy_async` of that thread and a barrier of the block behind it.
+
+#include <deque>
+
+#include "block.h"
+#include "dev.cuh"
+#include "matrix.h"
+
+namespace {
+constexpr unsigned GROUP = 128, WINDOW = 1024;  // threads of a warpgroup; where a block's memory begins in the window of addresses
+constexpr unsigned CHUNKS = SMEM_MOST / 16;
+
+// Accumulators (64,n) that products in flight add to, and the registers that they came from and go to.
+struct Sums {
+    int n;
+    float* to[GROUP] = {};
+    unsigned products = 0;  // that have not been waited for
+    std::vector<float> d;
+};
+
+struct Product {
+    uint64_t a, b;
+    Sums* sums;
+    int n, bfloat, line;
+    unsigned group, threads, barriers;
+    bool done;
+};
+
+struct Warpgroup {
+    std::deque<Product> products;  // oldest first
+    std::vector<std::unique_ptr<Sums>> sums;
+    uint64_t over = 0;             // products before the first of them
+    uint64_t issued[GROUP] = {};   // by each thread
+    unsigned open[GROUP] = {};     // number of the group that the next one belongs to; those before are committed
+    bool fenced[GROUP] = {};       // since its last wait
+};
+
+enum State : uint8_t { NOTHING, COPYING, WRITTEN, FENCED };
+struct Chunk {
+    uint32_t block;  // by its number, in which the rest holds
+    uint32_t barriers;
+    uint16_t by;
+    State state;
+};
+
+struct Wgmma {
+    bool on = false;
+    unsigned threads = 0;
+    uint32_t block = 0, barriers = 0;
+    Warpgroup groups[8];
+    Chunk chunks[CHUNKS] = {};
+    std::vector<unsigned> written[1024];  // chunks of each thread, since its last fence
+    Random random{1};
+};
+thread_local Wgmma* local = nullptr;
+#define L (*local)
+
+Warpgroup& mine() { return L.groups[ldm_thread.thread / GROUP]; }
+
+// Byte of shared memory of 8 elements of a row: K-major, rows of 128 bytes, their chunks exchanged by the row's place in 1024 bytes.
+unsigned place(uint64_t descriptor, int row, int half) {
+    const unsigned start = unsigned(descriptor & 0x3fff) << 4, stride = unsigned(descriptor >> 32 & 0x3fff) << 4;
+    const unsigned at = start + unsigned(row / 8) * stride + unsigned(row % 8) * 128 + unsigned(half) * 16;
+    return (at ^ (at >> 7 & 7) << 4) - WINDOW;
+}
+
+void check_matrix(const char* name, uint64_t descriptor, int rows, int line) {
+    const unsigned start = unsigned(descriptor & 0x3fff) << 4;
+    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0)
+        kernel_violation(LAUNCH_FAILED, line, format("wgmma: descriptor of %s: swizzle %u, base offset %u; the emulator knows 1, rows of 128 bytes, "
+                                                     "and 0", name, unsigned(descriptor >> 62), unsigned(descriptor >> 49 & 7)));
+    if (start % 1024 >= 128 || start % 32)
+        kernel_violation(MISALIGNED_ADDRESS, line, format("wgmma: %s begins at %u: want a multiple of 1024, and 0, 32, 64 or 96", name, start));
+    for (int row = 0; row < rows; row++)
+        for (int half = 0; half < 2; half++) {
+            const unsigned at = place(descriptor, row, half);
+            if (at >= shared_bytes() || at + 16 > shared_bytes())
+                kernel_violation(ILLEGAL_ADDRESS, line, format("wgmma: row %d of %s lies outside the block's %u bytes of shared memory", row, name,
+                                                              shared_bytes()));
+            const Chunk& chunk = L.chunks[at / 16];
+            if (chunk.block != L.block || chunk.state == NOTHING) continue;
+            const char* why = nullptr;
+            if (chunk.state == COPYING) why = "has not waited for its copy";
+            if (chunk.state == WRITTEN) why = "has no fence_proxy_async since";
+            if (chunk.state == FENCED && chunk.barriers == L.barriers) why = "has met no barrier since its fence_proxy_async";
+            if (why)
+                kernel_violation(LAUNCH_FAILED, line, format("wgmma reads row %d of %s, at byte %u of shared memory, which thread %u wrote, who %s", row,
+                                                             name, at, chunk.by, why));
+        }
+}
+
+template <bool BFLOAT>
+void multiply(const Product& p) {
+    std::vector<Row> b(size_t(p.n) / 8 * 16);
+    for (int n = 0; n < p.n; n++) {
+        double row[16];
+        for (int half = 0; half < 2; half++) {
+            const Row values = convert<BFLOAT>(shared_at(place(p.b, n, half)));
+            memcpy(row + 8 * half, &values, sizeof values);
+        }
+        for (int k = 0; k < 16; k++) b[size_t(n / 8) * 16 + size_t(k)][n % 8] = row[k];
+    }
+    for (int m = 0; m < 64; m++) {
+        double a[16];
+        for (int half = 0; half < 2; half++) {
+            const Row values = convert<BFLOAT>(shared_at(place(p.a, m, half)));
+            memcpy(a + 8 * half, &values, sizeof values);
+        }
+        // As `mma`: exact products, sums in double, even and odd ones apart, rounded once.
+        for (int j = 0; j < p.n / 8; j++) {
+            float* to = p.sums->d.data() + m * p.n + 8 * j;
+            Row32 d;
+            memcpy(&d, to, sizeof d);
+            Row even = __builtin_convertvector(d, Row), odd = {};
+            const Row* columns = b.data() + 16 * j;
+            for (int k = 0; k < 16; k += 2) {
+                even += a[k] * columns[k];
+                odd += a[k + 1] * columns[k + 1];
+            }
+            d = __builtin_convertvector(even + odd, Row32);
+            memcpy(to, &d, sizeof d);
+        }
+    }
+}
+
+// Products are done in their order: all up to the `count`-th of those in flight.
+void run(Warpgroup& group, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        Product& p = group.products[i];
+        if (p.done) continue;
+        p.done = true;
+        if (p.bfloat) multiply<true>(p);
+        else multiply<false>(p);
+    }
+}
+
+// Between a thread's registers and the matrix.
+template <class F>
+void each(const Sums& sums, unsigned thread, F f) {
+    const unsigned row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
+    for (int i = 0; i < sums.n / 2; i++)
+        f(sums.to[thread][i], size_t(row + 8 * (unsigned(i) / 2 % 2)) * size_t(sums.n) + column + unsigned(i) / 4 * 8 + unsigned(i) % 2);
+}
+
+bool poisoned(float v) { return float_bits(v) == 0xffffffffu; }
+}  // namespace
+
+void wgmma_start(const Launch& launch, uint64_t block) {
+    if (!local) local = new Wgmma;
+    L.on = launch.kernel->wgmma;
+    if (!L.on) return;
+    L.threads = launch.block;
+    L.block++;
+    L.barriers = 0;
+    for (Warpgroup& group : L.groups) group = Warpgroup();
+    for (auto& chunks : L.written) chunks.clear();
+    L.random.state = settings.async_seed * 0x9e3779b97f4a7c15ull + block + 1;
+}
+
+void wgmma_exit() {
+    if (!L.on) return;
+    const Warpgroup& group = mine();
+    const uint64_t issued = group.issued[ldm_thread.thread % GROUP];
+    if (issued > group.over)
+        kernel_violation(LAUNCH_FAILED, group.products[0].line, format("thread %u exits and has not waited for %llu of its wgmma", ldm_thread.thread,
+                                                                       (unsigned long long)(issued - group.over)));
+}
+
+void wgmma_play() {
+    if (!L.on || settings.async != Async::Random || L.random.next() % 4) return;
+    Warpgroup& group = mine();
+    size_t whole = 0;
+    while (whole < group.products.size() && group.products[whole].threads == GROUP) whole++;
+    if (whole) run(group, L.random.next() % whole + 1);
+}
+
+void proxy_copying(unsigned offset) {
+    if (L.on) L.chunks[offset / 16] = {L.block, 0, uint16_t(ldm_thread.thread), COPYING};
+}
+
+void proxy_written(unsigned offset) {
+    if (!L.on) return;
+    L.chunks[offset / 16] = {L.block, 0, uint16_t(ldm_thread.thread), WRITTEN};
+    L.written[ldm_thread.thread].push_back(offset / 16);
+}
+
+void proxy_barrier() {
+    if (L.on) L.barriers++;
+}
+
+API unsigned ldm_emu_shared_address(const void* p) { return WINDOW + shared_offset(p, 1, "shared_address", 0); }
+
+API void ldm_emu_fence_proxy(int line) {
+    if (dropped(Site::FenceProxy, line)) return;
+    const unsigned t = ldm_thread.thread;
+    for (const unsigned i : L.written[t]) {
+        Chunk& chunk = L.chunks[i];
+        if (chunk.by != t || chunk.state != WRITTEN) continue;
+        chunk.state = FENCED;
+        chunk.barriers = L.barriers;
+    }
+    L.written[t].clear();
+}
+
+API void ldm_emu_wgmma(float* d, unsigned long long a, unsigned long long b, int columns, int bfloat, int line) {
+    const unsigned t = ldm_thread.thread % GROUP;
+    if (L.threads % GROUP) kernel_violation(LAUNCH_FAILED, line, format("wgmma in a block of %u threads: a warpgroup has 128", L.threads));
+    Warpgroup& group = mine();
+    const uint64_t at = group.issued[t]++ - group.over;
+    // What these registers already wait for.
+    Sums* sums = nullptr;
+    for (auto& s : group.sums)
+        if (s->to[t] == d) sums = s.get();
+    if (at == group.products.size()) {
+        Sums* own = sums;
+        if (!own) {
+            group.sums.push_back(std::make_unique<Sums>());
+            own = group.sums.back().get();
+            own->n = columns;
+            own->d.resize(size_t(64) * size_t(columns));
+        }
+        own->products++;
+        group.products.push_back({a, b, own, columns, bfloat, line, group.open[t], 0, L.barriers, false});
+    }
+    Product& p = group.products[at];
+    if (p.a != a || p.b != b || p.n != columns || p.bfloat != bfloat || p.line != line || p.group != group.open[t] || p.barriers != L.barriers ||
+        p.sums->n != columns || (sums ? sums != p.sums : p.sums->to[t] != nullptr))
+        kernel_violation(LAUNCH_FAILED, line, format("diverged warpgroup: thread %u comes to a wgmma with other operands, or at another place, than that of "
+                                                     "line %d which others of its warpgroup have issued", ldm_thread.thread, p.line));
+    if (sums) {
+        for (int i = 0; i < columns / 2; i++)
+            if (!poisoned(d[i])) kernel_violation(LAUNCH_FAILED, line, "wgmma: its accumulators were written while another wgmma was in flight on them");
+    } else {
+        if (!group.fenced[t]) kernel_violation(LAUNCH_FAILED, line, "wgmma without a wgmma_fence since its registers were last free to be touched");
+        p.sums->to[t] = d;
+        each(*p.sums, t, [&](float& own, size_t i) {
+            p.sums->d[i] = own;
+            memset(&own, POISON, sizeof own);
+        });
+    }
+    if (++p.threads != GROUP) return;
+    check_matrix("a", a, 64, line);
+    check_matrix("b", b, columns, line);
+    if (settings.async == Async::Early || (settings.async == Async::Random && L.random.next() % 4 == 0)) run(group, at + 1);
+}
+
+API void ldm_emu_wgmma_fence(int line) {
+    if (!dropped(Site::WgmmaFence, line)) mine().fenced[ldm_thread.thread % GROUP] = true;
+}
+
+API void ldm_emu_wgmma_commit(int line) {
+    if (dropped(Site::WgmmaCommit, line)) return;
+    mine().open[ldm_thread.thread % GROUP]++;
+    wgmma_play();
+}
+
+API void ldm_emu_wgmma_wait(int pending, int line) {
+    if (dropped(Site::WgmmaWait, line)) return;
+    if (!warpgroup_arrives(line)) return warp_waits();
+    Warpgroup& group = mine();
+    for (unsigned t = 0; t < GROUP; t++) {
+        if (group.issued[t] != group.issued[0] || group.open[t] != group.open[0])
+            kernel_violation(LAUNCH_FAILED, line, "diverged warpgroup: its threads have not issued or committed as many wgmma");
+        group.fenced[t] = false;
+    }
+    size_t n = 0;
+    while (n < group.products.size() && group.products[n].group + unsigned(pending) < group.open[0]) n++;
+    run(group, n);
+    for (; n > 0; n--, group.over++) {
+        Sums* sums = group.products[0].sums;
+        group.products.pop_front();
+        if (--sums->products) continue;
+        for (unsigned t = 0; t < GROUP; t++) each(*sums, t, [&](float& own, size_t i) { own = sums->d[i]; });
+        size_t i = 0;
+        while (group.sums[i].get() != sums) i++;
+        group.sums.erase(group.sums.begin() + long(i));
+    }
+}

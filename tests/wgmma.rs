@@ -1,0 +1,124 @@
+//! `LDM_CUDA_WGMMA`: which kernel takes a product where it is on, where it is off, and what it may be set to.
+
+mod common;
+
+use common::emulator::{self, Emulator};
+use ldm::backend::cuda::Cuda;
+use ldm::backend::{Device, DeviceName};
+use ldm::exec;
+use ldm::ops::{Conv2d, Linear, Op};
+use ldm::tensor::{DType, HostTensor, Shape, Spec};
+use std::collections::BTreeSet;
+use std::process::Command;
+
+/// Names the file that the child process writes what it found to.
+const FOUND: &str = "LDM_TEST_WGMMA";
+
+fn start() -> Option<Emulator> {
+    match emulator::start() {
+        Ok(Some(emulator)) => Some(emulator),
+        Ok(None) => {
+            println!("SKIPPED: LDM_TEST_DEVICE=cuda, and this is about the emulator");
+            None
+        }
+        Err(why) => {
+            common::skipped(&format!("no emulator: {why}"));
+            None
+        }
+    }
+}
+
+fn open() -> ldm::Result<Cuda> {
+    match Device::open(DeviceName::Cuda(0))? {
+        Device::Cuda(cuda) => Ok(cuda),
+        Device::Cpu => unreachable!("cuda:0 is asked for"),
+    }
+}
+
+fn inputs(specs: &[Spec]) -> Vec<HostTensor> {
+    let value = |i: usize| ((i * 37 % 61) as f64 - 30.0) / 32.0;
+    let tensor = |s: &Spec| HostTensor::from_f64(*s, &(0..s.shape.numel()).map(value).collect::<Vec<_>>());
+    specs.iter().map(|s| tensor(s).unwrap()).collect()
+}
+
+/// The kernel files that an op runs, of those with barriers, and the bytes of its result.
+fn run(emulator: &Emulator, cuda: &Cuda, op: &Op, x: &[HostTensor]) -> (BTreeSet<String>, Vec<u8>) {
+    emulator.reset();
+    let y = exec::run_op(&Device::Cuda(cuda.clone()), op, x).unwrap_or_else(|e| panic!("{op:?}: {e}"));
+    assert_eq!(emulator.report(), "");
+    let stems = emulator.sites().iter().filter_map(|s| Some(s.split(':').nth(1)?.to_string())).collect();
+    (stems, y[0].bytes().to_vec())
+}
+
+#[test]
+fn every_tile_has_a_kernel_of_warpgroups_and_other_types_have_none() {
+    let Some(emulator) = start() else { return };
+    emulator.configure("order=reverse;async=late");
+    let cuda = open().unwrap();
+    let conv = |dtype, c: usize, o: usize| {
+        let shapes: [Shape; 3] = [[1, 12, 12, c].into(), [o, 3, 3, c].into(), [o].into()];
+        (Op::from(Conv2d::same(3)), shapes.map(|s| Spec::new(dtype, s)).to_vec())
+    };
+    let linear = |dtype, c: usize, o: usize| {
+        (Op::from(Linear::default()), vec![Spec::new(dtype, [150, c]), Spec::new(dtype, [o, c])])
+    };
+    let mut tiles = BTreeSet::new();
+    for (op, specs) in [conv(DType::F16, 72, 168), linear(DType::BF16, 392, 176)] {
+        let x = inputs(&specs);
+        for op in op.choices(&specs) {
+            let plan = op.launches(&specs)[0];
+            if ![1, 3].contains(&plan.splits) {
+                continue;
+            }
+            let [off, on] = [false, true].map(|on| run(&emulator, &cuda.with_wgmma(on), &op, &x));
+            let name = |stem: &str| BTreeSet::from([stem.to_string()]);
+            assert_eq!((off.0, on.0), (name("conv2d_mma"), name("conv2d_wgmma")), "{op:?}");
+            // On the emulator both add up the same products in the same order.
+            assert!(off.1 == on.1, "{op:?}: other bytes");
+            tiles.insert(plan.variant);
+        }
+    }
+    assert_eq!(tiles.len(), 7, "{tiles:?}");
+    let cuda = cuda.with_wgmma(true);
+    for ((op, specs), stem) in [
+        (conv(DType::F32, 8, 16), Some("conv2d_f32")),
+        (linear(DType::F32, 8, 16), Some("conv2d_f32")),
+        (linear(DType::BF16, 8, 16), Some("conv2d_wgmma")),
+        (linear(DType::BF16, 9, 16), Some("conv2d")),
+    ] {
+        let (stems, _) = run(&emulator, &cuda, &op, &inputs(&specs));
+        assert_eq!(stems.iter().map(String::as_str).collect::<Vec<_>>(), Vec::from_iter(stem), "{specs:?}");
+    }
+}
+
+#[test]
+fn the_switch_is_off_unless_it_is_set() {
+    const NAME: &str = "the_switch_is_off_unless_it_is_set";
+    if start().is_none() {
+        return;
+    }
+    if let Some(file) = std::env::var_os(FOUND) {
+        let cuda = open().unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(cuda.capability(), (9, 0), "the emulator's");
+        assert!(cuda.with_wgmma(true).wgmma() && !cuda.with_wgmma(false).wgmma());
+        return std::fs::write(file, cuda.wgmma().to_string()).unwrap();
+    }
+    let of = |value: Option<&str>| {
+        let file = std::env::temp_dir().join(format!("ldm-wgmma-{}-{value:?}", std::process::id()));
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        child.args(["--exact", NAME, "--nocapture"]).env(FOUND, &file).env_remove("LDM_CUDA_WGMMA");
+        value.map(|value| child.env("LDM_CUDA_WGMMA", value));
+        let out = child.output().unwrap();
+        let said = [out.stdout, out.stderr].map(|b| String::from_utf8_lossy(&b).into_owned()).concat();
+        let found = std::fs::read_to_string(&file).unwrap_or_default();
+        let _ = std::fs::remove_file(&file);
+        (found, said)
+    };
+    for (value, want) in [(None, "false"), (Some(""), "false"), (Some("off"), "false"), (Some("on"), "true")]
+    {
+        let (found, said) = of(value);
+        assert_eq!(found, want, "{value:?}: {said}");
+    }
+    let (found, said) = of(Some("maybe"));
+    assert!(found.is_empty() && said.contains("LDM_CUDA_WGMMA: want on or off; got `maybe`"), "{said}");
+}
