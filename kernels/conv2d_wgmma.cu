@@ -21,12 +21,13 @@
 // Order. Each thread commits one group of copies per k-block, an empty one where none is left, AHEAD of them before the first.
 // Turn i begins with a wait until this thread's group of slot i has landed, and a fence: the products read through the async proxy,
 // which what a thread has written does not pass by itself. The barrier after that makes everybody's copies visible to both
-// warpgroups. It also says that all threads have seen the products of turn i − 2 done, so that their slot, the one of k-block
+// warpgroups. It also says that all threads have seen the products of turn i − 1 − PENDING done, so that their slot, the one of k-block
 // i + AHEAD, may be filled. The four products of the turn are issued and committed; while they run, the copies of k-block
-// i + AHEAD begin and the walk goes on; then the thread waits for the products of turn i − 1, not for its own, which still run
-// when those of turn i + 1 are issued. The accumulators start as zeros and nobody touches them until the last wait: the
-// wgmma_fence is for the first turn (where a later one has none, the compiler adds it). Behind the loop, one barrier: both
-// warpgroups are done with the ring, no copy is on its way, and the ring becomes the staging tile.
+// i + AHEAD begin and the walk goes on; then the thread waits until the products of no more than PENDING turns run. A block that
+// is alone on its multiprocessor leaves those of one turn running, so that the next ones follow without a gap; where there are
+// several, the others fill it, and the slot is better spent on copies. The accumulators start as zeros and nobody touches them
+// until the last wait: the wgmma_fence is for the first turn (where a later one has none, the compiler adds it). Behind the loop,
+// one barrier: both warpgroups are done with the ring, no copy is on its way, and the ring becomes the staging tile.
 //
 // Segments of K, phases, the end, and what M, N and O are: see conv2d_tile.cuh. Wants, and the caller checks: see conv2d_mma.cu.
 // arch: 90a
@@ -39,7 +40,6 @@ constexpr int BK = 64;
 constexpr int SLAB = 64;  // rows of one entry of `stats`
 
 constexpr int STAGES = BM * BN > 128 * 128 ? 5 : BN > 80 ? 3 : 4;
-constexpr int AHEAD = STAGES - 2;  // k-blocks whose copies are on their way while one is multiplied
 constexpr int WARPS_N = 1, WARP_ROWS = 16, WARP_COLUMNS = BN;
 constexpr int MT = 1, NT = BN / 8;
 constexpr int CHUNKS = BK / 8;
@@ -48,6 +48,8 @@ constexpr int A_LOADS = BM / LOAD_ROWS, B_LOADS = (BN + LOAD_ROWS - 1) / LOAD_RO
 constexpr int STEPS = BK / 16;
 constexpr int SMEM_BYTES = STAGES * (BM + BN) * BK * 2 + BM * 16 + 1024;
 constexpr int BLOCKS = BM * BN > 128 * 128 ? 1 : BM * BN > 64 * 80 ? 2 : BN > 16 ? 3 : 5;  // beside each other
+constexpr int PENDING = BLOCKS == 1 ? 1 : 0;  // turns whose products still run when those of the next are issued
+constexpr int AHEAD = STAGES - 1 - PENDING;   // k-blocks whose copies are on their way while one is multiplied
 // Instructions of the main loop's body, which a test counts in the machine code.
 // WARPGROUP: a fence and a wait; where the compiler cannot keep products in flight, it adds some.
 constexpr int LOOP_HGMMA = STEPS, LOOP_WARPGROUP = 2, LOOP_LDGSTS = A_LOADS + B_LOADS, LOOP_LDSM = 0, LOOP_HMMA = 0;
@@ -162,11 +164,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) conv2d_wgmma(const _
         for (int step = 0; step < STEPS; step++) wgmma<T, BN>(acc[0], a + at + 2 * step, b + at + 2 * step);
         wgmma_commit();
         if (i + AHEAD < count) {
-            fetch_all(k, s.ring[slot < 2 ? slot + AHEAD : slot - 2], columns);
+            fetch_all(k, s.ring[slot <= PENDING ? slot + AHEAD : slot - 1 - PENDING], columns);
             next(k, p, s.rows, m0, columns.row);
         }
         cp_async_commit();
-        wgmma_wait<1>();
+        wgmma_wait<PENDING>();
         slot = slot + 1 == STAGES ? 0 : slot + 1;
     }
     wgmma_wait_all(acc[0]);
