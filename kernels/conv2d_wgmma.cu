@@ -91,7 +91,8 @@ struct Conv2dWgmma {
 typedef Conv2dWgmma Conv;
 #include "conv2d_tile.cuh"
 
-// Goes to the first k-block of this block's split; how many it has.
+// Goes to the first k-block of this block's split; how many it has. (conv2d_mma has this in its kernel: as a function it would
+// become other machine code there.)
 DEV int start(Walk& k, const Conv& p, const Row* rows, int m0, const Columns& columns) {
     int first = 0, count = p.blocks;
     enter(k, p, 0, columns.part, columns.row);
