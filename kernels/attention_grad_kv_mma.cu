@@ -38,6 +38,8 @@
 // zeros touches no memory at its address, which may lie outside.
 // Wants: pointers aligned to 16 bytes and not null, d <= D and a multiple of 8, scale > 0; S > 0, and with `causal` S >= T; `stats` of
 // as many rows as whole turns of queries have.
+// p and ds are rounded to 16 bits before their products with dy and q; in f16 what is below 6e-8 of them is lost, and ds beyond 65504
+// is infinite, which the loss scale of training notices.
 // Occupancy: the BLOCKS that are asked for are what registers allow (at most 168 and 255 of a thread; 130 to 168 and 222 to 255
 // are used, nothing is spilled); shared memory (25 to 81 KB) allows as many on sm_80 and sm_90. On sm_86 and sm_89 it allows two
 // blocks where D is 40 or 64, and one where it is larger. The loop over the queries of a turn is rolled: unrolled, the compiler

@@ -112,7 +112,7 @@ DEV void store(E* p, E v) {
 template <class S>
 DEV S& smem() {
     static_assert(sizeof(S) <= 48 * 1024, "static shared memory ends at 48 KB");
-    __shared__ S storage;
+    __shared__ __align__(16) S storage;  // the widest access
     return storage;
 }
 

@@ -56,7 +56,7 @@ struct GroupNormApply {
 constexpr int V = vec_width<T>, ACROSS = STRIP / V, DOWN = BLOCK / ACROSS;
 constexpr int WARPS = BLOCK / WARP;
 
-struct GroupNormApplySmem {
+struct alignas(16) GroupNormApplySmem {
     Moments share[WARPS];
     // By channel of the strip.
     float high[STRIP], a[STRIP], b[STRIP];

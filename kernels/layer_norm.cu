@@ -2,19 +2,19 @@
 // one, own one row.
 //
 // W is the widest row that a variant takes: lane l of a row holds its 16-byte vectors l, l + LANES, … in registers, so x is
-// read once; N of them per lane are all in flight together. A row of W elements of 16 bits leaves no lane without a vector, where
-// W is not 2048. The row's width must be a multiple of the vector. Lanes past the end of the row hold nothing and add nothing. W=0
+// read once; N of them per lane are all in flight together. A row of W elements leaves no lane without a
+// vector. The row's width must be a multiple of the vector. Lanes past the end of the row hold nothing and add nothing. W=0
 // takes any width: three passes over x, which the caches serve.
 //
 // Mean first, then the variance about it. Sums are of x - pivot, with the row's first element as pivot, which is what the lanes
 // hold from then on, so that a mean far from zero costs no digits. No shared memory, no barrier: rows do not wait for each
-// other. Registers limit the warps in flight: N · (vector width) floats of x per lane. Four blocks on a multiprocessor
+// other. Registers limit the warps in flight: N · (vector width) floats of x per lane. Eight blocks on a multiprocessor
 // are asked for, that is at most 128 registers for each thread.
 // Wants: C > 0; for W > 0 C <= W, C a multiple of the vector, pointers aligned to 16 bytes.
 // variants: W=0 W=320 W=640 W=1280 W=2048
 #include "dev.cuh"
 
-constexpr int BLOCK = 128;
+constexpr int BLOCK = 64;
 constexpr int LANES = W == 320 ? 8 : W == 640 ? 16 : 32;
 
 struct LayerNormFwd {
@@ -115,7 +115,7 @@ DEV void row_in_registers(const LayerNormFwd& p, int row, int l) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 4) layer_norm_fwd(const __grid_constant__ LayerNormFwd p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, 8) layer_norm_fwd(const __grid_constant__ LayerNormFwd p) {
     griddep_wait();
     const int row = block_x() * (BLOCK / LANES) + thread_x() / LANES;
     if constexpr (W == 0) {

@@ -176,7 +176,8 @@ impl Cuda {
     }
 
     /// Whether rooms launch the kernels that multiply by whole warpgroups (`wgmma`, which only Hopper has) in place of
-    /// those by warps, where there is one: on hardware of version 9.0, with `LDM_CUDA_WGMMA=on`.
+    /// those by warps: on hardware of version 9.0, with `LDM_CUDA_WGMMA=on`. A build that has no image of them for it
+    /// fails at the launch, with what to do.
     pub fn wgmma(&self) -> bool {
         self.wgmma
     }

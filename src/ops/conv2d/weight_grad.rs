@@ -74,7 +74,7 @@ impl Divided {
         let (m, n) = sizes(s);
         let tiles = o.div_ceil(plain::BM) * n.div_ceil(plain::BN);
         let parts = (2 * launch::MULTIPROCESSORS / tiles.max(1)).clamp(1, m.div_ceil(256).max(1));
-        let each = m.div_ceil(parts).next_multiple_of(plain::BK);
+        let each = m.div_ceil(parts).next_multiple_of(plain::BK).max(plain::BK);
         Divided { tile: None, parts: m.div_ceil(each).max(1), each, o, n }
     }
 
