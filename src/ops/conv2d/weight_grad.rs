@@ -58,7 +58,7 @@ impl Divided {
         let most = (SCRATCH / (o * n * size_of::<f32>()).max(1)).clamp(1, 2 * launch::MULTIPROCESSORS);
         let every = tiles.iter().flat_map(move |t| (1..=most).map(move |parts| (*t, parts)));
         every.filter_map(move |(tile, parts)| {
-            let each = m.div_ceil(parts).next_multiple_of(k::BK);
+            let each = m.div_ceil(parts).next_multiple_of(k::BK).max(k::BK);
             // Without parts that have no pixels.
             (m.div_ceil(each) == parts).then_some(Divided { tile: Some(tile), parts, each, o, n })
         })
