@@ -75,21 +75,7 @@ struct alignas(128) FlashSmem {
 };
 static_assert(2 * BN >= BM && BN * PITCH % BLOCK == 0, "a stage holds q, and every thread copies alike");
 
-// Where chunk c of row r begins in a tile, in elements.
-DEV int chunk(int r, int c) {
-    constexpr int LOW = (1 << A) - 1;
-    return (r * PITCH + (c & ~LOW) + ((c ^ (r >> (3 - A))) & LOW)) * 8;
-}
-
-// Starts the copy of ROWS rows of a head; rows from `rows` on and columns from d on become zeros.
-template <int ROWS>
-DEV void copy_tile(T* tile, const T* from, int rows, int ld, int d) {
-    UNROLL
-    for (int i = 0; i < ROWS * PITCH / BLOCK; i++) {
-        const int at = i * BLOCK + int(thread_x()), r = at / PITCH, c = at % PITCH;
-        cp_async(tile + chunk(r, c), from + r * ld + c * 8, r < rows && c * 8 < d);
-    }
-}
+#include "attention_tile.cuh"
 
 extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) attention_flash_fwd(const __grid_constant__ AttentionFlashFwd p) {
     griddep_wait();

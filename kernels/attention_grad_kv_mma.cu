@@ -90,26 +90,16 @@ struct alignas(128) GradKvSmem {
 static_assert(sizeof(GradKvSmem) == SMEM_BYTES, "what the launch asks for");
 static_assert(BN * PITCH % BLOCK == 0 && BM * PITCH % BLOCK == 0 && BM / 2 <= BLOCK, "every thread copies alike");
 
-// Where chunk c of row r begins in a tile, in elements.
-DEV int chunk(int r, int c) {
-    constexpr int LOW = (1 << A) - 1;
-    return (r * PITCH + (c & ~LOW) + ((c ^ (r >> (3 - A))) & LOW)) * 8;
-}
+#include "attention_tile.cuh"
 
-// Starts the copy of chunk `at` of a tile of a head; rows from `rows` on and columns from d on become zeros.
-DEV void copy_chunk(T* tile, const T* from, int at, int rows, int ld, int d) {
-    const int r = at / PITCH, c = at % PITCH;
-    cp_async(tile + chunk(r, c), from + r * ld + c * 8, r < rows && c * 8 < d);
-}
-// Of ROWS rows. Where registers are scarce, nothing of the addresses is kept from turn to turn.
+// copy_tile; where registers are scarce, nothing of the addresses is kept from turn to turn.
 template <int ROWS>
-DEV void copy_tile(T* tile, const T* from, int rows, int ld, int d) {
+DEV void copy_rows(T* tile, const T* from, int rows, int ld, int d) {
     if (D > 128) {
         ROLLED
         for (int at = thread_x(); at < ROWS * PITCH; at += BLOCK) copy_chunk(tile, from, at, rows, ld, d);
     } else {
-        UNROLL
-        for (int i = 0; i < ROWS * PITCH / BLOCK; i++) copy_chunk(tile, from, i * BLOCK + int(thread_x()), rows, ld, d);
+        copy_tile<ROWS>(tile, from, rows, ld, d);
     }
 }
 
@@ -298,11 +288,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) attention_grad_kv_mm
     const int early = p.causal ? s0 - (p.s - p.t) : 0, common = p.causal ? early + rows - 1 : 0;
     const int from = early > 0 ? early / BM * BM : 0;
 
-    copy_tile<BN>(s.k, p.k + keys, rows, ld, p.d);
-    copy_tile<BN>(s.v, p.v + keys, rows, ld, p.d);
+    copy_rows<BN>(s.k, p.k + keys, rows, ld, p.d);
+    copy_rows<BN>(s.v, p.v + keys, rows, ld, p.d);
     cp_async_commit();
-    copy_tile<BM>(s.ring[0][0], q + (long long)from * ld, p.t - from, ld, p.d);
-    copy_tile<BM>(s.ring[0][1], dy + (long long)from * ld, p.t - from, ld, p.d);
+    copy_rows<BM>(s.ring[0][0], q + (long long)from * ld, p.t - from, ld, p.d);
+    copy_rows<BM>(s.ring[0][1], dy + (long long)from * ld, p.t - from, ld, p.d);
     if (thread < BM / 2) cp_async(s.stats[0] + 4 * thread, stats + 2 * from + 4 * thread, true);
     cp_async_commit();
 
@@ -325,8 +315,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) attention_grad_kv_mm
         sync_block();
         const int next = t0 + BM;
         if (next < p.t) {
-            copy_tile<BM>(s.ring[stage ^ 1][0], q + (long long)next * ld, p.t - next, ld, p.d);
-            copy_tile<BM>(s.ring[stage ^ 1][1], dy + (long long)next * ld, p.t - next, ld, p.d);
+            copy_rows<BM>(s.ring[stage ^ 1][0], q + (long long)next * ld, p.t - next, ld, p.d);
+            copy_rows<BM>(s.ring[stage ^ 1][1], dy + (long long)next * ld, p.t - next, ld, p.d);
             if (thread < BM / 2) cp_async(s.stats[stage ^ 1] + 4 * thread, stats + 2 * next + 4 * thread, true);
             cp_async_commit();
         }

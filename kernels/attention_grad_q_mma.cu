@@ -90,21 +90,7 @@ static_assert(sizeof(GradQSmem) == SMEM_BYTES, "what the launch asks for");
 static_assert(BN * PITCH % BLOCK == 0 && BM * PITCH % BLOCK == 0, "every thread copies alike");
 static_assert(BM <= 2 * BN, "a stage holds y");
 
-// Where chunk c of row r begins in a tile, in elements.
-DEV int chunk(int r, int c) {
-    constexpr int LOW = (1 << A) - 1;
-    return (r * PITCH + (c & ~LOW) + ((c ^ (r >> (3 - A))) & LOW)) * 8;
-}
-
-// Starts the copy of ROWS rows of a head; rows from `rows` on and columns from d on become zeros.
-template <int ROWS>
-DEV void copy_tile(T* tile, const T* from, int rows, int ld, int d) {
-    UNROLL
-    for (int i = 0; i < ROWS * PITCH / BLOCK; i++) {
-        const int at = i * BLOCK + int(thread_x()), r = at / PITCH, c = at % PITCH;
-        cp_async(tile + chunk(r, c), from + r * ld + c * 8, r < rows && c * 8 < d);
-    }
-}
+#include "attention_tile.cuh"
 
 // The left operand of a warp's 16 · TILES rows.
 struct Left {

@@ -84,11 +84,7 @@ struct alignas(128) LongSmem {
 };
 static_assert(2 * BN >= BM && BN * PITCH % BLOCK == 0, "a stage holds q, and every thread copies alike");
 
-// Where chunk c of row r begins in a tile, in elements.
-DEV int chunk(int r, int c) {
-    constexpr int LOW = (1 << A) - 1;
-    return (r * PITCH + (c & ~LOW) + ((c ^ (r >> (3 - A))) & LOW)) * 8;
-}
+#include "attention_tile.cuh"
 
 // What a thread copies of every block of keys: the chunks at `at`, of columns that are in the head or not, and the same
 // PASS rows down.

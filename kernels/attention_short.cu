@@ -70,11 +70,8 @@ struct alignas(128) ShortSmem {
 };
 static_assert(sizeof(ShortSmem) == SMEM_BYTES, "what the launch asks for");
 
-// Where chunk c of row r begins, in elements. Eight rows on, the same chunk lies TILE / 2 further.
-DEV int chunk(int r, int c) {
-    constexpr int LOW = (1 << A) - 1;
-    return (r * PITCH + (c & ~LOW) + ((c ^ (r >> (3 - A))) & LOW)) * 8;
-}
+// Eight rows on, the same chunk lies TILE / 2 further.
+#include "attention_tile.cuh"
 
 // Starts the copy of the 16 rows of a warp's slot; rows from `rows` on and columns from d on become zeros.
 DEV void copy_queries(T* to, const T* from, int rows, int ld, int d) {

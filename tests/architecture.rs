@@ -361,7 +361,7 @@ fn kernels_keep_to_dev_cuh() {
     let paths = |files: &[Source]| files.iter().map(|f| f.path.clone()).collect::<Vec<_>>();
     assert_eq!(paths(&dev), ["kernels/dev.cuh", "kernels/dev_emu.cuh", "kernels/dev_gpu.cuh"]);
     let shared: Vec<_> = paths(&others).into_iter().filter(|path| !path.ends_with(".cu")).collect();
-    assert_eq!(shared, ["kernels/conv2d_tile.cuh"]);
+    assert_eq!(shared, ["kernels/attention_tile.cuh", "kernels/conv2d_tile.cuh"]);
 }
 
 #[test]
