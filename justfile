@@ -27,8 +27,8 @@ bench-counts:
 steps:
     cargo bench --bench steps
 
-# Compile the kernels with nvcc; list what each needs, and the launch that is planned for every real shape; fails without
-# nvcc, or where one spills
+# Fails without nvcc, or where a kernel spills.
+# Compile the kernels; list what each needs, and the launch planned for every real shape
 kernels:
     cargo run --release --example kernels | tee /dev/stderr | tail -n 1 | grep -q 'no spill, no stack$'
 
@@ -45,11 +45,8 @@ soak:
 gpu-pack: kernels
     tools/gpu.sh pack
 
-<<<<<<< HEAD
-# Run dist/gpu here, or a part of it (test, step, overlap, probe, sweep, bench, profile, torch); on another machine: ./gpu.sh in a copy of it
-=======
-# Run dist/gpu here, or a part of it (test, step, probe, sweep, bench, profile, torch, train); on another machine: ./gpu.sh in a copy of it
->>>>>>> gputrain
+# A part is one of test, step, overlap, wgmma, probe, sweep, bench, profile, torch, train.
+# Run dist/gpu here, or a part of it; on another machine: ./gpu.sh in a copy of it
 gpu *part:
     dist/gpu/gpu.sh {{part}}
 
