@@ -6,6 +6,7 @@
 // Edges: k from KH·KW·C on, rows from M on, columns from O on and pixels outside the image are zeros in the tiles; rows and
 // columns beyond are not stored.
 // Occupancy: by registers (48), five blocks on a multiprocessor; shared memory, 17 KB, allows as many on every card.
+// Wants: C > 0; M, and K = KH·KW·C, below 2^31, less a tile.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

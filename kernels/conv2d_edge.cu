@@ -8,7 +8,7 @@
 // next tile's patches are on their way in registers (`next`) while this one is multiplied.
 //
 // Barriers: one makes w visible. In a turn the first makes the patches visible, the second y as it was rounded, which also says
-// that the patches may be overwritten; y may be after the first one of the next turn. With `stats` a third makes the moments of
+// that the patches may be overwritten; the first one of the next turn says that of y. With `stats` a third makes the moments of
 // 16 rows each visible, which 64 threads merge.
 //
 // Shared memory: patches and w in rows of CHUNKS chunks of 16 bytes, CHUNKS = 2^A · odd; chunk c of row r lies at chunk

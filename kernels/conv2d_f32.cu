@@ -37,8 +37,8 @@
 // beside each other along n write 16·LN bytes of a row of y.
 //
 // `counter` picks the row of `time`. Wants, and the caller checks: pointers aligned to 16 bytes; C and w_row multiples of 4; `flat`
-// with windows of 1×1 only; at most 2³¹ − 1 elements in each of x and w; out_h and out_w times the stride, and the padding, below
-// 2^14 (a window's corner is packed into two halves of a word). O is any number: where 4 does not divide it, y is written element
+// with windows of 1×1 only; at most 2³¹ − 1 elements in each of x and w; unless `flat`, out_h and out_w times the stride, and the
+// padding, below 2^14 (a window's corner is packed into two halves of a word). O is any number: where 4 does not divide it, y is written element
 // by element. `phases`: windows of 2×2, BM divides h·w_, O rows of w for each phase, no `upsample`, not `flat`; stride, top and
 // left are not read.
 // types: f32
@@ -77,7 +77,7 @@ struct Conv2dF32 {
     int h, w_, c;        // size of x in memory
     int kh, kw, out_h, out_w;
     int stride, top, left;
-    int upsample;        // x counts as doubled by nearest neighbour
+    int upsample;        // 1: x counts as doubled by nearest neighbour; else 0
     int w_row;           // elements of a row of w
     int flat;            // no window: row m reads pixel m
     int blocks;          // k-blocks in all

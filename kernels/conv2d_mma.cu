@@ -15,7 +15,7 @@
 // memory, rows of 128 bytes, a line of the caches, whose 16-byte chunk c stands at c ^ (row % 8): the eight rows that ldmatrix
 // reads at once fall into all 32 banks, as does the row that eight threads copy. cp.async writes zeros for pixels outside the
 // image, channels beyond the segment, rows beyond M and N. Where the window of each row lies, and which pixel of y it is, is worked
-// out once, a row by each thread, and kept in shared memory.
+// out once, each row by one thread, and kept in shared memory.
 //
 // Order. Each thread commits one group of copies per k-block, STAGES − 1 of them before the first. The products of a k-block are
 // four steps of 16 channels; fragments of x are read a step ahead, those of w a pair ahead (16 of the warp's columns), and the
@@ -28,9 +28,9 @@
 //
 // Segments of K, phases, the end, and what M, N and O are: see conv2d_tile.cuh, which holds all of the kernel but its main loop.
 //
-// Wants, and the caller checks: pointers aligned to 16 bytes; C of every segment, w_row and w_tap multiples of 8 elements;
-// at most 2³¹ − 1 elements in each of x and w; out_h and out_w times the stride, and the padding, below 2^14 (a window's
-// corner is packed into two halves of a word). `glu`: O a multiple of 8, a warp's columns a multiple of 16 (so BN is not 80), no
+// Wants, and the caller checks: pointers aligned to 16 bytes; C, w_row and w_tap of every segment multiples of 8 elements;
+// at most 2³¹ − 1 elements in each input and each of the weights; where a segment has a window, out_h and out_w times the stride, and
+// the padding, below 2^14 (a window's corner is packed into two halves of a word). `glu`: O a multiple of 8, a warp's columns a multiple of 16 (so BN is not 80), no
 // time, activation, residual, statistics, `part`. `stats`: M a multiple of SLAB, O of 4. `part`: one segment, a multiple of BN.
 // `phases`: windows of 2×2, a small image whose pixels are a multiple of BM, no `upsample`, `flat`, `glu`, `part` or further
 // segment; stride, top and left are not read.
@@ -75,7 +75,7 @@ struct Conv2dMma {
     int h, w_, c;        // size of x in memory
     int kh, kw, out_h, out_w;
     int stride, top, left;
-    int upsample;        // x counts as doubled by nearest neighbour
+    int upsample;        // 1: x counts as doubled by nearest neighbour; else 0
     int flat;            // segment 0 has no window: row m reads pixel m
     int w_row, w_tap;
     int c1, w_row1, w_tap1, flat1;

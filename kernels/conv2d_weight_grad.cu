@@ -6,7 +6,7 @@
 //
 // Barriers: in a turn the first makes both tiles visible, the second says that they are read.
 // Edges: pixels from the part's end on, rows from O on and columns from K on are zeros in the tiles and are not stored.
-// Occupancy: by registers, 40 on sm_80 and 46 on sm_90, six and five blocks on a multiprocessor; shared memory, 16 KB, allows five
+// Occupancy: by registers, 40 on sm_80 and 47 on sm_90, six and five blocks on a multiprocessor; shared memory, 16 KB, allows five
 // on sm_86 and sm_89. Wants: splits · each below 2^31.
 #include "dev.cuh"
 
@@ -19,7 +19,7 @@ struct Conv2dWeightGrad {
     float* dw;    // (splits,O,K)
     const T* x;   // (B,H,W,C)
     const T* dy;  // (B,OUT_H,OUT_W,O) = (M,O)
-    int m, o, each;  // each: pixels of a part; one without any writes zeros
+    int m, o, each;  // each: pixels of a part; a part past M writes zeros
     int h, w_, c;    // size of x in memory
     int kh, kw, out_h, out_w;
     int stride, top, left;

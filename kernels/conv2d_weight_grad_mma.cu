@@ -10,9 +10,10 @@
 // STAGES slots: of each k-block first dy, BK pixels by BM channels, then x, BK pixels by BN columns. Both in panels of 64 channels, a
 // pixel's 128 bytes in a row, chunk c of 8 channels at c ^ (row % 8); where 32 of dy are left over (160 = 2·64 + 32), in a panel with rows
 // of 64 bytes, chunk c at c ^ (row / 2 % 4), whose neighbours change places in the upper half (row ^ row / 16). Eight lanes copy a row
-// of 128 bytes; of the narrow panel the rows r and r + 16, which lie in different halves of the banks. The 8×8 matrices of a
-// fragment are eight rows (pixels) of one chunk, in eight different groups of four banks: in the wide panels by the exclusive or,
-// in the narrow one by it and the parity of the row.
+// of 128 bytes; of the narrow panel four lanes copy a row of 64 in one step, the other four row r + 16 in the next. (That these two
+// lie in different halves of the banks matters only to a count that takes both steps as one access, as the emulator's does.) The 8×8
+// matrices of a fragment are eight rows (pixels) of one chunk, in eight different groups of four banks: in the wide panels by the
+// exclusive or, in the narrow one by it and the parity of the row.
 //
 // Fragments. `ldmatrix_trans` gives lane l, of each matrix, rows 2(l % 4) and + 1 of column l / 4: pixels in pairs, as the sum's axis
 // of both operands of `mma` wants them. Of dy (left, 16 channels × 16 pixels) word r is channels 8(r % 2) …, pixels 8(r / 2) …: lane l
@@ -35,11 +36,11 @@
 // (reduce.cu) adds them up in order. Four lanes write 32 bytes in a row.
 //
 // Edges: pixels from the part's end on, and outside of the image, rows from O on and columns from K on are zeros in shared memory;
-// rows and columns are not stored. A copy that writes zeros touches no memory at its address, which may lie outside.
+// such rows and columns are not stored. A copy that writes zeros touches no memory at its address, which may lie outside.
 //
-// Occupancy: two blocks, by registers (235 and 237 of a thread on sm_80 and sm_90 in the 128×128 tile, 255 in the other, which the
-// bounds name so that nothing spills). A block takes 64 or 72 KB of shared memory, of which two fit on sm_80 and sm_90, one
-// on sm_86 and sm_89.
+// Occupancy: two blocks, by registers (235 and 237 of a thread on sm_80 and sm_90 in the 128×128 tile, 255, the most that a
+// thread can have, in the other, and nothing spills). A block takes 64 or 72 KB of shared memory, of which two fit on sm_80, three on
+// sm_90, one on sm_86 and sm_89.
 //
 // Wants, and the caller checks: pointers aligned to 16 bytes; C and O multiples of 8; fewer than 2³¹ elements in each of x and dy;
 // `each` a multiple of BK; splits · each, out_h · stride and out_w · stride, with the window, below 2³⁰. Without a window: x as (1,M,1,C), windows
@@ -65,11 +66,11 @@ struct Conv2dWeightGradMma {
     float* dw;    // (splits,O,K)
     const T* x;   // (B,H,W,C)
     const T* dy;  // (B,OUT_H,OUT_W,O) = (M,O)
-    int m, o, each;  // each: pixels of a part; one without any writes zeros
+    int m, o, each;  // each: pixels of a part; a part past M writes zeros
     int h, w_, c;    // size of x in memory
     int kh, kw, out_h, out_w;
     int stride, top, left;
-    int upsample;    // x counts as doubled by nearest neighbour
+    int upsample;    // 1: x counts as doubled by nearest neighbour; else 0
     // STRIDE pixels further: columns, rows (times `stride`) and pixels of x's images, before carries.
     int next_column, next_row, next_image;
 };

@@ -6,15 +6,16 @@
 //
 // Statistics: an image's pixels are cut into `count` slabs of `each` pixels; a slab's entry holds, for each channel, the
 // mean and the sum of squares about it. The entries of all groups that the strip touches are merged by the block itself: for each
-// group a team of `warps` warps, each thread one channel and every `phases`-th slab of it, ENTRIES of them in flight; then the lanes
+// group a team of `warps` warps, each thread one channel (in a group of more channels than the team has threads, every
+// so-manieth) and every `phases`-th slab of it, ENTRIES of them in flight; then the lanes
 // of a warp, then the warps of a team, all in an order that the shapes alone fix. Sets are first averaged, then the squares are
-// taken about that average: two sums by shuffles, in place of a chain of quotients. Means are merged as differences from the
+// taken about that average: three sums by shuffles, in place of a chain of quotients. Means are merged as differences from the
 // group's first one, and the group's mean is kept as a pair, so that a mean far from zero costs no digits. The first warp of a team
 // leaves the factors of its group's channels in shared memory, a lane for each channel of the strip: y = (x - high) * a + b with
 // a = rstd * w and b = bias - low * a. Few instructions matter here: in a small image each block has more to merge than to stream.
 //
 // Streaming: a thread owns one 16-byte vector of channels, whose factors it keeps in registers, and every DOWN-th pixel; FLIGHT of
-// its loads are in flight, the first ones while the statistics are merged, and a vector that was stored makes room for the next.
+// its loads are in flight, the first ones while the warps of a team are merged, and a vector that was stored makes room for the next.
 // Neighbouring threads read the vectors of one pixel (64 bytes of a 16-bit type, in four threads; 128 of f32, in eight), then the
 // next pixel. SiLU takes one reciprocal for two elements: it is the unit of special functions that a small image waits for.
 //
@@ -23,7 +24,9 @@
 // Wants: HW = count · each; cpg = (C0 + C1) / groups, a whole number; (C0 + C1 + BLOCK) · cpg below 2^31, reciprocal = ceil(2^31 / cpg).
 // warps: a power of two; with more than one, teams enough for the groups of any strip. phases = warps · 32 / cpg, rounded down, at
 // least 1. Pointers aligned to 16 bytes; C0 and C1 multiples of 8, so that no vector crosses the seam or an end. Threads past the
-// last channel or pixel only help to merge. Two blocks on a multiprocessor: 64 registers.
+// last channel or pixel only help to merge.
+//
+// Occupancy: two blocks, by registers (64, which the bounds ask for); shared memory is 576 bytes.
 #include "dev.cuh"
 
 constexpr int BLOCK = 512;

@@ -6,8 +6,8 @@
 // read once (the slab's first row again, from the caches). Values are taken less the channel's value in that row, so that a mean
 // far from zero costs no digits. A thread takes mean and sum of squares of its own rows; shuffles merge sets of equal size in pairs,
 // those of a warp; then, behind the one barrier, a thread for each channel merges those of the eight warps from shared memory
-// (4 KB). The order is fixed. Threads past the last channel hold nothing, and no set mixes channels. Registers limit the
-// blocks of a multiprocessor. Wants: C a multiple of 8, x aligned to 16 bytes, y to 8.
+// (4 KB). The order is fixed. Threads past the last channel hold nothing, and no set mixes channels. Occupancy: by
+// registers (32) and threads. Wants: C a multiple of 8, x aligned to 16 bytes, y to 8.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;
