@@ -1,5 +1,5 @@
 // y = act(x), elementwise. Grid: ceil(n / (BLOCK · N)); a thread owns N elements, 16 bytes of y, or fewer at the
-// end. Wants: pointers aligned to 16 bytes.
+// end. Wants: pointers aligned to 16 bytes. Occupancy: by threads.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

@@ -1,5 +1,5 @@
 // dx = dy · act'(x), elementwise. Grid: ceil(n / (BLOCK · N)); a thread owns N elements, 16 bytes of dx, or fewer at
-// the end. dx may be dy's memory. Wants: pointers aligned to 16 bytes.
+// the end. dx may be dy's memory. Wants: pointers aligned to 16 bytes. Occupancy: by threads.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

@@ -8,7 +8,7 @@
 // read nothing but reach the barrier.
 //
 // Edges: the last part may be short or empty (zeros). Wants: elements aligned to their own size, no null pointer, C > 0;
-// parts · each below 2^31, at most 65535 parts. Occupancy: by registers and threads.
+// parts · each below 2^31, at most 65535 parts. Occupancy: by threads.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

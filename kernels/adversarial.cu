@@ -1,6 +1,6 @@
 // Losses of a discriminator's logits and their gradient; the weight that balances the generator's loss against the distance of the
 // reconstruction (VQGAN, Esser et al. 2021, eq. 7); and the product of a tensor with a number.
-// Occupancy: by registers and threads; shared memory is 32 bytes.
+// Occupancy: by threads; shared memory is 32 bytes.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

@@ -6,10 +6,8 @@
 // result (`o`) are f32 accumulators in registers; the weights p become 16 bits in registers, where the accumulator's
 // layout is that of a left operand. k and v lie in a ring of two stages in shared memory, one block of keys in each.
 //
-// Waits: before the loop, wait<1> and a barrier make q visible, which is staged in stage 1 (in its k, where BN is 32
-// across k and v). Each turn
-// waits for its stage, which was asked for a turn before, and then passes the turn's only barrier:
-// behind it everybody's copies of this stage are visible, and everybody has left the other stage, which is filled again
+// Waits: before the loop, wait<1> and a barrier make q visible, which is staged in stage 1 (in its k; where BN is 32,
+// across k and v). Each turn waits for its stage, which was asked for a turn before, and then passes the turn's only barrier: behind it everybody's copies of this stage are visible, and everybody has left the other stage, which is filled again
 // at once. The first turn's barrier frees stage 1 of q; after the last turn a further barrier frees the ring for y, which
 // lies in stage 0 in the layout of q; a warp writes and reads its own rows alone, with a barrier of the warp between. There is
 // at least one turn (see Wants).
@@ -33,8 +31,7 @@
 //
 // Edges: rows from S on (T for q) and columns from d on are zeros in shared memory; scores of keys that a query does not
 // see are -inf, set in those turns alone that have such keys. Columns from d on and rows from T on of y are not
-// stored. A copy that writes zeros
-// touches no memory at its address, which may lie outside.
+// stored. A copy that writes zeros touches no memory at its address, which may lie outside.
 // Wants: pointers aligned to 16 bytes and not null, d <= D, d and the pitches (ldy too) multiples of 8, scale > 0; S > 0, and with
 // `causal` S >= T.
 // Occupancy: the BLOCKS that are asked for are what registers allow (at most 128, 168 and 255 of a thread; 100 to 125, 158 to 168

@@ -3,13 +3,14 @@
 // tiles of TILE×TILE whose inner products pass through shared memory CHUNK elements at a time; thread (row, column) owns one.
 //
 // attention_grad_q, grid: (ceil(T / TILE) · parts, N, B): a block owns TILE queries. A first pass over the keys gives the
-// logarithm of the sum of exponentials, left in `stats` with delta; a second one dq, of which thread (row, column) owns elements
+// natural logarithm of the sum of exponentials, left in `stats` with delta; a second one dq, of which thread (row, column) owns elements
 // column, column + LANES, … of the part. attention_grad_kv, grid: (ceil(S / TILE) · parts, N, B): a block owns TILE keys, a
 // thread its elements of dk and dv, in order of the queries. Nothing is added up by two blocks. It runs after attention_grad_q,
 // whose blocks of part 0 write `stats`. Heads wider than D are served in parts of D elements, each by blocks of its own that make
 // the scores again.
 //
-// Operands: q, k, v and dy are read into shared memory for the scores, as f32; for dq, dk and dv their rows are read again from
+// Operands: q, k, v and dy are read into shared memory for the scores, as f32, in rows padded by one float, so that the threads of a
+// warp, two rows × 16 columns, read without conflicts; for dq, dk and dv their rows are read again from
 // global memory, that is the caches. p (in the first pass the scores) and ds of a tile pass through shared memory,
 // as a thread's sums want those of all.
 //
@@ -19,7 +20,7 @@
 //
 // Edges: rows from T and S on and columns from d on are zeros in shared memory; keys that a query does not see have the score
 // -inf in the first pass, and p = 0 in the others (a NaN or an inf in k or v reaches, with `causal`, also
-// dq of queries that share a tile with the key, as 0 · inf); rows from T and S on, and columns from d on, are not stored.
+// dq of queries that share a tile with the key, as 0 · inf, and one in q or dy dk and dv of keys that share a tile with the query); rows from T and S on, and columns from d on, are not stored.
 // Wants: S > 0, with `causal` S >= T, so that each query sees a key.
 // Occupancy: two blocks on a multiprocessor or more, by registers, of which D / LANES sums for dq and twice as many for dk and
 // dv are a part; one of attention_grad_kv with D = 512. Shared memory is 10.5 KB.
@@ -82,7 +83,7 @@ DEV Scores scores(TileSmem& s, const Rows& a0, const Rows& a1, const Rows& b0, c
 
 struct AttentionGradQ {
     T* dq;         // (B,T,N·d)
-    float* stats;  // (B,N,T,2)
+    float* stats;  // (B,N,T,2): lse, delta
     const T* q;    // (B,T,N·d)
     const T* k;    // (B,S,N·d)
     const T* v;    // (B,S,N·d)

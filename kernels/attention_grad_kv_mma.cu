@@ -15,7 +15,8 @@
 // of their rows for the scores, and, transposed as they are read, for dk and dv.
 //
 // Shared memory: k and v, a ring of two stages of q, dy and the two floats of each of their queries. Rows of PITCH chunks of 16 bytes,
-// PITCH = 2^A · odd; chunk c of row r lies at chunk r · PITCH + (c ^ x), where only the low A bits of c are changed, and x is
+// PITCH = 2^A · odd (D = 128: PITCH is 16 and A is 3; what
+// follows holds too); chunk c of row r lies at chunk r · PITCH + (c ^ x), where only the low A bits of c are changed, and x is
 // the A bits of r from bit 3 - A on. Without conflicts, since each pass, eight lanes of 16 bytes, touches each of the 8 chunk columns
 // (mod 8) once:
 //   ldmatrix reads chunk c of rows 8i … 8i+7. Rows with different x differ in the low A bits of c ^ x, to which r · PITCH,
@@ -37,7 +38,7 @@
 // block, as 0 · inf. A NaN or an inf in k or v of a key reaches dk and dv of no other key, but through `stats`. A copy that writes
 // zeros touches no memory at its address, which may lie outside.
 // Wants: pointers aligned to 16 bytes and not null, d <= D and a multiple of 8, scale > 0; S > 0, and with `causal` S >= T; `stats` of
-// as many rows as whole turns of queries have.
+// as many rows as whole turns of queries have, written by attention_grad_q_mma, whose BM is a multiple of this BM.
 // p and ds are rounded to 16 bits before their products with dy and q; in f16 what is below 6e-8 of them is lost, and ds beyond 65504
 // is infinite, which the loss scale of training notices.
 // Occupancy: the BLOCKS that are asked for are what registers allow (at most 168 and 255 of a thread; 130 to 168 and 222 to 255

@@ -15,7 +15,8 @@
 // is read, for dq. delta is of y and dy as they are stored, by the words of left operands, a lane its own and four lanes together.
 //
 // Shared memory: q and dy, and a ring of two stages: 2 · BN keys of k in the first pass, BN of k and of v in the second. y
-// lies in stage 1 before the first turn. Rows of PITCH chunks of 16 bytes, PITCH = 2^A · odd; chunk c of row r lies at chunk
+// lies in stage 1 before the first turn. Rows of PITCH chunks of 16 bytes, PITCH = 2^A · odd (D = 128: PITCH is 16 and A is 3; what
+// follows holds too); chunk c of row r lies at chunk
 // r · PITCH + (c ^ x), where only the low A bits of c are changed, and x is the A bits of r from bit 3 - A on.
 // Without conflicts, since each pass, eight lanes of 16 bytes, touches each of the 8 chunk columns (mod 8) once:
 //   ldmatrix reads chunk c of rows 8i … 8i+7. Rows with different x differ in the low A bits of c ^ x, to which r · PITCH,
@@ -34,9 +35,9 @@
 // in dk and dv.
 //
 // Edges: rows from S on (T for q, y and dy) and columns from d on are zeros in shared memory; scores of keys that a query does not
-// see are -inf, set in those turns alone that have such keys, and their ds is 0 whatever dy vᵀ is. A block walks over whole turns of BN
-// keys: a NaN or an inf in k of a key of its last turn reaches, with `causal`, also dq of the block's queries that do not see it, as
-// 0 · inf. Rows from T on and columns from d on of dq are not stored. `stats` of rows from T on, up to a multiple of BM, is +inf and
+// see are -inf, set in those turns alone that have such keys, and their ds is 0 whatever dy vᵀ is. The second pass
+// takes whole turns of BN keys: with `causal`, a NaN or an inf in k of a key reaches dq of all the block's queries, as 0 · inf, in those
+// turns that have keys which some query of the block does not see. Rows from T on and columns from d on of dq are not stored. `stats` of rows from T on, up to a multiple of BM, is +inf and
 // 0, from which attention_grad_kv_mma makes p = 0 and ds = 0. A copy that writes zeros touches no memory at its address, which may
 // lie outside.
 // Wants: pointers aligned to 16 bytes and not null, d <= D and a multiple of 8, scale > 0; S > 0, and with `causal` S >= T.
@@ -51,7 +52,7 @@
 
 constexpr int WARPS = 4;
 constexpr int BLOCK = 128;
-constexpr int BN = D <= 80 ? 64 : 32;                // keys in a turn of the second pass, half of those in one of the first
+constexpr int BN = D <= 80 ? 64 : 32;                // keys in a turn of the second pass; one of the first has 2 · BN
 constexpr int TILES = BM / (16 * WARPS);             // tiles of 16 queries in a warp
 constexpr int MANY = TILES > 1 || D > 80 ? 32 : 64;  // keys whose scores stand in registers in the first pass
 constexpr int KEYS = TILES > 1 || D > 80 ? 16 : 32;  // and in the second

@@ -17,7 +17,8 @@
 // Shared memory: rows of PITCH chunks of 16 bytes, PITCH = 2^A · odd. Chunk c of row r lies at chunk r · PITCH + (c ^ x),
 // x = the A bits of r from bit 3 - A on (A at most 3). Without conflicts, since each eight lanes of an access, 16 bytes each, touch
 // each of the 8 chunk columns (mod 8) once: eight rows of one ldmatrix either differ in x, or in odd · r mod 2^(3-A); copies
-// and the reads of y take chunks in their order, which x permutes within aligned groups of 2^A.
+// and the reads of y take chunks in their order, which x permutes within aligned groups of 2^A. The words of y are
+// written as ldmatrix reads.
 //
 // Softmax, in base 2: p = 2^(s·c - m), c = scale · log2 e, m = c · the row's largest score; the sum is divided out at the end.
 // A row whose scores are all -inf, one with +inf and one with a NaN become NaN.
@@ -25,7 +26,7 @@
 // Edges: rows from S on (T for q) and columns from d on are zeros in shared memory; scores of keys from S on are -inf. S is
 // more than FEWEST, so that the first scores are not looked at. Columns from d on and rows from T on of y are not stored. A
 // copy that writes zeros touches no memory at its address, which may lie outside.
-// Wants: FEWEST < S <= KEYS, d <= D, a multiple of 8; pointers aligned to 16 bytes, pitches multiples of 8, scale > 0. Every query
+// Wants: FEWEST < S <= KEYS, d <= D, a multiple of 8; pointers aligned to 16 bytes and not null, pitches multiples of 8, scale > 0. Every query
 // sees every key.
 // Occupancy: registers allow the BLOCKS that are asked for. Shared memory (27 to 90 KB) allows as many on sm_90; on sm_80 one
 // where D is 160 and two where KEYS is 128 and D 80; on sm_86 and sm_89 one in these two variants, three of KEYS=80,D=40, and
@@ -70,7 +71,6 @@ struct alignas(128) ShortSmem {
 };
 static_assert(sizeof(ShortSmem) == SMEM_BYTES, "what the launch asks for");
 
-// Eight rows on, the same chunk lies TILE / 2 further.
 #include "attention_tile.cuh"
 
 // Starts the copy of the 16 rows of a warp's slot; rows from `rows` on and columns from d on become zeros.
@@ -215,6 +215,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) attention_short_fwd(
         // y passes through the slot, so that it is stored in whole chunks.
         UNROLL
         for (int n = 0; n < D / 8; n++) {
+            // Eight rows on, the same chunk lies TILE / 2 further.
             UNROLL
             for (int h = 0; h < 2; h++) {
                 const Vec<unsigned, 1> word = {pack2<T>(o[n][2 * h] * share[h], o[n][2 * h + 1] * share[h])};

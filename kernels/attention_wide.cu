@@ -1,8 +1,8 @@
 // y = softmax(scale · q kᵀ) v per head on tensor cores, for heads up to 512 wide (the autoencoder's), in one pass over
 // blocks of 32 keys (FlashAttention-2, Dao 2023).
 //
-// Grid: (ceil(T / BM), N, B). A block owns BM queries of one head. Its eight warps are 4 groups of 16 queries × 2 halves:
-// half h of a group computes the scores of keys 16h … 16h+15 of a block of keys, and owns columns h·D/2 … of the result.
+// Grid: (ceil(T / BM), N, B). A block owns BM queries of one head. Its eight warps are 4 groups of 16 queries × 2 halves,
+// warp w the half w / 4 of group w % 4: half h of a group computes the scores of keys 16h … 16h+15 of a block of keys, and owns columns h·D/2 … of the result.
 // q stays in shared memory. k and v pass through a ring of two slots as four pieces of D·32 bytes: columns 0 … D/2-1 of
 // the keys, then the other columns; keys 0 to 15 of v, then 16 to 31. Scores (`sc`) and result (`o`, D/4 registers) are
 // f32 accumulators. The weights p of a half are packed to the left operand of a product in registers, 16 bytes a thread,
@@ -30,10 +30,11 @@
 // A NaN or an inf in v reaches its column of y in every query that shares the turn, seen or not, as 0 · inf.
 //
 // Edges: rows from S on (T for q) and columns from d on are zeros in shared memory; scores of keys that a query does not
-// see are -inf. Columns from d on and rows from T on of y are not stored.
-// Wants: pointers aligned to 16 bytes, d <= D, d and the pitches (ldy too) multiples of 8, scale > 0; S > 0, and with `causal`
+// see are -inf. Columns from d on and rows from T on of y are not stored. A copy that writes zeros touches no memory at its address,
+// which may lie outside.
+// Wants: pointers aligned to 16 bytes and not null, d <= D, d and the pitches (ldy too) multiples of 8, scale > 0; S > 0, and with `causal`
 // S >= T.
-// Occupancy: one block a multiprocessor, by registers (207 or more, 256 threads); on sm_80 at D = 512, on sm_86 and sm_89 at any D,
+// Occupancy: one block a multiprocessor, by registers (187 to 255 of 256 threads; two blocks would need at most 128); on sm_80 at D = 512, on sm_86 and sm_89 at any D,
 // also by shared memory: 50.5, 74.5 and 98.5 KB.
 //
 // types: f16 bf16

@@ -1,8 +1,9 @@
 // Batch normalisation of x (rows,C): mean and biased variance of each channel, y = (x - mean) * rstd * w + bias, and averages of
 // such statistics over batches. Parts of the rows are summed by themselves and merged in order: batch_norm_stats, batch_norm_merge,
 // batch_norm_apply, in this order; running_fwd averages.
-// Occupancy: by registers and threads; shared memory is 3 KB. Wants: every part has a row; parts · each below 2^31. The last part
-// may be short: a thread without a row hands in an empty set (n = 0), which `merged` passes over.
+// Occupancy: by threads; shared memory is 3 KB, a row of 32 words per warp, without conflicts. Wants: every part has a row; parts ·
+// each below 2^31, at most 65535 parts. The last part may be short: a thread without a row hands in an empty set (n = 0), which
+// `merged` passes over.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

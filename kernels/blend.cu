@@ -1,5 +1,6 @@
-// next = mask · next + (1 − mask) · (alpha · clean + sigma · noise) in the slot that the row in use has written; nothing after a
-// row that was not finite. Grid: ceil(n / BLOCK); a thread owns one element of the latents, n = B·H·W·C of them.
+// next = mask · next + (1 − mask) · (alpha · clean + sigma · noise) in the slot that the row in use has written; nothing from
+// the first row on whose m was not finite (m, table and counter: see sampler.cu). Grid: ceil(n / BLOCK); a thread owns one element of the latents, n = B·H·W·C of them.
+// Occupancy: by threads.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

@@ -1,4 +1,4 @@
-// y = scale * x, from type T to type U. Grid: ceil(n / BLOCK); a thread owns one element.
+// y = scale * x, from type T to type U. Grid: ceil(n / BLOCK); a thread owns one element. Occupancy: by threads.
 // types: f32>f32 f32>f16 f32>bf16 f16>f32 bf16>f32
 #include "dev.cuh"
 

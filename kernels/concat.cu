@@ -1,5 +1,5 @@
 // y = [a | b] on the last axis. Grid: ceil(n / BLOCK); a thread owns N elements of a row of y: 16 bytes where A and B are multiples
-// of them, else one. Wants: pointers aligned to 16 bytes.
+// of them, else one. Wants: pointers aligned to 16 bytes. Occupancy: by threads.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

@@ -2,7 +2,7 @@
 // (ceil(I / 32), ceil(O / 32), KH·KW); a block turns a 32×32 tile of one window position through shared memory, whose rows
 // are one longer, so that the 32 elements of a column lie in 32 banks. The one barrier makes the tile visible. Edges: what lies
 // beyond O and I is neither loaded nor stored, and its places in the tile are never read.
-// Occupancy: by registers and threads; shared memory is 4.1 KB.
+// Occupancy: by threads; shared memory is 4.1 KB.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

@@ -1,5 +1,6 @@
 // y[b,t] = table[ids[b,t]] + positions[t]. Grid: B·T; a block owns one token. An id outside the table gives NaN, which
 // the engine's check for non-finite values reports. Wants: T <= P. (T: tokens; in the code the type of an element.)
+// Occupancy: by threads.
 #include "dev.cuh"
 
 constexpr int BLOCK = 128;

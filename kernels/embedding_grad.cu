@@ -1,5 +1,5 @@
 // Gradients of the tables of embedding.cu, in f32. Every row is added up by one block in order of the tokens, so that the
-// bits are always the same. A block's threads own columns.
+// bits are always the same. A block's threads own columns, and read all ids for each. Occupancy: by threads.
 #include "dev.cuh"
 
 constexpr int BLOCK = 128;

@@ -1,5 +1,5 @@
 // y = scale · (mean + exp(logvar / 2) · noise), logvar held within -30 … 20. Grid: ceil(n / BLOCK); a thread owns one
-// element of y.
+// element of y. Occupancy: by threads.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

@@ -1,5 +1,5 @@
 // dmean = scale · dz, dlogvar = scale · dz · noise · exp(logvar / 2) / 2 where logvar is within -30…20, else (NaN too) 0. Grid:
-// ceil(n / BLOCK); a thread owns one element of z, and the two of moments that it comes from.
+// ceil(n / BLOCK); a thread owns one element of z, and the two of moments that it comes from. Occupancy: by threads.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

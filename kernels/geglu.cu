@@ -1,5 +1,6 @@
 // y = value · GELU(gate), by the error function, with x = [value | gate] on the last axis. Grid: ceil(n / BLOCK); a thread owns
 // N elements of a row of y: 16 bytes where E is a multiple of them, else one. Wants: pointers aligned to 16 bytes.
+// Occupancy: by threads.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

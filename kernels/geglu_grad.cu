@@ -1,6 +1,6 @@
 // dx = [dy · GELU(gate) | dy · value · GELU'(gate)] with x = [value | gate]. Grid: ceil(n / BLOCK); a thread owns N elements of a
 // row of dy, 16 bytes where E is a multiple of them, else one; and those of dx that come from them. Wants: pointers aligned to 16
-// bytes.
+// bytes. Occupancy: by registers.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

@@ -4,7 +4,7 @@
 // far from zero costs no digits; the mean is kept as a pair for the same reason.
 //
 // Barriers: those of block_sum, one before it reads `scratch` and one after, so that it may be used again.
-// Occupancy: by registers and threads; shared memory is 32 bytes.
+// Occupancy: by threads; shared memory is 32 bytes.
 // Wants: groups divide C; HW > 0; fewer than 2^31 elements in a group; the counter a row of `film`.
 #include "dev.cuh"
 

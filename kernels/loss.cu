@@ -1,6 +1,6 @@
 // Losses of training, and their gradients. Each image is summed in f32 by one block, in an order that n alone fixes; then one
 // thread adds up the images in theirs.
-// Occupancy: by registers and threads; shared memory is 32 bytes.
+// Occupancy: by threads; shared memory is 32 bytes.
 //
 // d = prediction - target; rho(d) = |d|, d^2, or Huber's d^2 / 2 up to delta and delta (|d| - delta / 2) beyond.
 #include "dev.cuh"
@@ -87,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) loss_grad(const __grid_const
 struct KlFwd {
     float* each;       // (B)
     const T* moments;  // (B,pixels,2Z): for each pixel Z means, then Z logvars
-    int pixels, z;  // pixels · Z below 2^31
+    int pixels, z;  // pixels · Z at most 2^31 - BLOCK
 };
 
 // each = the sum over an image of (mean^2 + exp(logvar) - 1 - logvar) / 2, logvar held within -30…20, a NaN

@@ -1,5 +1,5 @@
 // y = the largest of each 2x2 pixels of x, the first of them where several are; a NaN is larger than all, the last of
-// several NaN counts. A last odd row or column is left out.
+// several NaN counts. A last odd row or column is left out. Occupancy: by threads.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

@@ -1,6 +1,6 @@
 // The optimiser: Adam with its moments, and the average of the weights, in one pass; the norm of all gradients; sums of gradients
 // over batches. All f32.
-// Occupancy: by registers and threads; shared memory is 32 bytes.
+// Occupancy: by threads; shared memory is 32 bytes.
 // types: f32
 #include "dev.cuh"
 

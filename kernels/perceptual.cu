@@ -1,8 +1,9 @@
 // LPIPS (Zhang et al. 2018): pictures by the mean and deviation of natural ones, and the distance of two sets of features.
 //
 // The distance of two sets of features (B,P,C), P pixels of C channels: the mean over pixels of sum w (a / m(a) - b / m(b))^2, where
-// m(v) = |v| + eps and |v| is the norm over channels; and its gradient with respect to a. A warp takes a pixel at a time.
-// Occupancy: by registers and threads; shared memory is 32 bytes.
+// m(v) = |v| + eps and |v| is the norm over channels; and its gradient with respect to a. A warp takes a pixel at a time. In
+// perceptual_fwd the warps' sums go through shared memory (32 bytes): the one barrier makes them visible to thread 0, which adds them
+// in order. Occupancy: by threads; that of perceptual_fwd by registers. Wants: B at most 65535, B · P below 2^31.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

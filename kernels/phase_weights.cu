@@ -1,7 +1,7 @@
 // y = the weights of a 3×3 convolution behind a nearest upsampling, as four 2×2 convolutions of the small image: phase
 // 2·py + px makes the pixels of rows 2·i + py and columns 2·j + px. Along each axis two of the three taps fall on one pixel of the
 // small image, so their weights are added, in float, and rounded once: tap d of parity p
-// is that of the small image's pixel i − 1 + p + d. Grid: ceil(n / BLOCK); a thread owns one element.
+// is that of the small image's pixel i − 1 + p + d. Grid: ceil(n / BLOCK); a thread owns one element. Occupancy: by registers.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

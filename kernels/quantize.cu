@@ -1,6 +1,7 @@
 // The nearest code of each row of z: codes = argmin |z - e_k|^2, the lowest k of several, and y = e_k. Where no distance is finite
 // the code is 0 and y is NaN. Wants: V > 0.
-// Grid: ceil(rows / BLOCK); a thread owns one row.
+// Grid: ceil(rows / BLOCK); a thread owns one row, which it reads anew for each code, from the caches; a warp reads the same code
+// together. Occupancy: by threads.
 #include "dev.cuh"
 
 constexpr int BLOCK = 128;

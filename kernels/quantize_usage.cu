@@ -1,6 +1,6 @@
 // How a codebook is used: with p the share of the codes (n) that are code v, used = the number of v with p > 0 and
 // perplexity = exp(-sum p ln(p + 1e-10)). Wants: n > 0. Codes outside the book count in n alone.
-// Occupancy: by registers and threads; shared memory is 32 bytes.
+// Occupancy: by threads; shared memory is 32 bytes.
 // types: f32
 #include "dev.cuh"
 

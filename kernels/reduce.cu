@@ -1,8 +1,8 @@
 // y[g,c] = the sum over the rows of group g of x[g,row,c]. Grid: (ceil(C / COLUMNS), splits, G); a block owns COLUMNS columns
 // of one part of a group's rows: thread t adds up column t % COLUMNS of rows t / COLUMNS, + ROWS, …; then the first COLUMNS
 // threads add the ROWS sums in order, behind the one barrier. Where `partial` is given the sums go there, and `sum_parts` adds
-// them up in order; without it splits is 1. Parts may be short or empty (zeros). Occupancy: by registers and threads; shared
-// memory is 1 KB. Wants: splits and G at most 65535, G · C and splits · each below 2^31.
+// them up in order; without it splits is 1. Parts may be short or empty (zeros). Occupancy: by threads; shared
+// memory is 1 KB, a row of 32 words per warp, without conflicts. Wants: splits and G at most 65535, G · C and splits · each below 2^31.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

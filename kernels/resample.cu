@@ -1,5 +1,6 @@
 // The transposes of doubling by nearest neighbour, and of taking every stride-th pixel. Grid: ceil(n / BLOCK); a thread owns N
 // channels of a pixel of y: 16 bytes where C is a multiple of them, else one. Wants: pointers aligned to 16 bytes.
+// Occupancy: by threads.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

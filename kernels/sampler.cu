@@ -1,5 +1,6 @@
 // The two ends of a model evaluation. A table with one row per evaluation says what to do; the counter picks the row.
 // Grid: ceil(n / BLOCK); a thread owns one element of the latents, n = B·H·W·C of them.
+// Occupancy: by threads, that of advance_fwd by registers.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

@@ -1,5 +1,5 @@
 // y[b] = [sin(t f) | cos(t f)] or flipped, f_i = 10000^(-i / (E/2 - shift)) rounded to f32, t·f rounded to f32.
-// Grid: ceil(n / BLOCK); a thread owns one element of y. Wants: E even, E / 2 not shift.
+// Grid: ceil(n / BLOCK); a thread owns one element of y. Wants: E even, E / 2 not shift. Occupancy: by threads.
 #include "dev.cuh"
 
 constexpr int BLOCK = 128;
