@@ -345,12 +345,20 @@ struct Wgmma;
 #define LDM_D7 LDM_D6 ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define LDM_D8 LDM_D7 ", %64, %65, %66, %67, %68, %69, %70, %71"
 #define LDM_D9 LDM_D8 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define LDM_D10 LDM_D9 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define LDM_D11 LDM_D10 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define LDM_D12 LDM_D11 ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define LDM_D13 LDM_D12 ", %104, %105, %106, %107, %108, %109, %110, %111"
+#define LDM_D14 LDM_D13 ", %112, %113, %114, %115, %116, %117, %118, %119"
+#define LDM_D15 LDM_D14 ", %120, %121, %122, %123, %124, %125, %126, %127"
 #define LDM_TILE(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define LDM_O0 LDM_TILE(0), LDM_TILE(1)
 #define LDM_O3 LDM_O0, LDM_TILE(2), LDM_TILE(3), LDM_TILE(4), LDM_TILE(5), LDM_TILE(6), LDM_TILE(7)
 #define LDM_O4 LDM_O3, LDM_TILE(8), LDM_TILE(9)
 #define LDM_O7 LDM_O4, LDM_TILE(10), LDM_TILE(11), LDM_TILE(12), LDM_TILE(13), LDM_TILE(14), LDM_TILE(15)
 #define LDM_O9 LDM_O7, LDM_TILE(16), LDM_TILE(17), LDM_TILE(18), LDM_TILE(19)
+#define LDM_O12 LDM_O9, LDM_TILE(20), LDM_TILE(21), LDM_TILE(22), LDM_TILE(23), LDM_TILE(24), LDM_TILE(25)
+#define LDM_O15 LDM_O12, LDM_TILE(26), LDM_TILE(27), LDM_TILE(28), LDM_TILE(29), LDM_TILE(30), LDM_TILE(31)
 // A and B are the numbers of the operands behind those of d.
 #define LDM_WGMMA(E, NAME, N, D, O, A, B)                                                                             \
     template <>                                                                                                       \
@@ -368,7 +376,8 @@ struct Wgmma;
     LDM_WGMMA(E, NAME, 64, LDM_D3, LDM_O3, 32, 33);  \
     LDM_WGMMA(E, NAME, 80, LDM_D4, LDM_O4, 40, 41);  \
     LDM_WGMMA(E, NAME, 128, LDM_D7, LDM_O7, 64, 65); \
-    LDM_WGMMA(E, NAME, 160, LDM_D9, LDM_O9, 80, 81)
+    LDM_WGMMA(E, NAME, 160, LDM_D9, LDM_O9, 80, 81); \
+    LDM_WGMMA(E, NAME, 256, LDM_D15, LDM_O15, 128, 129)
 LDM_WGMMAS(f16, "f16");
 LDM_WGMMAS(bf16, "bf16");
 

@@ -2,7 +2,7 @@
 # The CUDA code on a real card, on a machine that has an NVIDIA driver and no Rust.
 #
 #   tools/gpu.sh pack    on the machine that builds (with nvcc): fills dist/gpu with stripped binaries and this script
-#   tools/gpu.sh probes FILE    there too: compiles tools/probes.cu alone
+#   tools/gpu.sh probes FILE    there too: compiles tools/probes*.cu alone
 #
 # and in a copy of that folder, on the machine with the card, in this order:
 #
@@ -10,7 +10,8 @@
 #   ./gpu.sh step        a step of Stable Diffusion 1.5 at 512×512, its UNet, and the decoder, node by node, in bf16; the step in f32
 #   ./gpu.sh overlap     that step, UNet and decoder in bf16 with LDM_CUDA_OVERLAP off and on, twice in turn; then the tests with it on
 #   ./gpu.sh wgmma       the same with LDM_CUDA_WGMMA (products by whole warpgroups, on a Hopper card); then the sweep of its tiles in bf16
-#   ./gpu.sh probe       how fast the card's units, products and copies are at most, and what a kernel costs that does nothing
+#   ./gpu.sh probe       how fast the card's units, products and copies are at most, and what a kernel costs that does nothing; of
+#                        wgmma, on a Hopper card, also whether products of known integers are right
 #   ./gpu.sh sweep       the heaviest products of that step and of the decoder with every tile and number of splits, in bf16 and f32
 #   ./gpu.sh bench       every real shape of every room in bf16; of one room with `./gpu.sh bench conv2d`
 #   ./gpu.sh profile     what keeps the kernels of an evaluation waiting, by ncu where there is one
@@ -32,10 +33,14 @@ code=0
 # nvcc of LDM_NVCC, of the path, or of the wheels in VIRTUAL_ENV, as build.rs looks for it.
 probes() {
     cd "$here/.."
-    local nvcc
+    local nvcc objects flags=(-std=c++17 -O3 -DT_BF16 -Ikernels --allow-unsupported-compiler)
     nvcc=$(command -v "${LDM_NVCC:-nvcc}" || ls "${VIRTUAL_ENV:-/}"/lib/python3*/site-packages/nvidia/cu13/bin/nvcc)
-    "$nvcc" -std=c++17 -O3 -DT_BF16 -Ikernels -L"$(dirname "$nvcc")/../lib" --allow-unsupported-compiler \
-        -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -o "$1" tools/probes.cu
+    objects=$(mktemp -d)
+    "$nvcc" "${flags[@]}" -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -c -o "$objects/probes.o" tools/probes.cu
+    # Hopper's own instructions, which no other card is asked to run.
+    "$nvcc" "${flags[@]}" -gencode arch=compute_90a,code=sm_90a -c -o "$objects/wgmma.o" tools/probes_wgmma.cu
+    "$nvcc" -L"$(dirname "$nvcc")/../lib" --allow-unsupported-compiler -gencode arch=compute_80,code=sm_80 -o "$1" "$objects"/*.o
+    rm -r "$objects"
 }
 
 pack() {
@@ -172,13 +177,15 @@ run_wgmma() {
     unset LDM_CUDA_WGMMA
 }
 
-# The card's units, one by one, are in tools/probes.cu. P-7, the peak of mma.sync as the engine's own product reaches it, is among the ceilings of the first. P-5, what lies
+# The card's units, one by one, are in tools/probes.cu, wgmma in tools/probes_wgmma.cu. P-7, the peak of mma.sync as the engine's own product reaches it, is among the ceilings of the first. P-5, what lies
 # between two kernels: a model so small that its kernels do next to nothing, from one graph and launched one by one; the
 # time of an evaluation divided by `nodes` of the file.
 run_probe() {
-    local graph
-    once probe-units sh -c "bin/probes >'$out/units.tmp' && mv '$out/units.tmp' '$out/probe-units.json'"
-    [ ! -e "$out/probe-units.json" ] || sed -n 's/.*"name": "\([^"]*\)", "value": \([0-9.]*\), "unit": "\([^"]*\)".*/\1: \2 \3/p' "$out/probe-units.json"
+    local graph part
+    for part in units wgmma; do
+        once "probe-$part" sh -c "bin/probes ${part#units} >'$out/$part.tmp' && mv '$out/$part.tmp' '$out/probe-$part.json'"
+        [ ! -e "$out/probe-$part.json" ] || sed -n 's/.*"name": "\([^"]*\)", "value": \([0-9.]*\), "unit": "\([^"]*\)".*/\1: \2 \3/p' "$out/probe-$part.json"
+    done
     once probe-peak bin/ldm bench -m tests/golden/sd15-tiny --component text --dtype bf16 --device cuda --roofline \
         --json "$out/probe-peak.json"
     for graph in on off; do

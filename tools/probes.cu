@@ -1,7 +1,8 @@
 // What the card's units do in a clock, where the kernels' tiles and the model of `src/ops/launch.rs` lean on it. Standalone:
 //
-//   tools/gpu.sh probes FILE    compiles it, with nvcc
+//   tools/gpu.sh probes FILE    compiles it and probes_wgmma.cu, with nvcc
 //   FILE                        one JSON object on stdout: name, value, unit of each
+//   FILE wgmma                  the same of probes_wgmma.cu: P-1, and P-3 for wgmma
 //
 // A probe is a kernel that fills every multiprocessor, does one thing a known number of times, and says how many clocks each
 // block took (`clock64`); the rate is that of the slowest block, the best of five launches. Primitives are those of
@@ -17,40 +18,11 @@
 // P-12 what lies between two kernels of a graph, from sm_90 on: one after the other; each started when the blocks of the one before
 //      have returned, which is what `LDM_CUDA_OVERLAP=on` asks for; when they have done their work; when they have begun.
 //
-// Not here: P-1, P-1b, P-3 for wgmma, P-6, P-9 (wgmma, TMA, clusters) and P-4's multicast belong to a path of Hopper's own
-// instructions, P-10 to fp8: there are none yet. P-5 is `LDM_CUDA_GRAPH=on|off ldm bench`, P-8 `gpu_torch.py`.
-#include "dev.cuh"
+// Nowhere: P-1b (operands of wgmma that are not K-major), P-6, P-9 and P-4's multicast (TMA, clusters), P-10 (fp8): no kernel uses
+// any of these yet. P-5 is `LDM_CUDA_GRAPH=on|off ldm bench`, P-8 `gpu_torch.py`.
+#include "probes.cuh"
 
-#include <algorithm>
-#include <cstdio>
-#include <cstdlib>
-
-constexpr int ROUNDS = 512;
-
-#define CHECK(call)                                                                       \
-    do {                                                                                  \
-        const cudaError_t e = (call);                                                     \
-        if (e != cudaSuccess) {                                                           \
-            fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(e)); \
-            exit(1);                                                                      \
-        }                                                                                 \
-    } while (0)
-
-// Clocks of a block between two barriers. The store, which never happens, keeps the compiler from leaving the work out, or
-// from doing it after the second one.
-struct Out {
-    long long* clocks;  // per block
-    float* sink;
-};
-DEV long long begin() {
-    sync_block();
-    return clock64();
-}
-DEV void end(const Out& out, long long start, float value) {
-    if (value == 12345.678f) out.sink[thread_x()] = value;
-    sync_block();
-    if (thread_x() == 0) out.clocks[block_x()] = clock64() - start;
-}
+#include <cstring>
 
 enum Scalar { EX2, RCP, FMA };
 
@@ -67,7 +39,7 @@ __global__ void __launch_bounds__(1024) scalar(Out out) {
         for (int i = 0; i < 64; i++) {
             float& chain = x[i % 8];
             if (WHAT == EX2) chain = exp2_fast_f(chain);
-            if (WHAT == RCP) chain = rcp_fast_f(chain);
+            if (WHAT == RCP) chain = rcp_fast_f(1.0f + chain);  // the compiler takes 1 / (1 / x) for x
             if (WHAT == FMA) chain = fma_f(chain, 0.5f, 1.0f);
         }
     }
@@ -236,34 +208,7 @@ __global__ void __launch_bounds__(512, 2) chained(Out out, int rounds) {
     if (thread_x() == 0) out.clocks[block_x()] = (long long)(sum);
 }
 
-struct Card {
-    cudaDeviceProp about;
-    Out out;
-    T* operands;
-    const char* sep = "";
-
-    // Work of a launch per multiprocessor in a clock: `work` is that of a block, `beside` blocks share a multiprocessor.
-    template <class K, class... A>
-    void probe(const char* name, const char* unit, double work, int beside, int threads, int smem, K kernel, A... more) {
-        const int blocks = about.multiProcessorCount * beside;
-        CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
-        int fit = 0;
-        CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, threads, smem));
-        double best = 0.0;
-        for (int run = 0; run < 6 && fit >= beside; run++) {
-            kernel<<<blocks, threads, smem>>>(out, more...);
-            CHECK(cudaGetLastError());
-            CHECK(cudaDeviceSynchronize());
-            static long long clocks[4096];
-            CHECK(cudaMemcpy(clocks, out.clocks, blocks * sizeof *clocks, cudaMemcpyDeviceToHost));
-            const long long slowest = *std::max_element(clocks, clocks + blocks);
-            if (run > 0) best = std::max(best, work * beside / double(slowest));
-        }
-        if (fit < beside) fprintf(stderr, "%s: %d blocks do not fit beside each other\n", name, beside);
-        printf("%s\n  {\"name\": \"%s\", \"value\": %.4f, \"unit\": \"%s per clock and multiprocessor\"}", sep, name, best, unit);
-        sep = ",";
-    }
-
+struct Units : Card {
     // Microseconds of one kernel in a graph of 64, the best of ten runs: `each` blocks for a multiprocessor, of which two fit.
     template <Next NEXT>
     void chain(const char* how, const char* of, int each, int rounds) {
@@ -302,7 +247,9 @@ struct Card {
             CHECK(cudaEventElapsedTime(&ms, from, to));
             best = std::min(best, ms * 1e3f / LINKS);
         }
-        printf("%s\n  {\"name\": \"P-12 %s, %s\", \"value\": %.4f, \"unit\": \"us per kernel\"}", sep, of, how, best);
+        char name[96];
+        snprintf(name, sizeof name, "P-12 %s, %s", of, how);
+        say(name, best, "us per kernel");
         CHECK(cudaGraphExecDestroy(ready));
         CHECK(cudaGraphDestroy(graph));
     }
@@ -321,10 +268,44 @@ struct Card {
         probe(alone, "FLOP", work, 2, 128, smem, mma_shared<BM, BN, false>, operands);
         probe(copying, "FLOP", work, 2, 128, smem, mma_shared<BM, BN, true>, operands);
     }
+
+    // span: elements of `operands` that P-4 reads.
+    void all(int span) {
+        const double scalars = 1024.0 * 64 * ROUNDS;
+        probe("P-2 ex2", "results", scalars, 2, 1024, 0, scalar<EX2>);
+        probe("P-2 rcp", "results", scalars, 2, 1024, 0, scalar<RCP>);
+        tile<128, 160>("P-3 mma 128x160 from shared memory", "P-3 mma 128x160 and copies");
+        tile<128, 128>("P-3 mma 128x128 from shared memory", "P-3 mma 128x128 and copies");
+        tile<64, 160>("P-3 mma 64x160 from shared memory", "P-3 mma 64x160 and copies");
+        tile<64, 64>("P-3 mma 64x64 from shared memory", "P-3 mma 64x64 and copies");
+        const double copied = 16384.0 * ROUNDS;
+        probe("P-4 second-level cache to shared memory", "bytes", copied, 2, 128, 65536, cache_to_shared, operands, span);
+        probe("P-7 mma from registers", "FLOP", 4.0 * 4 * 4 * 4096 * ROUNDS, 2, 128, 0, mma_registers<4, 4>);
+        probe("P-11 fma", "results", scalars, 2, 1024, 0, scalar<FMA>);
+        const double reads = 256.0 * 16 * 16 * ROUNDS;
+        probe("P-11 16-byte reads, lanes in pairs", "bytes to registers", reads, 2, 256, 0, read_shared<true>);
+        probe("P-11 16-byte reads, lanes in a row", "bytes to registers", reads, 2, 256, 0, read_shared<false>);
+        if (about.major >= 9) {
+            chains("one block each, no work", 1, 0);
+            chains("one block each", 1, 32);
+            chains("four blocks each", 4, 32);
+        }
+    }
 };
 
-int main() {
-    Card c;
+int main(int count, char** words) {
+    const bool wgmma = count == 2 && !strcmp(words[1], "wgmma");
+    if (count > 1 && !wgmma) {
+        fprintf(stderr, "%s: the only argument is wgmma\n", words[0]);
+        return 2;
+    }
+    int cards = 0;
+    const cudaError_t none = cudaGetDeviceCount(&cards);
+    if (none != cudaSuccess || cards == 0) {
+        fprintf(stderr, "%s: no CUDA card: %s\n", words[0], cudaGetErrorString(none));
+        return 1;
+    }
+    Units c;
     CHECK(cudaGetDeviceProperties(&c.about, 0));
     CHECK(cudaMalloc(&c.out.clocks, 4096 * sizeof(long long)));
     CHECK(cudaMalloc(&c.out.sink, 1024 * sizeof(float)));
@@ -332,25 +313,8 @@ int main() {
     CHECK(cudaMalloc(&c.operands, (span + 8192) * sizeof(T)));
     CHECK(cudaMemset(c.operands, 0, (span + 8192) * sizeof(T)));
     printf("{\"card\": \"%s\", \"multiprocessors\": %d, \"probes\": [", c.about.name, c.about.multiProcessorCount);
-    const double scalars = 1024.0 * 64 * ROUNDS;
-    c.probe("P-2 ex2", "results", scalars, 2, 1024, 0, scalar<EX2>);
-    c.probe("P-2 rcp", "results", scalars, 2, 1024, 0, scalar<RCP>);
-    c.tile<128, 160>("P-3 mma 128x160 from shared memory", "P-3 mma 128x160 and copies");
-    c.tile<128, 128>("P-3 mma 128x128 from shared memory", "P-3 mma 128x128 and copies");
-    c.tile<64, 160>("P-3 mma 64x160 from shared memory", "P-3 mma 64x160 and copies");
-    c.tile<64, 64>("P-3 mma 64x64 from shared memory", "P-3 mma 64x64 and copies");
-    const double copied = 16384.0 * ROUNDS;
-    c.probe("P-4 second-level cache to shared memory", "bytes", copied, 2, 128, 65536, cache_to_shared, c.operands, span);
-    c.probe("P-7 mma from registers", "FLOP", 4.0 * 4 * 4 * 4096 * ROUNDS, 2, 128, 0, mma_registers<4, 4>);
-    c.probe("P-11 fma", "results", scalars, 2, 1024, 0, scalar<FMA>);
-    const double reads = 256.0 * 16 * 16 * ROUNDS;
-    c.probe("P-11 16-byte reads, lanes in pairs", "bytes to registers", reads, 2, 256, 0, read_shared<true>);
-    c.probe("P-11 16-byte reads, lanes in a row", "bytes to registers", reads, 2, 256, 0, read_shared<false>);
-    if (c.about.major >= 9) {
-        c.chains("one block each, no work", 1, 0);
-        c.chains("one block each", 1, 32);
-        c.chains("four blocks each", 4, 32);
-    }
+    if (wgmma) wgmma_probes(c);
+    else c.all(span);
     printf("\n]}\n");
     return 0;
 }
