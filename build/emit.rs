@@ -41,6 +41,7 @@ fn rust_type(kind: Kind) -> &'static str {
         Kind::I64 => "i64",
         Kind::U64 => "u64",
         Kind::F64 => "f64",
+        Kind::Map => "TensorMap",
     }
 }
 

@@ -60,6 +60,8 @@ pub enum Kind {
     U64,
     /// `double`
     F64,
+    /// `TensorMap`
+    Map,
 }
 
 impl Kind {
@@ -68,6 +70,7 @@ impl Kind {
         match self {
             Kind::I32 | Kind::U32 | Kind::F32 => 4,
             Kind::Pointer | Kind::I64 | Kind::U64 | Kind::F64 => 8,
+            Kind::Map => 128,
         }
     }
 }
@@ -476,18 +479,9 @@ impl Source {
 
     /// `const T* a, *b` or `int h, w`: the names with their kinds.
     fn declaration(&self, words: &[&str], name: &str, line: usize) -> Result<Vec<(String, Kind)>, String> {
-        let mut base: Vec<&str> = Vec::new();
-        let mut at = 0;
-        const TYPES: [&str; 13] = [
-            "const", "T", "U", "f16", "bf16", "float", "double", "int", "unsigned", "signed", "long",
-            "short", "char",
-        ];
-        while at < words.len() && TYPES.contains(&words[at]) {
-            if words[at] != "const" {
-                base.push(words[at]);
-            }
-            at += 1;
-        }
+        const TYPES: &str = " const T U f16 bf16 float double int unsigned signed long short char TensorMap ";
+        let at = words.iter().take_while(|w| TYPES.contains(&format!(" {w} "))).count();
+        let base: Vec<&str> = words[..at].iter().copied().filter(|w| *w != "const").collect();
         let scalar = match base.join(" ").as_str() {
             "int" | "signed" | "signed int" => Some(Kind::I32),
             "unsigned" | "unsigned int" => Some(Kind::U32),
@@ -495,6 +489,7 @@ impl Source {
             "double" => Some(Kind::F64),
             "long long" | "long long int" => Some(Kind::I64),
             "unsigned long long" => Some(Kind::U64),
+            "TensorMap" => Some(Kind::Map),
             _ => None,
         };
         let mut found = Vec::new();
@@ -510,7 +505,7 @@ impl Source {
                     let got = words.join(" ");
                     return self.error(
                         line,
-                        format!("`{name}`: want pointers, int, unsigned, float, long long, unsigned long long or double; got `{got}`"),
+                        format!("`{name}`: want pointers, int, unsigned, float, long long, unsigned long long, double or TensorMap; got `{got}`"),
                     );
                 }
             }

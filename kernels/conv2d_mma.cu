@@ -26,7 +26,7 @@
 // slots whose values nobody multiplies (behind the last k-block the first fragments of one are read and dropped); the last wait
 // and barrier see them landed, then the ring becomes the staging tile.
 //
-// Segments of K, phases, the end, and what M, N and O are: see conv2d_tile.cuh, which holds all of the kernel but its main loop.
+// Segments of K, phases, the end, and what M, N and O are: see conv2d_tile.cuh, which with conv2d_walk.cuh holds all but the main loop.
 //
 // Wants, and the caller checks: pointers aligned to 16 bytes; C, w_row and w_tap of every segment multiples of 8 elements;
 // at most 2³¹ − 1 elements in each input and each of the weights; where a segment has a window, out_h and out_w times the stride, and
@@ -91,6 +91,7 @@ struct Conv2dMma {
 
 typedef Conv2dMma Conv;
 #include "conv2d_tile.cuh"
+#include "conv2d_walk.cuh"
 
 // Fragments of this warp's rows of x for one step of 16 channels.
 DEV void load_x(unsigned (&a)[MT][4], const T* slot, int k, int warp_m) {

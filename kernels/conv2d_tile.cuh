@@ -1,7 +1,6 @@
-// What the kernels of tiled products share: where rows of x and w lie, the walk over the blocks of a sum and the copies of one, and
-// everything behind the sums. In such a kernel a block owns the BM×BN tile of y that its place in the grid names, its warps stand
-// with WARPS_N beside each other over the tile, each with MT×NT products of m16n8, and k-blocks of BK channels lie in a ring of
-// slots in shared memory, BM rows of x, then BN rows of w.
+// What the kernels of tiled products share: where rows of x lie, and everything behind the sums. In such a kernel a block owns the
+// BM×BN tile of y that its place in the grid names, its warps stand with WARPS_N beside each other over the tile, each with MT×NT
+// products of m16n8, and k-blocks of BK channels lie in a ring of slots in shared memory, BM rows of x, then BN rows of w.
 //
 // Segments of K. Segment 0 is x with its window of taps; up to two more add products of other inputs into the same sum: the
 // second half of a concatenation, or a 1×1 shortcut. A segment without a window (`flat`) reads pixel m for row m. Segment 1
@@ -28,18 +27,17 @@
 // summed as zeros and not stored. `counter` picks the row of `time`. Null: what the struct says; x1 to w2 are not read without
 // their segment or `part`, partial and counters not without splits.
 //
-// It wants from the file that includes it: BM, BN, BLOCK, BK, STAGES, SLAB, WARPS_N, WARP_ROWS, WARP_COLUMNS, MT, NT, CHUNKS,
-// LOAD_ROWS, A_LOADS, B_LOADS, SMEM_BYTES, and `Conv`, its struct of arguments. Lines are counted from 601 on, so that none of
-// them is a line of that file too: the emulator names barriers, waits and accesses by the file of the kernel and their line.
+// It wants from the file that includes it: BM, BN, BLOCK, BK, STAGES, SLAB, WARPS_N, WARP_ROWS, WARP_COLUMNS, MT, NT, SMEM_BYTES,
+// and `Conv`, its struct of arguments. Lines are counted from 601 on, so that none of them is a line of that file too: the emulator
+// names barriers, waits and accesses by the file of the kernel and their line.
 #pragma once
-#line 636
+#line 635
 
 constexpr int PITCH = BN + 8;
-constexpr int THIRDS = 3;  // the copies of a k-block are begun in three parts
 constexpr int ROUNDS = BM * BN / 8 / BLOCK;  // in which the block moves the tile, 16 bytes to a thread
 constexpr int AT_ONCE = ROUNDS % 5 == 0 ? 5 : ROUNDS % 4 == 0 ? 4 : 1;
 constexpr int TERMS = (BN + BLOCK - 1) / BLOCK;  // columns of the tile whose terms a thread loads
-static_assert(BM % LOAD_ROWS == 0 && BN % 16 == 0 && BM <= BLOCK && BM % SLAB == 0, "whole rounds and slabs");
+static_assert(BN % 16 == 0 && BM <= BLOCK && BM % SLAB == 0, "whole rounds and slabs");
 
 // A row of the tile.
 struct Row {
@@ -54,85 +52,11 @@ struct alignas(1024) ConvShared {
     Row rows[BM];
     float columns[BN];  // what is added to each column
     unsigned met;       // of `combine`
-    unsigned unused[255 - BN];
+    unsigned unused;
+    Mbarrier barriers[127 - BN / 2];  // of kernels whose copies arrive at such
 };
 static_assert(sizeof(ConvShared) == SMEM_BYTES, "what the launch passes");
 static_assert(sizeof(ConvShared::ring) >= BM * BN * 4 && sizeof(ConvShared::ring) >= BM * PITCH * 2, "sums and y fit into the ring");
-
-// Where chunk `chunk` of a row of a slot stands.
-DEV int place(int row, int chunk) { return row * BK + ((chunk ^ (row & 7)) << 3); }
-
-// What a thread copies next, and from where.
-struct Walk {
-    int segment, kh, kw, c;    // the k-block: its first channel, within the segment
-    const T* x;                // of the segment
-    const T* w;                // first row of this thread, at the tap
-    int channels, w_row, w_tap, flat;
-    int at[A_LOADS];           // element of x at this tap, or -1 outside
-};
-
-// The pixels of this tap.
-DEV void tap(Walk& k, const Conv& p, const Row* rows, int m0) {
-    const int first = thread_x() / CHUNKS;
-    if (k.flat) {
-        UNROLL
-        for (int i = 0; i < A_LOADS; i++) {
-            const int m = m0 + first + i * LOAD_ROWS;
-            k.at[i] = m < p.m ? m * k.channels : -1;
-        }
-        return;
-    }
-    const int h = p.h << p.upsample, w = p.w_ << p.upsample;
-    UNROLL
-    for (int i = 0; i < A_LOADS; i++) {
-        const Vec<int, 2> at = load_shared<2>(&rows[first + i * LOAD_ROWS].base);
-        const int row = (at[1] >> 16) - 0x4000 + k.kh, column = (at[1] & 0xffff) - 0x4000 + k.kw;
-        const bool in = at[1] >= 0 && unsigned(row) < unsigned(h) && unsigned(column) < unsigned(w);
-        const int pixel = at[0] + (row >> p.upsample) * p.w_ + (column >> p.upsample);
-        k.at[i] = in ? pixel * k.channels : -1;
-    }
-}
-
-// `which` of the weights: those of the segment, or with parts those that this tile's columns belong to.
-DEV void enter(Walk& k, const Conv& p, int segment, int which, int n) {
-    k.segment = segment;
-    k.kh = k.kw = k.c = 0;
-    k.x = segment == 0 ? p.x : segment == 1 ? p.x1 : p.x2;
-    k.channels = segment == 0 ? p.c : segment == 1 ? p.c1 : p.c2;
-    k.w_row = segment == 0 ? p.w_row : segment == 1 ? p.w_row1 : p.w_row2;
-    k.w_tap = segment == 0 ? p.w_tap : p.w_tap1;
-    k.flat = segment == 0 ? p.flat : segment == 1 ? p.flat1 : 1;
-    k.w = (which == 0 ? p.w : which == 1 ? p.w1 : p.w2) + n * k.w_row;
-}
-
-DEV void next(Walk& k, const Conv& p, const Row* rows, int m0, int n) {
-    k.c += BK;
-    if (k.c < k.channels) return;
-    k.c = 0;
-    k.w += k.w_tap;
-    if (++k.kw == p.kw || k.flat) {
-        k.kw = 0;
-        if (++k.kh == p.kh || k.flat) enter(k, p, k.segment + 1, k.segment + 1, n);
-    }
-    if (k.segment < p.segments) tap(k, p, rows, m0);
-}
-
-// A third of the copies of one k-block into a slot, x first, then w; zeros where it is not `live`.
-DEV void fetch(const Walk& k, T* slot, int step, int rows_left, bool live, int third) {
-    const int row = thread_x() / CHUNKS, chunk = thread_x() % CHUNKS, c = k.c + chunk * 8;
-    const bool channel = live && c < k.channels;
-    UNROLL
-    for (int i = third; i < A_LOADS; i += THIRDS) {
-        const bool in = channel && k.at[i] >= 0;
-        cp_async(slot + place(row + i * LOAD_ROWS, chunk), k.x + (in ? k.at[i] + c : 0), in);
-    }
-    UNROLL
-    for (int i = third; i < B_LOADS; i += THIRDS) {
-        if (BN % LOAD_ROWS != 0 && row + i * LOAD_ROWS >= BN) continue;
-        const bool in = channel && i * step < rows_left;
-        cp_async(slot + BM * BK + place(row + i * LOAD_ROWS, chunk), in ? k.w + i * step * k.w_row + c : k.x, in);
-    }
-}
 
 // Adds up the sums of the splits, pairs of them, then pairs of pairs, and so on. Of two, the one that comes first leaves its
 // sums and ends: false. The other adds them to its own; it has all in the end.
@@ -370,22 +294,6 @@ DEV void write_stats(const Conv& p, const T* tile, int m0, int n0) {
             store(p.stats + ((long long)(m0 / SLAB + slab) * p.o + n0 + c) * 2, v);
         }
     }
-}
-
-// What a block takes of the weights: which of them, its thread's first row there, how far down the next one is, and how many
-// rows there are from the first one on: of values, or of gates.
-struct Columns {
-    int part, row, step, left;
-};
-
-DEV Columns columns_of(const Conv& p, int n0) {
-    const int n = n0 + thread_x() / CHUNKS;  // first row of w that this thread copies
-    Columns c;
-    c.part = p.part ? n0 / p.part : 0;
-    c.row = weight_row(p, n - c.part * p.part);
-    c.step = p.glu ? LOAD_ROWS / 2 : LOAD_ROWS;
-    c.left = p.glu ? p.o - (n / 16 * 8 + n % 8) : (p.part ? p.part : p.o) - c.row;
-    return c;
 }
 
 // Everything behind the sums: those of the other splits, what is added, the activation, and the way to memory. The ring is the

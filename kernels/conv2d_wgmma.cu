@@ -90,6 +90,7 @@ struct Conv2dWgmma {
 
 typedef Conv2dWgmma Conv;
 #include "conv2d_tile.cuh"
+#include "conv2d_walk.cuh"
 
 // Goes to the first k-block of this block's split; how many it has. (conv2d_mma has this in its kernel: as a function it would
 // become other machine code there.)

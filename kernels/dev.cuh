@@ -48,6 +48,17 @@ struct alignas(sizeof(E) * N) Vec {
     __device__ __forceinline__ const E& operator[](int i) const { return v[i]; }
 };
 
+// How a tensor lies in global memory and which box of it `tma_load` takes: made by the driver (cuTensorMapEncodeTiled). A kernel
+// has it in its arguments, and gives its address there.
+struct alignas(128) TensorMap {
+    unsigned long long opaque[16];
+};
+// A barrier in shared memory that counts arrivals of threads and bytes of copies: a phase is over when both are complete, and
+// the next one begins by itself.
+struct Mbarrier {
+    unsigned long long state;
+};
+
 #if defined(T_F32)
 typedef float T;
 #elif defined(T_F16)

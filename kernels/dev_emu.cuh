@@ -34,6 +34,11 @@ void ldm_emu_wgmma(float* d, unsigned long long a, unsigned long long b, int col
 void ldm_emu_wgmma_fence(int line);
 void ldm_emu_wgmma_commit(int line);
 void ldm_emu_wgmma_wait(int pending, int line);
+void ldm_emu_mbarrier_init(void* bar, int count, int line);
+void ldm_emu_fence_mbarriers(int line);
+void ldm_emu_mbarrier_arrive(void* bar, int bytes, int line);
+void ldm_emu_mbarrier_wait(void* bar, int parity, int line);
+void ldm_emu_tma_load(void* to, const void* map, const int* at, void* bar, int line);
 void ldm_emu_atomic(int done);
 void ldm_emu_griddep_wait();
 }
@@ -307,6 +312,16 @@ template <class E, int N>
 DEV void wgmma(float (&d)[N / 8][4], unsigned long long a, unsigned long long b LDM_LINE) {
     static_assert(sizeof(E) == 2, "f16 or bf16");
     ldm_emu_wgmma(d[0], a, b, N, ldm_is_bf16(E{}), line);
+}
+
+DEV void mbarrier_init(Mbarrier& bar, int count LDM_LINE) { ldm_emu_mbarrier_init(&bar, count, line); }
+DEV void fence_mbarriers(LDM_LINE_ONLY) { ldm_emu_fence_mbarriers(line); }
+DEV void mbarrier_arrive(Mbarrier& bar LDM_LINE) { ldm_emu_mbarrier_arrive(&bar, -1, line); }
+DEV void mbarrier_expect(Mbarrier& bar, int bytes LDM_LINE) { ldm_emu_mbarrier_arrive(&bar, bytes, line); }
+DEV void mbarrier_wait(Mbarrier& bar, int parity LDM_LINE) { ldm_emu_mbarrier_wait(&bar, parity, line); }
+DEV void tma_load(void* to, const TensorMap& map, int c0, int c1, int c2, int c3, Mbarrier& bar LDM_LINE) {
+    const int at[4] = {c0, c1, c2, c3};
+    ldm_emu_tma_load(to, &map, at, &bar, line);
 }
 
 DEV float exp2_fast_f(float x) { return x < -126.0f ? 0.0f : __builtin_exp2f(x); }

@@ -390,6 +390,44 @@ DEV void wgmma(float (&d)[N / 8][4], unsigned long long a, unsigned long long b)
 }
 #endif
 
+// ------------------------------------------------------------ copies by the memory accelerator (TMA), and what they arrive at
+
+#if __CUDA_ARCH__ >= 900
+// By one thread, once, before `fence_mbarriers` and a barrier of the block: `count` arrivals make a phase.
+DEV void mbarrier_init(Mbarrier& bar, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&bar)), "r"(count) : "memory");
+}
+// What this thread has initialised is there for `tma_load`, which arrives through the async proxy.
+DEV void fence_mbarriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+}
+// One arrival. What this thread, and whoever it has met before, did is over for those who have waited for the phase.
+DEV void mbarrier_arrive(Mbarrier& bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&bar)) : "memory");
+}
+// One arrival, and so many bytes of copies that belong to the phase and are begun after this.
+DEV void mbarrier_expect(Mbarrier& bar, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&bar)), "r"(bytes) : "memory");
+}
+// Waits until a phase is over: 0 names the first, third, … and 1 the others, of which the newest is meant. Lanes come back one by
+// one: `sync_warp` before what a warp does as a whole.
+DEV void mbarrier_wait(Mbarrier& bar, int parity) {
+    asm volatile("{\n.reg .pred over;\nagain:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n@!over bra again;\n}" ::"r"(shared_address(&bar)),
+                 "r"(parity)
+                 : "memory");
+}
+// Starts to copy a box of a tensor of four axes, the innermost first, from these coordinates on; what lies outside the tensor is
+// zeros, and counts. Lands at any time until a wait for the phase of `bar`. `to` lies at a multiple of 128 bytes, with a swizzle
+// of 128 bytes (chunk c of each 128 at c ^ (row % 8)) of 1024. What threads wrote there themselves wants a `fence_proxy_async` before.
+DEV void tma_load(void* to, const TensorMap& map, int c0, int c1, int c2, int c3, Mbarrier& bar) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
+                     shared_address(to)),
+                 "l"(&map), "r"(shared_address(&bar)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+                 : "memory");
+}
+#endif
+
 // 2^x to 2 ulp, zero where the result is subnormal.
 DEV float exp2_fast_f(float x) {
     float r;

@@ -38,6 +38,12 @@ impl fmt::Display for DevicePtr {
     }
 }
 
+/// How a tensor lies in device memory, and which box of it one instruction of a kernel copies: `TensorMap` of kernels/dev.cuh. The
+/// driver makes it (`tensor_map` of a launch), and it alone knows what it says.
+#[repr(C, align(128))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct TensorMap(pub [u64; 16]);
+
 /// A kernel that takes the struct `P`. Only the generated modules make one.
 pub struct Kernel<P> {
     stem: &'static str,

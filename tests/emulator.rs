@@ -5,10 +5,14 @@
 #[path = "emulator/harness.rs"]
 mod harness;
 
+#[path = "emulator/cases.rs"]
+mod cases;
+
+use cases::{CASES, Case, case};
 use cudarc::driver::sys::{self, CUresult};
 use harness::{
     Bench, Memory, Pinned, Step, allow_shared, kernel, kernel_of, launch, launch_3d, launch_programmatic,
-    launch_shared, ok, stream,
+    launch_shared, ok, stream, tensor_map,
 };
 
 const CONFIGURATIONS: [&str; 6] = [
@@ -27,6 +31,13 @@ struct Params {
     n: i32,
 }
 
+/// With a map of x as rows of 32 elements, in boxes of 64 rows.
+#[repr(C)]
+struct Mapped {
+    map: sys::CUtensorMap,
+    rest: Params,
+}
+
 fn inputs(n: usize) -> Vec<f32> {
     (0..n).map(|i| 1.0 + (i * 37 % 101) as f32).collect()
 }
@@ -37,7 +48,7 @@ fn run(stem: &'static str, variant: &str, n: usize, per_thread: usize) -> Step<V
 
 /// One run of a kernel as an engine would do it: upload, launch, download, synchronise.
 fn run_case(case: &Case, variant: &str) -> Step<Vec<f32>> {
-    let &Case { stem, n, per_thread, shared, programmatic, .. } = case;
+    let &Case { stem, n, per_thread, shared, programmatic, mapped, .. } = case;
     let stream = stream();
     let mut held = Vec::new();
     let result = (|| {
@@ -49,6 +60,11 @@ fn run_case(case: &Case, variant: &str) -> Step<Vec<f32>> {
         if programmatic {
             launch(kernel(stem, "BAD=0")?, blocks as usize, 256, stream, params())?;
             launch_programmatic(function, blocks, 256, stream, params())?;
+        } else if mapped {
+            let float = sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+            let map = tensor_map(float, held[0].0, [32, n as u64 / 32, 1, 1], [128; 3], [32, 64, 1, 1])?;
+            let params = Mapped { map, rest: params() };
+            launch_shared(function, [blocks, 1, 1], 256, shared, stream, params)?;
         } else {
             launch_shared(function, [blocks, 1, 1], 256, shared, stream, params())?;
         }
@@ -60,100 +76,6 @@ fn run_case(case: &Case, variant: &str) -> Step<Vec<f32>> {
     let _ = unsafe { sys::cuStreamDestroy_v2(stream) };
     result
 }
-
-struct Case {
-    stem: &'static str,
-    n: usize,
-    per_thread: usize,
-    /// Bytes of dynamic shared memory that the launch passes.
-    shared: u32,
-    /// Whether it is launched behind its right twin, and may start before that has ended.
-    programmatic: bool,
-    /// A word of the report that a violation must carry; empty where only the values betray it.
-    says: &'static str,
-    want: fn(&[f32], usize) -> f32,
-}
-
-const fn case(
-    stem: &'static str,
-    n: usize,
-    per_thread: usize,
-    says: &'static str,
-    want: fn(&[f32], usize) -> f32,
-) -> Case {
-    Case { stem, n, per_thread, shared: 0, programmatic: false, says, want }
-}
-
-fn reversed(x: &[f32], i: usize) -> f32 {
-    x[i / 256 * 256 + 255 - i % 256]
-}
-
-fn ring(x: &[f32], i: usize, by: usize, size: usize) -> f32 {
-    x[i / size * size + (i + by) % size]
-}
-
-/// Eight steps through the blocks, from the own one on, each times its step.
-fn steps(x: &[f32], i: usize) -> f32 {
-    (0..8).map(|k| (k + 1) as f32 * reversed(x, (i + 256 * k) % x.len())).sum()
-}
-
-/// Element `i` of a block, as ldmatrix brings it to the lanes and each warp keeps half a matrix.
-fn permuted(x: &[f32], i: usize) -> f32 {
-    let t = i % 256;
-    x[i - t + t / 64 * 64 + 2 * (t % 32) + t / 32 % 2]
-}
-
-const CASES: &[Case] = &[
-    case("missing_barrier", 1024, 1, "", reversed),
-    case("missing_second_barrier", 1024, 1, "", |x, i| ring(x, i, 3, 256)),
-    case("store_past_end", 1000, 1, "past the end", |x, i| 2.0 * x[i]),
-    case("load_past_end", 1000, 1, "past the end", |x, i| x[(i + 1).min(999)]),
-    case("load_before_start", 1000, 1, "before the allocation", |x, i| x[i.max(1) - 1]),
-    case("unchecked_tail", 1000, 1, "past the end", |x, i| x[i]),
-    case("unchecked_vector_tail", 1002, 4, "past the end", |x, i| x[i]),
-    case("smem_never_written", 1024, 1, "", |x, i| ring(x, i, 1, 256)),
-    case("smem_not_zeroed", 1024, 1, "", |x, i| x[i] + 1.0),
-    case("smem_overflow", 1024, 1, "past the block's", |x, i| x[i]),
-    case("divergent_barrier", 1024, 1, "sync_block", reversed),
-    case("two_barriers", 1024, 1, "divergent barrier", reversed),
-    case("barrier_count", 1024, 1, "sync_block", reversed),
-    case("early_exit", 1000, 1, "block_sum", |x, i| {
-        let block = &x[i / 256 * 256..1000.min((i / 256 + 1) * 256)];
-        x[i] / block.iter().sum::<f32>()
-    }),
-    case("misaligned_load", 1000, 4, "misaligned", |x, i| x[if i < 996 { i + 1 } else { i }]),
-    case("misaligned_store", 1000, 4, "misaligned", |x, i| if i == 0 { 0.0 } else { x[i - 1] }),
-    case("inactive_lanes", 1024, 1, "shfl_down", |x, i| x[i] + if i % 32 < 16 { x[i + 16] } else { 0.0 }),
-    case("missing_warp_barrier", 1024, 1, "", |x, i| ring(x, i, 1, 32)),
-    case("reads_output", 1000, 1, "nothing has written", |x, i| x[i] + 1.0),
-    case("deadlock", 1024, 1, "", |x, i| x[i] + x[i ^ 1]),
-    case("block_race", 1000, 1, "", |x, i| if i == 0 { 4.0 } else { x[i] }),
-    case("plain_pointer", 1000, 1, "plain pointer", |x, i| x[i]),
-    case("late_copy_wait", 1024, 1, "", reversed),
-    case("missing_commit", 1024, 1, "", reversed),
-    case("wait_without_barrier", 1024, 1, "", reversed),
-    case("wait_count", 1024, 1, "", steps),
-    case("ring_reuse", 1024, 1, "", steps),
-    case("copies_at_exit", 1024, 1, "exits and has not waited", |x, i| 2.0 * x[i]),
-    case("misaligned_copy", 1024, 1, "misaligned cp_async", reversed),
-    case("copy_past_end", 1024, 1, "outside the block's", reversed),
-    case("shared_past_end", 1024, 1, "outside the block's", reversed),
-    case("misaligned_shared", 1024, 1, "misaligned load_shared", reversed),
-    case("misaligned_matrix", 1024, 1, "misaligned ldmatrix", permuted),
-    case("diverged_matrix", 1024, 1, "ldmatrix", permuted),
-    case("diverged_mma", 1024, 1, "diverged warp", |x, i| 16.0 * x[i]),
-    case("wgmma_no_proxy_fence", 4096, 8, "no fence_proxy_async", |x, i| x[i]),
-    case("wgmma_no_fence", 4096, 8, "without a wgmma_fence", |x, i| x[i]),
-    case("wgmma_early_read", 4096, 8, "", |x, i| x[i]),
-    case("wgmma_overwritten", 4096, 8, "", |x, i| x[i]),
-    Case { shared: 65536, ..case("dynamic_size", 1024, 1, "65536 bytes", reversed) },
-    Case {
-        programmatic: true,
-        ..case("reads_before_wait", 1000, 1, "before griddep_wait", |x, i| x[i] + 1.0)
-    },
-    Case { programmatic: true, ..case("never_waits", 1000, 1, "has not waited", |x, i| x[i] + 1.0) },
-    case("block_order", 1024, 1, "", |x, i| (i % 256..=i).step_by(256).map(|k| x[k]).sum()),
-];
 
 #[test]
 fn every_case_is_listed() {

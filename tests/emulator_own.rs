@@ -6,7 +6,8 @@ mod harness;
 
 use cudarc::driver::sys::{CUdevice_attribute, CUresult};
 use harness::{
-    Bench, Memory, allow_shared, allowed_shared, attribute, kernel, kernel_of, launch, launch_shared, stream,
+    Bench, CUtensorMapDataType, Memory, allow_shared, allowed_shared, attribute, kernel, kernel_of, launch,
+    launch_shared, stream, tensor_map,
 };
 
 const SCHEDULES: [&str; 4] = [
@@ -157,6 +158,131 @@ fn warpgroups_multiply_as_documented_and_what_they_lack_is_reported() {
         }
     }
     assert_eq!(bench.emulator.report(), "");
+}
+
+/// A tensor of 16-bit elements: two in each word.
+fn packed(dtype: &str, n: usize, value: impl Fn(usize) -> f32) -> Vec<f32> {
+    let bits = |v: f32| match dtype {
+        "f16" => half::f16::from_f32(v).to_bits(),
+        _ => half::bf16::from_f32(v).to_bits(),
+    };
+    let word = |i: usize| u32::from(bits(value(2 * i))) | u32::from(bits(value(2 * i + 1))) << 16;
+    (0..n / 2).map(|i| f32::from_bits(word(i))).collect()
+}
+
+#[test]
+fn boxes_of_tensors_are_copied_as_documented_and_what_they_lack_is_reported() {
+    let Some(bench) = Bench::new("boxes_of_tensors_are_copied_as_documented_and_what_they_lack_is_reported")
+    else {
+        return;
+    };
+    #[repr(C)]
+    struct Tensor {
+        x: cudarc::driver::sys::CUtensorMap,
+        w: cudarc::driver::sys::CUtensorMap,
+        d: u64,
+    }
+    const N: usize = 16;
+    const C: usize = 72;
+    const SIDE: usize = 8;
+    // What is wrong with each way, in words of the reports; empty where only the values betray it.
+    const WAYS: [&[&str]; 9] = [
+        &[],
+        &["was by itself at an mbarrier"],
+        &["which a wgmma in flight reads", "deadlock", "has not waited for its phase"],
+        &["waits in mbarrier_wait of line", "8 of 8 arrivals"],
+        &["more than mbarrier_expect has said", "has not waited for its phase"],
+        &["has not waited for its phase", "deadlock"],
+        &["has been met in"],
+        &["more than 8 arrivals", "deadlock", "in flight reads", "has not waited for its phase"],
+        &["outside the block's"],
+    ];
+    let stream = stream();
+    let x = |i: usize| (i * 37 % 13) as f32 / 4.0 - 1.5;
+    let w = |i: usize| (i * i * 11 % 17) as f32 / 8.0 - 1.0;
+    let mut want = vec![0.0f32; 2 * SIDE * SIDE * N];
+    for (i, sum) in want.iter_mut().enumerate() {
+        let (pixel, o) = (i / N, i % N);
+        let (image, row, column) = (pixel / SIDE / SIDE, pixel / SIDE % SIDE, pixel % SIDE);
+        for tap in 0..9 {
+            let (h, v) = ((row + tap / 3).wrapping_sub(1), (column + tap % 3).wrapping_sub(1));
+            if h < SIDE && v < SIDE {
+                let (x0, w0) = (((image * SIDE + h) * SIDE + v) * C, (o * 9 + tap) * C);
+                *sum += (0..C).map(|c| x(x0 + c) * w(w0 + c)).sum::<f32>();
+            }
+        }
+    }
+    let c = C as u64;
+    for (dtype, kind) in [
+        ("f16", CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16),
+        ("bf16", CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16),
+    ] {
+        let (x, w) = (packed(dtype, 2 * SIDE * SIDE * C, x), packed(dtype, N * 9 * C, w));
+        for (way, says) in WAYS.into_iter().enumerate() {
+            let mut right = 0;
+            for schedule in SCHEDULES {
+                bench.emulator.configure(schedule);
+                let (x, w) = (Memory::with(&x, stream).unwrap(), Memory::with(&w, stream).unwrap());
+                let d = Memory::new(4 * want.len()).unwrap();
+                let p = Tensor {
+                    x: tensor_map(kind, x.0, [c, 8, 8, 2], [2 * c, 16 * c, 128 * c], [64, 8, 8, 2]).unwrap(),
+                    w: tensor_map(kind, w.0, [c, 9, 16, 1], [2 * c, 18 * c, 288 * c], [64, 1, 16, 1])
+                        .unwrap(),
+                    d: d.0,
+                };
+                let function = kernel_of("tensor", dtype, &format!("WAY={way}")).unwrap();
+                let got = launch(function, 1, 256, stream, p).and_then(|()| d.read(want.len(), stream));
+                let report = bench.emulator.report();
+                bench.emulator.reset();
+                right += usize::from(got.as_ref() == Ok(&want));
+                if got.is_err() {
+                    assert!(says.iter().any(|text| report.contains(text)), "way {way}, {schedule}: {report}");
+                } else {
+                    assert_eq!(report, "", "way {way}, {schedule}");
+                }
+            }
+            assert!(if way == 0 { right == 4 } else { right < 4 }, "{dtype}: way {way}: {right}");
+        }
+        // What a tensor does not hold may not be read, whatever its map says.
+        bench.emulator.configure(SCHEDULES[0]);
+        let (x, w) = (Memory::with(&x, stream).unwrap(), Memory::with(&w, stream).unwrap());
+        let d = Memory::new(4 * want.len()).unwrap();
+        let map = |at, images| {
+            tensor_map(kind, at, [c, 8, 8, images], [2 * c, 16 * c, 128 * c], [64, 8, 8, 2]).unwrap()
+        };
+        let tap = tensor_map(kind, w.0, [c, 9, 16, 1], [2 * c, 18 * c, 288 * c], [64, 1, 16, 1]).unwrap();
+        let p = Tensor { x: map(x.0 + 128 * c, 2), w: tap, d: d.0 };
+        let function = kernel_of("tensor", dtype, "WAY=0").unwrap();
+        let got = launch(function, 1, 256, stream, p).and_then(|()| d.read(want.len(), stream));
+        assert_eq!(got, Err(CUresult::CUDA_ERROR_ILLEGAL_ADDRESS));
+        assert!(bench.emulator.report().contains("out of bounds"), "{}", bench.emulator.report());
+        bench.emulator.reset();
+    }
+}
+
+#[test]
+fn a_map_is_refused_that_a_driver_refuses() {
+    let Some(bench) = Bench::new("a_map_is_refused_that_a_driver_refuses") else { return };
+    let half = CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    let x = Memory::new(4096).unwrap();
+    let (extents, strides, part) = ([64, 4, 4, 2], [128, 512, 2048], [64, 4, 4, 1]);
+    tensor_map(half, x.0, extents, strides, part).unwrap();
+    for (offset, extents, strides, part, says) in [
+        (8, extents, strides, part, "a multiple of 16"),
+        (0, [0, 4, 4, 2], strides, part, "axis 0 has an extent of 0"),
+        (0, [64, 4, (1 << 32) + 1, 2], strides, part, "axis 2 has an extent of 4294967297"),
+        (0, extents, [128, 520, 2048], part, "axis 2 has a stride of 520 bytes"),
+        (0, extents, [128, 512, 1 << 40], part, "axis 3 has a stride of 1099511627776 bytes"),
+        (0, extents, strides, [64, 257, 1, 1], "axis 1 of the box: 257"),
+        (0, extents, strides, [64, 4, 0, 1], "axis 2 of the box: 0"),
+        (0, extents, strides, [72, 4, 4, 1], "rows of 144 bytes in a swizzle of 128"),
+        (0, extents, strides, [60, 4, 4, 1], "rows of 120 bytes in the box: want a multiple of 16"),
+    ] {
+        let got = tensor_map(half, x.0 + offset, extents, strides, part);
+        assert_eq!(got.err(), Some(CUresult::CUDA_ERROR_INVALID_VALUE), "{says}");
+        assert!(bench.emulator.report().contains(says), "want `{says}`: {}", bench.emulator.report());
+        bench.emulator.reset();
+    }
 }
 
 #[test]

@@ -26,6 +26,7 @@ struct CopyFwd {
     unsigned long long seed;
     float eps;
     double scale;
+    TensorMap first, second;  // of x
 };
 extern "C" __global__ void __launch_bounds__(BLOCK * (1 + 1), 2) copy_fwd(const __grid_constant__ CopyFwd p) {}
 "#;
@@ -61,8 +62,16 @@ fn reads_a_unit() {
     );
     assert_eq!(
         fields[6..],
-        [("n", Kind::I64), ("seed", Kind::U64), ("eps", Kind::F32), ("scale", Kind::F64)]
+        [
+            ("n", Kind::I64),
+            ("seed", Kind::U64),
+            ("eps", Kind::F32),
+            ("scale", Kind::F64),
+            ("first", Kind::Map),
+            ("second", Kind::Map)
+        ]
     );
+    assert_eq!(Kind::Map.size(), 128);
     assert_eq!(kernel.fields[2].comment, "(B,H,W,C)");
     assert_eq!(kernel.fields[2].kind.size() + kernel.fields[3].kind.size(), 12);
     assert_eq!(camel_case("conv2d_bwd_w"), "Conv2dBwdW");
@@ -133,7 +142,7 @@ fn a_file_says_what_its_main_loop_holds() {
 fn refuses_what_a_kernel_may_not_do() {
     let body = |text: &str| GOOD.replace(" p) {}", &format!(" p) {{\n{text}\n}}"));
     for (source, says) in [
-        (body("asm(\"\");"), "copy.cu:23: `asm`"),
+        (body("asm(\"\");"), "copy.cu:24: `asm`"),
         (body("int i = threadIdx.x;"), "want thread_x()"),
         (body("__shared__ float s[4];"), "want smem<Struct>()"),
         (body("v = __shfl_down_sync(~0u, v, 1);"), "`__shfl_down_sync`"),

@@ -13,6 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use common::emulator::{self, Emulator};
+use ldm::backend::cuda::Wgmma;
 use ldm::backend::{Device, DeviceName};
 use ldm::exec;
 use ldm::ops::{Case, Op, ROOMS};
@@ -34,6 +35,8 @@ const CONFLICTS: &[(&str, &str, f64, &str)] = &[
     ("conv2d_mma", "cp_async", 1.8, "the residual, at the end: as above"),
     ("conv2d_wgmma", "load_shared", 1.5, "the end is that of conv2d_mma"),
     ("conv2d_wgmma", "cp_async", 1.8, "as there"),
+    ("conv2d_tma", "load_shared", 1.5, "and here"),
+    ("conv2d_tma", "cp_async", 1.8, "as there"),
 ];
 
 /// Those first that miss most.
@@ -49,8 +52,8 @@ const SCHEDULES: [&str; 5] = [
 struct Subject {
     name: String,
     op: Op,
-    /// With the kernels of warpgroups.
-    wgmma: bool,
+    /// With these kernels of warpgroups.
+    wgmma: Wgmma,
     inputs: Vec<HostTensor>,
     sites: Vec<String>,
     cost: Duration,
@@ -107,7 +110,7 @@ fn start() -> Option<(Emulator, MutexGuard<'static, ()>)> {
     }
 }
 
-/// The stems of the kernel files that use asynchronous copies or read matrices from shared memory.
+/// The stems of the kernel files that use asynchronous copies, by threads or of boxes, or read matrices from shared memory.
 fn pipelined() -> Vec<String> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
     let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
@@ -115,7 +118,7 @@ fn pipelined() -> Vec<String> {
     let mut stems: Vec<String> = files
         .filter(|path| {
             let text = std::fs::read_to_string(path).unwrap();
-            ["cp_async", "ldmatrix("].iter().any(|word| text.contains(word))
+            ["cp_async", "ldmatrix(", "tma_load("].iter().any(|word| text.contains(word))
         })
         .map(|path| path.file_stem().unwrap().to_str().unwrap().to_string())
         .collect();
@@ -129,12 +132,12 @@ fn subject(
     stems: &[String],
     case: &Case,
     t: DType,
-    wgmma: bool,
+    wgmma: Wgmma,
     seed: u64,
 ) -> Option<Subject> {
     let arrays = case.inputs(t, seed);
     let mut subject = Subject {
-        name: case.name(t) + if wgmma { ", wgmma" } else { "" },
+        name: format!("{}, {wgmma:?}", case.name(t)),
         op: case.op.clone(),
         wgmma,
         inputs: arrays.iter().zip(case.specs(t)).map(|(a, s)| a.to_tensor(s).unwrap()).collect(),
@@ -167,11 +170,15 @@ fn subjects(emulator: &Emulator, stems: &[String]) -> Vec<Subject> {
                 case.types.iter().partition(|t| **t == DType::F32);
             let other = others.get(i % others.len().max(1));
             for t in floats.into_iter().chain(other.copied()) {
-                all.extend(subject(emulator, stems, &case, t, false, i as u64));
+                all.extend(subject(emulator, stems, &case, t, Wgmma::Off, i as u64));
                 // And where another kernel computes it with the switch on.
-                if t != DType::F32 && stems.contains(&format!("{}_wgmma", room.stem)) {
-                    let other = subject(emulator, stems, &case, t, true, i as u64);
-                    all.extend(other.filter(|s| s.sites.iter().any(|site| site.contains("_wgmma:"))));
+                for (wgmma, twin) in [(Wgmma::On, "wgmma"), (Wgmma::Tma, "tma")] {
+                    let twin = format!("{}_{twin}", room.stem);
+                    if t != DType::F32 && stems.contains(&twin) {
+                        let other = subject(emulator, stems, &case, t, wgmma, i as u64);
+                        let own = format!(":{twin}:");
+                        all.extend(other.filter(|s| s.sites.iter().any(|site| site.contains(&own))));
+                    }
                 }
             }
         }

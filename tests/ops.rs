@@ -4,7 +4,7 @@
 mod common;
 
 use ldm::backend::Device;
-use ldm::backend::cuda::{Call, Cuda, Operand};
+use ldm::backend::cuda::{Call, Cuda, Operand, Wgmma};
 use ldm::exec::{self, Program, Weights};
 use ldm::graph::{Graph, Layout};
 use ldm::kernels;
@@ -101,7 +101,8 @@ fn run_packed(op: &Op, x: &[HostTensor], weight: usize) -> Result<Vec<HostTensor
     (0..y.len()).map(|i| program.read(&format!("y{i}"))).collect()
 }
 
-/// Whether a launch has a kernel of warpgroups beside its own, `x_wgmma` beside `x_mma`, which `LDM_CUDA_WGMMA` chooses.
+/// Whether a launch has a kernel of warpgroups beside its own, `x_wgmma` beside `x_mma`, which `LDM_CUDA_WGMMA` chooses; where there
+/// is one whose copies are boxes of tensors, it is of the same tiles.
 fn has_wgmma(op: &Op, x: &[Spec]) -> bool {
     let twin = |p: &LaunchPlan| Some(format!("{}_wgmma", p.stem.strip_suffix("_mma")?));
     let unit = |p: &LaunchPlan| kernels::unit(&twin(p)?, p.dtype.name(), p.variant);
@@ -128,10 +129,12 @@ fn check(device: &Device, case: &Case, t: DType, seed: u64) -> Result<(), String
         }
         Device::Cuda(cuda) => {
             compare(case, t, &arrays, &run_apart(cuda, &case.op, &inputs, false).map_err(err)?)?;
-            let other = cuda.with_wgmma(!cuda.wgmma());
-            if has_wgmma(&case.op, &specs) && other.wgmma() != cuda.wgmma() {
-                let got = run_apart(&other, &case.op, &inputs, false).map_err(err)?;
-                compare(case, t, &arrays, &got).map_err(|e| format!("wgmma {}: {e}", other.wgmma()))?;
+            for (name, wgmma) in Wgmma::ALL {
+                let other = cuda.with_wgmma(wgmma);
+                if has_wgmma(&case.op, &specs) && other.wgmma() == wgmma && wgmma != cuda.wgmma() {
+                    let got = run_apart(&other, &case.op, &inputs, false).map_err(err)?;
+                    compare(case, t, &arrays, &got).map_err(|e| format!("wgmma {name}: {e}"))?;
+                }
             }
             match case.op.in_place() {
                 [] => Ok(()),

@@ -5,6 +5,7 @@
 
 use ldm::kernels::{self, Arch, Image, Unit};
 use rayon::prelude::*;
+use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
@@ -89,7 +90,8 @@ impl Listing {
         let inner = |l: &&RangeInclusive<usize>| {
             !loops.iter().any(|o| o != *l && o.start() >= l.start() && o.end() <= l.end())
         };
-        loops.iter().filter(inner).max_by_key(|l| weight(l)).cloned()
+        // A wait's polling may lie behind the end, and its way back makes a loop of all that is between: the shortest is meant.
+        loops.iter().filter(inner).max_by_key(|l| (weight(l), Reverse(l.end() - l.start()))).cloned()
     }
 }
 
@@ -323,6 +325,10 @@ fn a_wrong_main_loop_is_found() {
     let both = format!(".L_x_9:\n{other}        /*0030*/ @P0 BRA `(.L_x_9) ;\n{main}");
     let exit = "        /*00b0*/                   EXIT ;\n";
     assert_eq!(of_sample(exit, &format!("{both}{exit}"), &[("FFMA", 4), ("LDS", 0)]), "");
+    // Polling that lies behind the end and goes back into the loop is no part of what lies between.
+    let poll =
+        "        /*00b0*/ I2F.S8 R1, R2 ;\n        /*00b8*/ EXIT ;\n        /*00c0*/ BRA `(.L_x_2) ;\n";
+    assert_eq!(of_sample(exit, poll, &want), "");
     let got = of_sample(exit, &format!("{both}{exit}"), &[("FFMA", 4), ("LDS", 1)]);
     assert_eq!(got, "0 LDS in the main loop; want 1");
     // Twice everything is the same loop, unrolled.

@@ -3,20 +3,24 @@
 mod common;
 
 use common::emulator::{self, Emulator};
-use ldm::backend::cuda::Cuda;
+use ldm::backend::cuda::{Cuda, Wgmma};
 use ldm::backend::{Device, DeviceName};
 use ldm::exec;
 use ldm::ops::{Conv2d, Linear, Op};
 use ldm::tensor::{DType, HostTensor, Shape, Spec};
 use std::collections::BTreeSet;
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Names the file that the child process writes what it found to.
 const FOUND: &str = "LDM_TEST_WGMMA";
 
-fn start() -> Option<Emulator> {
+/// The emulator, for one test at a time.
+fn start() -> Option<(Emulator, MutexGuard<'static, ()>)> {
+    static TURN: Mutex<()> = Mutex::new(());
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     match emulator::start() {
-        Ok(Some(emulator)) => Some(emulator),
+        Ok(Some(emulator)) => Some((emulator, turn)),
         Ok(None) => {
             println!("SKIPPED: LDM_TEST_DEVICE=cuda, and this is about the emulator");
             None
@@ -52,11 +56,11 @@ fn run(emulator: &Emulator, cuda: &Cuda, op: &Op, x: &[HostTensor]) -> (BTreeSet
 
 #[test]
 fn every_tile_has_a_kernel_of_warpgroups_and_other_types_have_none() {
-    let Some(emulator) = start() else { return };
+    let Some((emulator, _turn)) = start() else { return };
     emulator.configure("order=reverse;async=late");
     let cuda = open().unwrap();
     let conv = |dtype, c: usize, o: usize| {
-        let shapes: [Shape; 3] = [[1, 12, 12, c].into(), [o, 3, 3, c].into(), [o].into()];
+        let shapes: [Shape; 3] = [[2, 8, 8, c].into(), [o, 3, 3, c].into(), [o].into()];
         (Op::from(Conv2d::same(3)), shapes.map(|s| Spec::new(dtype, s)).to_vec())
     };
     let linear = |dtype, c: usize, o: usize| {
@@ -70,16 +74,18 @@ fn every_tile_has_a_kernel_of_warpgroups_and_other_types_have_none() {
             if ![1, 3].contains(&plan.splits) {
                 continue;
             }
-            let [off, on] = [false, true].map(|on| run(&emulator, &cuda.with_wgmma(on), &op, &x));
+            let [off, on, boxes] =
+                Wgmma::ALL.map(|(_, wgmma)| run(&emulator, &cuda.with_wgmma(wgmma), &op, &x));
             let name = |stem: &str| BTreeSet::from([stem.to_string()]);
             assert_eq!((off.0, on.0), (name("conv2d_mma"), name("conv2d_wgmma")), "{op:?}");
-            // On the emulator both add up the same products in the same order.
-            assert!(off.1 == on.1, "{op:?}: other bytes");
+            assert_eq!(boxes.0, name("conv2d_tma"), "{op:?}");
+            // On the emulator all add up the same products in the same order.
+            assert!(off.1 == on.1 && on.1 == boxes.1, "{op:?}: other bytes");
             tiles.insert(plan.variant);
         }
     }
     assert_eq!(tiles.len(), 7, "{tiles:?}");
-    let cuda = cuda.with_wgmma(true);
+    let cuda = cuda.with_wgmma(Wgmma::On);
     for ((op, specs), stem) in [
         (conv(DType::F32, 8, 16), Some("conv2d_f32")),
         (linear(DType::F32, 8, 16), Some("conv2d_f32")),
@@ -92,6 +98,32 @@ fn every_tile_has_a_kernel_of_warpgroups_and_other_types_have_none() {
 }
 
 #[test]
+fn what_no_box_can_bring_is_copied_by_threads() {
+    let Some((emulator, _turn)) = start() else { return };
+    emulator.configure("order=forward;async=random:5");
+    let cuda = open().unwrap().with_wgmma(Wgmma::Tma);
+    let same = Conv2d::same(3);
+    // Input, output channels.
+    for (op, x, o, stem) in [
+        (same.clone(), [3, 8, 8, 24], 40, "conv2d_tma"),
+        (same.clone(), [1, 4, 64, 16], 24, "conv2d_tma"),
+        (Conv2d { pad: [2, 0, 0, 2], ..same.clone() }, [2, 8, 8, 24], 40, "conv2d_tma"),
+        (same.clone(), [2, 7, 8, 24], 40, "conv2d_wgmma"),
+        (same.clone(), [1, 12, 12, 24], 40, "conv2d_wgmma"),
+        (Conv2d { stride: 2, ..same.clone() }, [1, 16, 16, 24], 40, "conv2d_wgmma"),
+        (Conv2d { upsample: true, ..same.clone() }, [1, 4, 4, 24], 40, "conv2d_wgmma"),
+    ] {
+        let shapes: [Shape; 3] = [x.into(), [o, 3, 3, x[3]].into(), [o].into()];
+        let specs = shapes.map(|s| Spec::new(DType::BF16, s));
+        let op = Op::from(op);
+        let x = inputs(&specs);
+        let (stems, bytes) = run(&emulator, &cuda, &op, &x);
+        assert_eq!(stems, BTreeSet::from([stem.to_string()]), "{op:?}");
+        assert!(bytes == run(&emulator, &cuda.with_wgmma(Wgmma::Off), &op, &x).1, "{op:?}: other bytes");
+    }
+}
+
+#[test]
 fn the_switch_is_off_unless_it_is_set() {
     const NAME: &str = "the_switch_is_off_unless_it_is_set";
     if start().is_none() {
@@ -100,8 +132,8 @@ fn the_switch_is_off_unless_it_is_set() {
     if let Some(file) = std::env::var_os(FOUND) {
         let cuda = open().unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(cuda.capability(), (9, 0), "the emulator's");
-        assert!(cuda.with_wgmma(true).wgmma() && !cuda.with_wgmma(false).wgmma());
-        return std::fs::write(file, cuda.wgmma().to_string()).unwrap();
+        assert!(Wgmma::ALL.iter().all(|(_, wgmma)| cuda.with_wgmma(*wgmma).wgmma() == *wgmma));
+        return std::fs::write(file, format!("{:?}", cuda.wgmma())).unwrap();
     }
     let of = |value: Option<&str>| {
         let file = std::env::temp_dir().join(format!("ldm-wgmma-{}-{value:?}", std::process::id()));
@@ -114,11 +146,15 @@ fn the_switch_is_off_unless_it_is_set() {
         let _ = std::fs::remove_file(&file);
         (found, said)
     };
-    for (value, want) in [(None, "false"), (Some(""), "false"), (Some("off"), "false"), (Some("on"), "true")]
+    for (value, want) in
+        [(None, "Off"), (Some(""), "Off"), (Some("off"), "Off"), (Some("on"), "On"), (Some("tma"), "Tma")]
     {
         let (found, said) = of(value);
         assert_eq!(found, want, "{value:?}: {said}");
     }
     let (found, said) = of(Some("maybe"));
-    assert!(found.is_empty() && said.contains("LDM_CUDA_WGMMA: want on or off; got `maybe`"), "{said}");
+    assert!(
+        found.is_empty() && said.contains("LDM_CUDA_WGMMA: want off or on or tma; got `maybe`"),
+        "{said}"
+    );
 }

@@ -9,7 +9,7 @@
 #   ./gpu.sh test        every room against its specification, then the models, each test in a process of its own
 #   ./gpu.sh step        a step of Stable Diffusion 1.5 at 512×512, its UNet, and the decoder, node by node, in bf16; the step in f32
 #   ./gpu.sh overlap     that step, UNet and decoder in bf16 with LDM_CUDA_OVERLAP off and on, twice in turn; then the tests with it on
-#   ./gpu.sh wgmma       the same with LDM_CUDA_WGMMA (products by whole warpgroups, on a Hopper card); then the sweep of its tiles in bf16
+#   ./gpu.sh wgmma       the same with LDM_CUDA_WGMMA off, on and tma (products by whole warpgroups, on a Hopper card); then the sweeps of its tiles in bf16
 #   ./gpu.sh probe       how fast the card's units, products and copies are at most, and what a kernel costs that does nothing; of
 #                        wgmma, on a Hopper card, also whether products of known integers are right
 #   ./gpu.sh sweep       the heaviest products of that step and of the decoder with every tile and number of splits, in bf16 and f32
@@ -105,12 +105,13 @@ once() {
 }
 
 # Several at once: most of a test's time is its specification, on the processor. `run_test overlap` runs them with
-# LDM_CUDA_OVERLAP=on, `run_test wgmma` with LDM_CUDA_WGMMA=on, under names of their own.
+# LDM_CUDA_OVERLAP=on, `run_test wgmma` with LDM_CUDA_WGMMA=on, `run_test tma` with LDM_CUDA_WGMMA=tma, under names of their own.
 run_test() {
     local bin test only list=() jobs way=
     case ${1:-} in
     overlap) way=overlap-; export LDM_CUDA_OVERLAP=on ;;
     wgmma) way=wgmma-; export LDM_CUDA_WGMMA=on ;;
+    tma) way=tma-; export LDM_CUDA_WGMMA=tma ;;
     esac
     for bin in ops models attention norms replay; do
         # Of rooms and models, the tests on the GPU are those of this name.
@@ -145,13 +146,13 @@ run_step() {
     done <<<$'sd15-step step bf16\nsd15-unet unet bf16\nsd15-vae-decoder vae-decoder bf16\nsd15-step-f32 step f32'
 }
 
-# switched NAME VARIABLE: with a switch off and on, in turn: a card's clocks drift. Without --per-op, whose events between kernels keep
-# them apart.
+# switched NAME VARIABLE VALUE...: with a switch at each of its values, in turn: a card's clocks drift. Without --per-op, whose events between
+# kernels keep them apart.
 switched() {
     local turn part switch name
     for turn in 1 2; do
         for part in unet vae-decoder step; do
-            for switch in off on; do
+            for switch in "${@:3}"; do
                 name=$1-$part-$switch-$turn
                 once "$name" env "$2=$switch" bin/ldm bench --preset sd15 --component "$part" -W 512 -H 512 --dtype bf16 \
                     --device cuda --warmup 5 --iterations 50 --json "$out/$name.json"
@@ -164,16 +165,19 @@ switched() {
 
 # Kernels one after the other, and each started while the one before it ends.
 run_overlap() {
-    switched overlap LDM_CUDA_OVERLAP
+    switched overlap LDM_CUDA_OVERLAP off on
     run_test overlap
 }
 
-# Products by warps, and by whole warpgroups.
+# Products by warps, by whole warpgroups, and by those with tensor copies.
 run_wgmma() {
-    switched wgmma LDM_CUDA_WGMMA
+    switched wgmma LDM_CUDA_WGMMA off on tma
     run_test wgmma
+    run_test tma
     export LDM_CUDA_WGMMA=on
     sweep bf16 sweep-wgmma
+    export LDM_CUDA_WGMMA=tma
+    sweep bf16 sweep-tma
     unset LDM_CUDA_WGMMA
 }
 
@@ -205,7 +209,7 @@ run_bench() {
     [ -n "${1:-}" ] || once bench-steps bin/benches-steps --bench --noplot --output-format bencher
 }
 
-# sweep DTYPE NAME: every line of NAME.jsonl is one launch; what the room would take is `chosen`, what took the products of warpgroups `wgmma`.
+# sweep DTYPE NAME: every line of NAME.jsonl is one launch; what the room would take is `chosen`, what took the products of warpgroups `wgmma`, "tma" where tensor copies may.
 sweep() {
     # It stops by itself, and goes on where it stopped.
     local status=0

@@ -3,6 +3,7 @@
 
 use ldm::Result;
 use ldm::backend::Device;
+use ldm::backend::cuda::Wgmma;
 use ldm::diffusion::{Settings, evaluation_graph};
 use ldm::exec::{Program, Weights};
 use ldm::graph::{Due, Graph, Target, fuse};
@@ -158,8 +159,11 @@ pub fn sweep(
             }
             let us = time(device, &mut subject.program(&op, device)?, effort)?;
             row["microseconds"] = json!(us);
-            if matches!(device, Device::Cuda(cuda) if cuda.wgmma()) {
-                row["wgmma"] = json!(true);
+            let wgmma = if let Device::Cuda(cuda) = device { cuda.wgmma() } else { Wgmma::Off };
+            match wgmma {
+                Wgmma::Off => {}
+                Wgmma::On => row["wgmma"] = json!(true),
+                Wgmma::Tma => row["wgmma"] = json!("tma"),
             }
             write(&row)?;
         }

@@ -291,7 +291,7 @@ fn unit_jobs(
     );
     text += &format!(
         "extern \"C\" {{ extern const unsigned ldm_wgmma; const unsigned ldm_wgmma = {}; }}\n",
-        u32::from(whole.contains("wgmma"))
+        u32::from(["wgmma", "tma_load"].iter().any(|word| whole.contains(word)))
     );
     for kernel in &unit.kernels {
         let (name, params) = (&kernel.name, &kernel.params_struct);
@@ -313,7 +313,8 @@ fn unit_jobs(
             let variant_name = if macros.is_empty() { "base".to_string() } else { macros.join(",") };
             let mut arguments = common.to_vec();
             arguments.extend(
-                ["-shared", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"].map(str::to_string),
+                ["-shared", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
+                    .map(str::to_string),
             );
             arguments.extend(scan::Unit::defines(types, variant));
             let key = hash(&[identity, &arguments.join(" "), dev, &text, &whole]);

@@ -79,9 +79,11 @@ unsigned choose(uint32_t mask) {
     return (unsigned(__builtin_ctz(turned)) + turn) & 31;
 }
 
-// The thread to run next, or -1. A warp goes on while it can: that keeps few stacks alive.
+// The thread to run next, or -1. A warp goes on while it can: that keeps few stacks alive. Where none can, the tensor copies land
+// that are on their way.
 int pick() {
-    if (!R.ready_warps) return -1;
+    while (!R.ready_warps)
+        if (R.finished == R.threads || !tensors_land()) return -1;
     unsigned w = R.last_warp;
     if (!(R.ready_warps >> w & 1) || settings.order == Order::Random) w = choose(R.ready_warps);
     R.last_warp = w;
@@ -111,6 +113,11 @@ void take(unsigned t) {
     for (unsigned t = 0; t < R.threads && shown < 6; t++) {
         const Warp& warp = R.warps[t >> 5];
         if (warp.done >> (t & 31) & 1) continue;
+        if (const std::string waits = tensors_waits(t); !waits.empty()) {
+            if (last_op != OP_MBARRIER) text += waits, shown++;
+            last_op = OP_MBARRIER;
+            continue;
+        }
         // Who does not wait for its warp waits for the block.
         const bool in_warp = warp.arrived >> (t & 31) & 1, in_group = warp.grouped >> (t & 31) & 1;
         const int op = in_warp ? warp.op : in_group ? OP_WGMMA_WAIT : R.barrier_op;
@@ -141,6 +148,7 @@ void wait_as(unsigned t) {
         if (chosen < 0) deadlock();
         next = unsigned(chosen);
         take(next);
+        if (next == t) return;  // what it waits for has landed meanwhile
         warp = &R.warps[next >> 5];
     }
     R.held[t] = R.current_stack;
@@ -207,6 +215,7 @@ void run_threads() {
         if (next < 0) {
             if (R.finished != R.threads) deadlock();
             check_smem();
+            tensors_end();
             leave();
         }
         take(unsigned(next));
@@ -271,7 +280,10 @@ bool arrive_warp(unsigned t, int op, int line) {
     warp.arrived |= bit;
     if (warp.arrived != warp.all) return false;
     complete(warp);
-    if (op == SYNC_WARP) visibility_warp(t >> 5);
+    if (op == SYNC_WARP) {
+        visibility_warp(t >> 5);
+        tensors_meet(t & ~31u, unsigned(__builtin_popcount(warp.all)));
+    }
     warp.arrived = 0;
     set_ready(t >> 5, warp.all & ~bit);
     return true;
@@ -293,6 +305,7 @@ bool arrive_block(unsigned t, int op, int line) {
     if (++R.arrived != R.threads) return false;
     visibility_barrier();
     proxy_barrier();
+    tensors_meet(0, R.threads);
     R.arrived = 0;
     for (unsigned w = 0; w < R.warp_count; w++) set_ready(w, R.warps[w].all);
     take(t);
@@ -375,6 +388,8 @@ bool warpgroup_arrives(int line) {
     return true;
 }
 
+void thread_ready(unsigned thread) { set_ready(thread / 32, 1u << thread % 32); }
+
 const unsigned char* shared_at(unsigned offset) { return R.smem + SMEM_ALIGN + offset; }
 unsigned shared_bytes() { return R.smem_bytes; }
 
@@ -423,6 +438,7 @@ bool block_run(const Launch& launch, uint64_t index) {
     if (launch.programmatic) ldm_thread.size = 0;
     copies_start(index);
     wgmma_start(launch, index);
+    tensors_start(launch, index);
     visibility_start(launch);
     for (unsigned w = 0; w < R.warp_count; w++) {
         Warp& warp = R.warps[w];
@@ -473,6 +489,7 @@ API void ldm_emu_shared(const void* p, unsigned bytes, int write, int line) {
     const unsigned at = shared_offset(p, bytes, write ? "store_shared" : "load_shared", line);
     if (settings.banks) banks_access(write ? Access::Store : Access::Load, at, bytes, line);
     if (write) proxy_written(at);
+    else proxy_read(at, "load_shared", line);
 }
 
 API void ldm_emu_griddep_wait() {

@@ -106,8 +106,9 @@ Result launch(void* function, const unsigned grid[3], const unsigned block[3], u
         return refuse(INVALID_VALUE, who + ": a programmatic launch, and the last that its stream was given is no kernel");
     if (programmatic)
         if (Result e = injected(Call::Programmatic)) return e;
-    Launch launch{kernel, {grid[0], grid[1], grid[2]}, block[0], shared,
-                  std::vector<char>((char*)params[0], (char*)params[0] + kernel->params), programmatic};
+    Launch launch{kernel, {grid[0], grid[1], grid[2]}, block[0], shared, std::vector<Arguments>((kernel->params + sizeof(Arguments) - 1) / sizeof(Arguments)),
+                  programmatic};
+    memcpy(launch.params.data(), params[0], kernel->params);
     return stream_push(stream, Operation{launching, [launch, who] {
                                              if (!kernels.count(launch.kernel))
                                                  return violation(LAUNCH_FAILED, who + ": the module was unloaded before it ran");

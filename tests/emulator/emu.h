@@ -58,6 +58,10 @@ enum class Site {
     WgmmaFence,
     WgmmaCommit,
     WgmmaWait,
+    FenceMbarriers,
+    MbarrierArrive,
+    MbarrierExpect,
+    MbarrierWait,
     COUNT
 };
 
@@ -155,7 +159,7 @@ struct Kernel {
     std::string name, unit, stem, file;
     Sites* sites = nullptr;
     bool combines = false;  // its file has atomic operations
-    bool wgmma = false;     // and products of warpgroups
+    bool wgmma = false;     // and products of warpgroups, or tensor copies: something goes by the async proxy
     void (*entry)(const void* params) = nullptr;
     unsigned params = 0, bounds = 1024, dynamic = SMEM_STATIC;  // `dynamic`: bytes of shared memory that a launch may pass
 };
@@ -169,10 +173,15 @@ struct Module {
 Result module_load(const void* image, Module** out);
 Result module_kernel(Module* module, const char* name, Kernel** out);
 
+// Arguments are aligned as the strictest of them wants.
+struct alignas(128) Arguments {
+    char bytes[128];
+};
+
 struct Launch {
     Kernel* kernel;
     unsigned grid[3], block, shared;
-    std::vector<char> params;
+    std::vector<Arguments> params;
     bool programmatic;  // may start before the kernel before it has ended: each thread must wait before it touches memory
 };
 // Runs all blocks; the answer is the violation, if one happened.

@@ -221,6 +221,37 @@ pub fn allow_shared(function: sys::CUfunction, bytes: i32) -> Step<()> {
     step(unsafe { sys::cuFuncSetAttribute(function, DYNAMIC, bytes) })
 }
 
+/// Elements of a tensor map: f32, f16 or bf16.
+pub use sys::CUtensorMapDataType;
+
+/// A map of a tensor with 4 axes, innermost first, from extents, the outer axes' strides in bytes, and the box, in the swizzle of 128 bytes.
+pub fn tensor_map(
+    kind: CUtensorMapDataType,
+    at: u64,
+    extents: [u64; 4],
+    strides: [u64; 3],
+    part: [u32; 4],
+) -> Step<sys::CUtensorMap> {
+    let mut map = sys::CUtensorMap { opaque: [0; 16] };
+    step(unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &mut map,
+            kind,
+            4,
+            at as *mut c_void,
+            extents.as_ptr(),
+            strides.as_ptr(),
+            part.as_ptr(),
+            [1; 4].as_ptr(),
+            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_NONE,
+            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    })?;
+    Ok(map)
+}
+
 /// How much dynamic shared memory launches of a kernel may pass.
 pub fn allowed_shared(function: sys::CUfunction) -> i32 {
     let mut bytes = 0;

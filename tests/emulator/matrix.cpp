@@ -83,7 +83,11 @@ API void ldm_emu_ldmatrix(unsigned* r, const void* row, int count, int trans, in
     Warp& w = mine();
     const int op = trans ? OP_LDMATRIX_TRANS : OP_LDMATRIX;
     const unsigned lane = ldm_thread.lane;
-    if (lane < unsigned(8 * count)) w.offsets[lane] = shared_offset(row, 16, trans ? "ldmatrix_trans" : "ldmatrix", line);
+    if (lane < unsigned(8 * count)) {
+        const char* what = trans ? "ldmatrix_trans" : "ldmatrix";
+        w.offsets[lane] = shared_offset(row, 16, what, line);
+        proxy_read(w.offsets[lane], what, line);
+    }
     w.rows[lane] = (const char*)row;
     w.words[lane] = r;
     if (!warp_arrives(op, line)) return warp_waits();

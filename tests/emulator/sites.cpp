@@ -9,7 +9,8 @@
 namespace {
 constexpr int KINDS = int(Site::COUNT);
 const char* const kind_names[KINDS] = {"sync_block", "sync_warp", "cp_async_wait", "cp_async_commit", "fence_gpu",
-                                       "fence_proxy_async", "wgmma_fence", "wgmma_commit", "wgmma_wait"};
+                                       "fence_proxy_async", "wgmma_fence", "wgmma_commit", "wgmma_wait", "fence_mbarriers", "mbarrier_arrive",
+                                       "mbarrier_expect", "mbarrier_wait"};
 
 std::mutex lock;
 std::map<std::string, std::unique_ptr<Sites>>& all() {

@@ -1,7 +1,8 @@
 // Products of warpgroups. When one is done is the adversary's choice (`async`), between the issue by the last of its 128 threads and the
 // `wgmma_wait` that covers it: late, it finds in shared memory what lies there then. Until it has been waited for, its accumulators hold
 // poison. And what the async proxy may read: 16 bytes that a thread wrote, by a copy that it has waited for or by `store_shared`, after a
-// `fence_proxy_async` of that thread and a barrier of the block behind it.
+// `fence_proxy_async` of that thread and a barrier of the block behind it; and what a tensor copy wrote, where each thread of the
+// warpgroup has waited for its phase. Tensor copies write through that proxy too.
 
 #include <deque>
 
@@ -38,13 +39,20 @@ struct Warpgroup {
     bool fenced[GROUP] = {};       // since its last wait
 };
 
-enum State : uint8_t { NOTHING, COPYING, WRITTEN, FENCED };
+enum State : uint8_t { NOTHING, COPYING, WRITTEN, FENCED, TENSOR };
 struct Chunk {
-    uint32_t block;  // by its number, in which the rest holds
-    uint32_t barriers;
-    uint16_t by;
+    uint32_t block;     // by its number, in which the rest holds
+    uint32_t barriers;  // TENSOR: its phase
+    uint16_t by;        // TENSOR: the number of its barrier
     State state;
 };
+
+// Why the async proxy may not go over what a thread wrote; null where it may.
+const char* objection(const Chunk& chunk, uint32_t barriers) {
+    if (chunk.state == COPYING) return "has not waited for its copy";
+    if (chunk.state == WRITTEN) return "has no fence_proxy_async since";
+    return chunk.state == FENCED && chunk.barriers == barriers ? "has met no barrier since its fence_proxy_async" : nullptr;
+}
 
 struct Wgmma {
     bool on = false;
@@ -68,6 +76,7 @@ unsigned place(uint64_t descriptor, int row, int half) {
 }
 
 void check_matrix(const char* name, uint64_t descriptor, int rows, int line) {
+    const Chunk* seen = nullptr;
     const unsigned start = unsigned(descriptor & 0x3fff) << 4;
     if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0)
         kernel_violation(LAUNCH_FAILED, line, format("wgmma: descriptor of %s: swizzle %u, base offset %u; the emulator knows 1, rows of 128 bytes, "
@@ -82,11 +91,14 @@ void check_matrix(const char* name, uint64_t descriptor, int rows, int line) {
                                                               shared_bytes()));
             const Chunk& chunk = L.chunks[at / 16];
             if (chunk.block != L.block || chunk.state == NOTHING) continue;
-            const char* why = nullptr;
-            if (chunk.state == COPYING) why = "has not waited for its copy";
-            if (chunk.state == WRITTEN) why = "has no fence_proxy_async since";
-            if (chunk.state == FENCED && chunk.barriers == L.barriers) why = "has met no barrier since its fence_proxy_async";
-            if (why)
+            if (chunk.state == TENSOR && !(seen && seen->by == chunk.by && seen->barriers == chunk.barriers)) {
+                const int who = tensors_unseen(chunk.by, chunk.barriers, ldm_thread.thread / GROUP * GROUP, GROUP);
+                if (who >= 0)
+                    kernel_violation(LAUNCH_FAILED, line, format("wgmma reads row %d of %s, at byte %u of shared memory, which a tensor copy writes: thread "
+                                                                 "%d has not waited for its phase", row, name, at, who));
+                seen = &chunk;
+            }
+            if (const char* why = objection(chunk, L.barriers))
                 kernel_violation(LAUNCH_FAILED, line, format("wgmma reads row %d of %s, at byte %u of shared memory, which thread %u wrote, who %s", row,
                                                              name, at, chunk.by, why));
         }
@@ -191,6 +203,35 @@ void proxy_barrier() {
     if (L.on) L.barriers++;
 }
 
+bool wgmma_reads(unsigned offset, unsigned bytes) {
+    auto overlaps = [&](uint64_t descriptor, int rows) {
+        const unsigned start = (unsigned(descriptor & 0x3fff) << 4) / WINDOW * WINDOW - WINDOW, stride = unsigned(descriptor >> 32 & 0x3fff) << 4;
+        return start < offset + bytes && offset < start + unsigned(rows + 7) / 8 * stride;
+    };
+    for (const Warpgroup& group : L.groups)
+        for (const Product& p : group.products)
+            if (overlaps(p.a, 64) || overlaps(p.b, p.n)) return true;
+    return false;
+}
+
+void proxy_tensor(unsigned offset, unsigned bytes, unsigned barrier, uint32_t phase, int line) {
+    for (unsigned i = offset / 16; i < (offset + bytes) / 16; i++) {
+        Chunk& chunk = L.chunks[i];
+        const char* why = chunk.block == L.block ? objection(chunk, L.barriers) : nullptr;
+        if (why)
+            kernel_violation(LAUNCH_FAILED, line, format("tma_load to byte %u of shared memory, which thread %u wrote, who %s", 16 * i, chunk.by, why));
+        chunk = {L.block, phase, uint16_t(barrier), TENSOR};
+    }
+}
+
+void proxy_read(unsigned offset, const char* what, int line) {
+    if (!L.on) return;
+    const Chunk& chunk = L.chunks[offset / 16];
+    if (chunk.block == L.block && chunk.state == TENSOR && tensors_unseen(chunk.by, chunk.barriers, ldm_thread.thread, 1) >= 0)
+        kernel_violation(LAUNCH_FAILED, line, format("%s of byte %u of shared memory, which a tensor copy writes: the thread has not waited for its phase",
+                                                     what, offset));
+}
+
 API unsigned ldm_emu_shared_address(const void* p) { return WINDOW + shared_offset(p, 1, "shared_address", 0); }
 
 API void ldm_emu_fence_proxy(int line) {
@@ -207,6 +248,7 @@ API void ldm_emu_fence_proxy(int line) {
 
 API void ldm_emu_wgmma(float* d, unsigned long long a, unsigned long long b, int columns, int bfloat, int line) {
     const unsigned t = ldm_thread.thread % GROUP;
+    tensors_together("wgmma", line);
     if (L.threads % GROUP) kernel_violation(LAUNCH_FAILED, line, format("wgmma in a block of %u threads: a warpgroup has 128", L.threads));
     Warpgroup& group = mine();
     const uint64_t at = group.issued[t]++ - group.over;
@@ -248,6 +290,7 @@ API void ldm_emu_wgmma(float* d, unsigned long long a, unsigned long long b, int
 }
 
 API void ldm_emu_wgmma_fence(int line) {
+    tensors_together("wgmma_fence", line);
     if (!dropped(Site::WgmmaFence, line)) mine().fenced[ldm_thread.thread % GROUP] = true;
 }
 
@@ -258,6 +301,7 @@ API void ldm_emu_wgmma_commit(int line) {
 }
 
 API void ldm_emu_wgmma_wait(int pending, int line) {
+    tensors_together("wgmma_wait", line);
     if (dropped(Site::WgmmaWait, line)) return;
     if (!warpgroup_arrives(line)) return warp_waits();
     Warpgroup& group = mine();

@@ -1,8 +1,8 @@
 //! What a room is given to launch its kernels: the operands of one node, and the device.
 
-use super::Cuda;
+use super::{Boxed, Cuda, driver};
 use crate::error::{Error, Result};
-use crate::kernels::{self, DevicePtr, Kernel, Params};
+use crate::kernels::{self, DevicePtr, Kernel, Params, TensorMap};
 use crate::tensor::{DType, Spec};
 use std::borrow::Cow;
 
@@ -136,6 +136,18 @@ impl Call<'_> {
     pub fn zero_y(&self, i: usize) -> Result<()> {
         let bytes = self.y_spec(i).bytes();
         self.device.fill_at(self.y(i), bytes, 0).map_err(|e| e.at_node(self.node))
+    }
+
+    /// How a tensor at `at` lies, for a kernel whose copies take boxes of it: a field of its arguments.
+    ///
+    /// # Errors
+    /// When the driver refuses it: an address or a stride that is no multiple of 16 bytes, a box with more than 256 on an axis or
+    /// other than 128 bytes on the first.
+    pub fn tensor_map(&self, at: DevicePtr, dtype: DType, tensor: &Boxed) -> Result<TensorMap> {
+        driver::tensor::map(at, dtype, tensor).map_err(|failure| {
+            let what = format!("{} for {dtype:?} at {at}, {tensor:?}", failure.words());
+            Error::Cuda { call: "cuTensorMapEncodeTiled".into(), node: self.node.into(), what }
+        })
     }
 
     /// Starts a kernel with `grid` blocks along x, y, z, of `block` threads each. Nothing is done if the grid

@@ -4,6 +4,8 @@
 //! Every call makes the context current first, since a handle may be used from any thread.
 #![allow(unsafe_code)]
 
+pub(super) mod tensor;
+
 use crate::error::{Error, Result};
 use crate::kernels::{DevicePtr, Params};
 use cudarc::driver::sys::{self, CUresult};

@@ -6,6 +6,7 @@ mod driver;
 
 pub use call::{COUNTERS, Call, Operand, Types};
 pub use driver::Event;
+pub use driver::tensor::Boxed;
 
 use crate::error::{Error, Result};
 use crate::kernels::{self, DevicePtr, Params, UNITS};
@@ -20,12 +21,29 @@ pub struct Cuda {
     inner: Arc<Inner>,
     /// Where kernels and fills are written down instead of run, inside [`Cuda::record_graph`].
     recording: Option<Arc<Recording>>,
-    /// With `LDM_CUDA_WGMMA=on`, on hardware that has them: see [`Cuda::wgmma`].
-    wgmma: bool,
+    /// `LDM_CUDA_WGMMA`, on hardware that has them: see [`Cuda::wgmma`].
+    wgmma: Wgmma,
 }
 
 /// The one version of the hardware that has the products of warpgroups.
 const WGMMA: (u32, u32) = (9, 0);
+
+/// Which kernels rooms launch for products of 16-bit matrices: `LDM_CUDA_WGMMA`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Wgmma {
+    /// Those that multiply by warps (`mma.sync`), which every card has.
+    #[default]
+    Off,
+    /// Those that multiply by whole warpgroups (`wgmma`).
+    On,
+    /// Those too, and their operands are copied by the memory accelerator (TMA) where a product suits it.
+    Tma,
+}
+
+impl Wgmma {
+    /// By the words of the variable.
+    pub const ALL: [(&str, Wgmma); 3] = [("off", Wgmma::Off), ("on", Wgmma::On), ("tma", Wgmma::Tma)];
+}
 
 struct Inner {
     ordinal: usize,
@@ -87,12 +105,19 @@ impl fmt::Debug for Cuda {
 
 /// Whether an environment variable switches something on; `unset` where it does not say.
 fn switch(name: &str, unset: bool) -> Result<bool> {
-    match std::env::var(name).as_deref() {
-        Ok("off") => Ok(false),
-        Ok("on") => Ok(true),
-        Ok("") | Err(_) => Ok(unset),
-        Ok(other) => Err(Error::invalid(format!("{name}: want on or off; got `{other}`"))),
+    setting(name, unset, &[("on", true), ("off", false)])
+}
+
+/// What an environment variable sets, of these; `unset` where it does not say.
+fn setting<V: Copy>(name: &str, unset: V, values: &[(&str, V)]) -> Result<V> {
+    let text = std::env::var(name).unwrap_or_default();
+    if text.is_empty() {
+        return Ok(unset);
     }
+    values.iter().find(|(word, _)| *word == text).map(|(_, value)| *value).ok_or_else(|| {
+        let words: Vec<&str> = values.iter().map(|(word, _)| *word).collect();
+        Error::invalid(format!("{name}: want {}; got `{text}`", words.join(" or ")))
+    })
 }
 
 impl Cuda {
@@ -135,7 +160,7 @@ impl Cuda {
         let (name, capability) = context.describe()?;
         let patient = std::env::var("LDM_CUDA_SYNC").is_ok_and(|v| !matches!(v.as_str(), "" | "0"));
         let (graphs, overlap) = (switch("LDM_CUDA_GRAPH", true)?, switch("LDM_CUDA_OVERLAP", false)?);
-        let wgmma = switch("LDM_CUDA_WGMMA", false)? && capability == WGMMA;
+        let wgmma = setting("LDM_CUDA_WGMMA", Wgmma::Off, &Wgmma::ALL)?;
         let (functions, modules, counters) = Default::default();
         let inner = Inner {
             ordinal,
@@ -150,7 +175,7 @@ impl Cuda {
             counters,
             context,
         };
-        let cuda = Cuda { inner: Arc::new(inner), recording: None, wgmma };
+        let cuda = Cuda { inner: Arc::new(inner), recording: None, wgmma: Wgmma::Off }.with_wgmma(wgmma);
         // Whether one unit loads says whether the others will.
         if let Some(first) = UNITS.iter().position(|u| u.image(capability).is_some()) {
             cuda.module(first)?;
@@ -175,16 +200,17 @@ impl Cuda {
         self.inner.capability
     }
 
-    /// Whether rooms launch the kernels that multiply by whole warpgroups (`wgmma`, which only Hopper has) in place of
-    /// those by warps: on hardware of version 9.0, with `LDM_CUDA_WGMMA=on`. A build that has no image of them for it
-    /// fails at the launch, with what to do.
-    pub fn wgmma(&self) -> bool {
+    /// Which kernels rooms launch for products of 16-bit matrices: as `LDM_CUDA_WGMMA` says on hardware of version 9.0, the only one
+    /// that has `wgmma`, and those by warps elsewhere. A build that has no image of them for it fails at the launch, with
+    /// what to do.
+    pub fn wgmma(&self) -> Wgmma {
         self.wgmma
     }
 
-    /// A handle on the same GPU for which `LDM_CUDA_WGMMA` is on or off.
-    pub fn with_wgmma(&self, on: bool) -> Cuda {
-        Cuda { wgmma: on && self.capability() == WGMMA, ..self.clone() }
+    /// A handle on the same GPU for which `LDM_CUDA_WGMMA` says so.
+    pub fn with_wgmma(&self, wgmma: Wgmma) -> Cuda {
+        let wgmma = if self.capability() == WGMMA { wgmma } else { Wgmma::Off };
+        Cuda { wgmma, ..self.clone() }
     }
 
     /// Free and total bytes of memory, other processes' use included.

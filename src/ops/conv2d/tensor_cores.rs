@@ -1,13 +1,15 @@
 //! Products on tensor cores: which of them the kernel takes, in which tiles, and the launch. Where the device's `wgmma` says so, the
-//! kernel of whole warpgroups takes the same products in the same tiles. It is not measured on a GPU yet: tiles and splits are
+//! kernels of whole warpgroups take the same products in the same tiles. They are not measured on a GPU yet: tiles and splits are
 //! those that suit `mma.sync`.
 
 use super::super::prelude::*;
 use super::tiles::{Sums, Tile, Tiled, corners_fit, operands, tile, windows};
-use super::{Conv2d, Epi, Linear, SLAB};
+use super::{Conv2d, Epi, Linear, SLAB, boxes};
 use crate::backend::cpu::gemm::ConvShape;
 use crate::kernels;
+use crate::backend::cuda::Wgmma;
 pub(super) use crate::kernels::conv2d_mma as k;
+use crate::kernels::conv2d_tma as tma;
 use crate::kernels::conv2d_wgmma as wgmma;
 
 /// 160 divides the channels of the Stable Diffusion family, 128 those of the autoencoders; half of 160 gives twice as many
@@ -154,7 +156,14 @@ fn launch(product: &Tiled, epi: &Epi, io: &cuda::Call, mut p: k::Conv2dMma) -> R
     }
     let product = product.on(io.device.shared_memory()?, io.y_spec(0).dtype)?;
     let (dtype, name, grid) = (io.y_spec(0).dtype, product.tile.name, product.grid());
-    if io.device.wgmma() && wgmma::VARIANTS.contains(&name) {
+    let wanted = io.device.wgmma();
+    if wanted == Wgmma::Tma
+        && tma::VARIANTS.contains(&name)
+        && let Some(p) = boxes::of_boxes(&p, product.tile.rows, product.tile.columns, io)?
+    {
+        return io.launch(tma::CONV2D_TMA, dtype, name, grid, tma::BLOCK.of(name), p);
+    }
+    if wanted != Wgmma::Off && wgmma::VARIANTS.contains(&name) {
         return io.launch(wgmma::CONV2D_WGMMA, dtype, name, grid, wgmma::BLOCK.of(name), of_warpgroups(p));
     }
     io.launch(k::CONV2D_MMA, dtype, name, grid, k::BLOCK.of(name), p)
@@ -201,8 +210,11 @@ mod tests {
         let names: Vec<_> = TILES.iter().map(|t| t.name).collect();
         assert_eq!(names, k::VARIANTS);
         // A launch with either kernel leaves the same sums of splits, and the ends of both have a thread take the same rows.
-        assert!(wgmma::VARIANTS.iter().all(|name| names.contains(name)), "{:?}", wgmma::VARIANTS);
+        for twins in [wgmma::VARIANTS, tma::VARIANTS] {
+            assert!(twins.iter().all(|name| names.contains(name)), "{twins:?}");
+        }
         assert_eq!((wgmma::BK, wgmma::SLAB), (k::BK, k::SLAB));
+        assert_eq!((tma::BK, tma::SLAB), (k::BK, k::SLAB));
         for t in TILES {
             assert_eq!(t.name, format!("BM={},BN={}", t.rows, t.columns));
         }
