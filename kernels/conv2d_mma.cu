@@ -26,14 +26,8 @@
 // slots whose values nobody multiplies (behind the last k-block the first fragments of one are read and dropped); the last wait
 // and barrier see them landed, then the ring becomes the staging tile.
 //
-// Segments of K, phases, the end, and what M, N and O are: see conv2d_tile.cuh, which with conv2d_walk.cuh holds all but the main loop.
-//
-// Wants, and the caller checks: pointers aligned to 16 bytes; C, w_row and w_tap of every segment multiples of 8 elements;
-// at most 2³¹ − 1 elements in each input and each of the weights; where a segment has a window, out_h and out_w times the stride, and
-// the padding, below 2^14 (a window's corner is packed into two halves of a word). `glu`: O a multiple of 8, a warp's columns a multiple of 16 (so BN is not 80), no
-// time, activation, residual, statistics, `part`. `stats`: M a multiple of SLAB, O of 4. `part`: one segment, a multiple of BN.
-// `phases`: windows of 2×2, a small image whose pixels are a multiple of BM, no `upsample`, `flat`, `glu`, `part` or further
-// segment; stride, top and left are not read.
+// Segments of K, phases, the end, what M, N and O are, and what the caller checks: see conv2d_tile.cuh, which with conv2d_walk.cuh
+// holds all but the main loop.
 // types: f16 bf16
 // variants: BM=128,BN=160 BM=128,BN=128 BM=128,BN=80 BM=64,BN=160 BM=64,BN=80 BM=64,BN=64 BM=64,BN=16
 #include "dev.cuh"

@@ -15,7 +15,7 @@
 // and counts itself where the two meet, in `counters`; the one that comes second adds the other's. The order of the additions
 // is the tree's, and a + b is b + a, so the sum does not depend on who comes when, and the counters are back at zero. The last
 // block reads log2(splits) tiles rather than all. What is added to a whole column (bias, time of the image that the tile lies
-// in) was loaded before the first copies and is added in registers. What needs much code for each element (activations, gates,
+// in) was loaded early, lies in shared memory (`columns`) and is added in registers. What needs much code for each element (activations, gates,
 // times of several images in a tile) goes through shared memory, in a loop. The residual is copied to where y will stand in the
 // staging tile (rows of BN + 8 elements: fragments meet in no bank), added in float, and y is rounded once, in its place; then the
 // rows go to memory, 16 bytes to a thread. With `glu` the columns of the tile alternate, eight values, eight gates, both in one
@@ -27,11 +27,23 @@
 // summed as zeros and not stored. `counter` picks the row of `time`. Null: what the struct says; x1 to w2 are not read without
 // their segment or `part`, partial and counters not without splits.
 //
+// Wants, and the caller checks: pointers aligned to 16 bytes; C, w_row and w_tap of every segment multiples of 8 elements; at most
+// 2³¹ − 1 elements in each input and each of the weights; where a segment has a window, out_h and out_w times the stride, and the
+// padding, below 2^14 (a window's corner is packed into two halves of a word). `glu`: O a multiple of 8, a warp's columns a multiple of
+// 16 (so not BN = 80, of which a warp of conv2d_mma has 40: all kernels take the same launches), no time, activation, residual,
+// statistics, `part`. `stats`: M a multiple of SLAB, O of 4. `part`: one segment, a multiple of BN. `phases`: windows of 2×2, a small
+// image whose pixels are a multiple of BM, no `upsample`, `flat`, `glu`, `part` or further segment; stride, top and left are not read.
+//
+// Its order in a kernel: `place_rows`, and a barrier before another thread's rows are read; `load_terms` early, `keep_terms` before
+// some barrier that stands before `finish`; `finish` behind a barrier, with the ring idle. Barriers of the end: one behind sums that
+// passed through the ring, whose place the tile takes; one behind the residual, for whose copies each thread has waited; one behind
+// the rounded tile, which other threads store and take statistics of.
+//
 // It wants from the file that includes it: BM, BN, BLOCK, BK, STAGES, SLAB, WARPS_N, WARP_ROWS, WARP_COLUMNS, MT, NT, SMEM_BYTES,
 // and `Conv`, its struct of arguments. Lines are counted from 601 on, so that none of them is a line of that file too: the emulator
 // names barriers, waits and accesses by the file of the kernel and their line.
 #pragma once
-#line 635
+#line 647
 
 constexpr int PITCH = BN + 8;
 constexpr int ROUNDS = BM * BN / 8 / BLOCK;  // in which the block moves the tile, 16 bytes to a thread

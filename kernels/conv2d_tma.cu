@@ -10,7 +10,7 @@
 //
 // Occupancy. A block takes 183, 99, 107, 86, 74, 66, 42 KB of shared memory, in the order of the variants, and the driver 1 KB more
 // for each: a multiprocessor of sm_90 (228 KB) has room for 1, 2, 2, 2, 3, 3, 5 blocks, and the ring as many slots as leave that
-// room. Registers (182, 128, 96, 183, 96, 80, 46 of a thread) leave as many or more; 128 is the most where two blocks of 256
+// room (of the first, five of six). Registers (182, 128, 96, 183, 96, 80, 46 of a thread) leave as many or more; 128 is the most where two blocks of 256
 // threads are to fit. No other card has these instructions.
 //
 // Operands. A k-block of x (BM rows of BK channels) and of w (BN rows) lies in one slot of a ring of STAGES slots in shared
@@ -36,8 +36,8 @@
 // last wait. Behind the loop every copy has landed; one barrier: both warpgroups are done with the ring, and it becomes the staging
 // tile.
 //
-// Segments of K, phases, the end, and what M, N and O are: see conv2d_tile.cuh. Wants, and the caller checks: what conv2d_mma.cu
-// wants, and maps as above; so a segment with a window has stride 1, no `upsample` without phases, and tiles that are rectangles.
+// Segments of K, phases, the end, and what M, N and O are: see conv2d_tile.cuh. Wants, and the caller checks: what stands there, and
+// maps as above; so a segment with a window has stride 1, no `upsample` without phases, and tiles that are rectangles.
 // arch: 90a
 // types: f16 bf16
 // variants: BM=128,BN=160 BM=128,BN=128 BM=128,BN=80 BM=64,BN=160 BM=64,BN=80 BM=64,BN=64 BM=64,BN=16

@@ -9,7 +9,7 @@
 //
 // Occupancy. A block takes 183, 99, 107, 86, 74, 66, 42 KB of shared memory, in the order of the variants, and the driver 1 KB more
 // for each: a multiprocessor of sm_90 (228 KB) has room for 1, 2, 2, 2, 3, 3, 5 blocks, and the ring as many slots as leave that
-// room. Registers (182, 128, 100, 183, 96, 84, 48 of a thread) leave as many or more; 128 is the most where two blocks of 256
+// room (of the first, five of six). Registers (182, 128, 100, 183, 96, 84, 48 of a thread) leave as many or more; 128 is the most where two blocks of 256
 // threads are to fit. No other card has these instructions.
 //
 // Operands. A k-block of x (BM rows of BK channels) and of w (BN rows) lies in one slot of a ring of STAGES slots in shared
@@ -19,17 +19,18 @@
 // for pixels outside the image, channels beyond the segment, rows beyond M and N.
 //
 // Order. Each thread commits one group of copies per k-block, an empty one where none is left, AHEAD of them before the first.
-// Turn i begins with a wait until this thread's group of slot i has landed, and a fence: the products read through the async proxy,
+// Turn i begins with a wait until this thread's group of k-block i has landed, and a fence: the products read through the async proxy,
 // which what a thread has written does not pass by itself. The barrier after that makes everybody's copies visible to both
 // warpgroups. It also says that all threads have seen the products of turn i − 1 − PENDING done, so that their slot, the one of k-block
 // i + AHEAD, may be filled. The four products of the turn are issued and committed; while they run, the copies of k-block
 // i + AHEAD begin and the walk goes on; then the thread waits until the products of no more than PENDING turns run. A block that
 // is alone on its multiprocessor leaves those of one turn running, so that the next ones follow without a gap; where there are
 // several, the others fill it, and the slot is better spent on copies. The accumulators start as zeros and nobody touches them
-// until the last wait: the wgmma_fence is for the first turn (where a later one has none, the compiler adds it). Behind the loop,
-// one barrier: both warpgroups are done with the ring, no copy is on its way, and the ring becomes the staging tile.
+// until the last wait: only the first turn needs the wgmma_fence, and the others have it since the compiler would add one. Behind
+// the loop, one barrier: both warpgroups are done with the ring, no copy is on its way, and the ring becomes the staging tile.
 //
-// Segments of K, phases, the end, and what M, N and O are: see conv2d_tile.cuh. Wants, and the caller checks: see conv2d_mma.cu.
+// Segments of K, phases, the end, what M, N and O are, and what the caller checks: see conv2d_tile.cuh; the walk over k-blocks and
+// the copies of one: see conv2d_walk.cuh.
 // arch: 90a
 // types: f16 bf16
 // variants: BM=128,BN=160 BM=128,BN=128 BM=128,BN=80 BM=64,BN=160 BM=64,BN=80 BM=64,BN=64 BM=64,BN=16
@@ -74,7 +75,7 @@ struct Conv2dWgmma {
     int h, w_, c;        // size of x in memory
     int kh, kw, out_h, out_w;
     int stride, top, left;
-    int upsample;        // x counts as doubled by nearest neighbour
+    int upsample;        // 1: x counts as doubled by nearest neighbour; else 0
     int flat;            // segment 0 has no window: row m reads pixel m
     int w_row, w_tap;
     int c1, w_row1, w_tap1, flat1;
