@@ -45,8 +45,8 @@ soak:
 gpu-pack: kernels
     tools/gpu.sh pack
 
-# A part is one of test, step, overlap, wgmma, probe, sweep, bench, profile, torch, train.
-# Run dist/gpu here, or a part of it; on another machine: ./gpu.sh in a copy of it
+# On another machine: ./gpu.sh in a copy of dist/gpu.
+# Run dist/gpu here, or a part of it: test, step, overlap, wgmma, probe, sweep, bench, profile, torch, train, report
 gpu *part:
     dist/gpu/gpu.sh {{part}}
 

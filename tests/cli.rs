@@ -168,7 +168,17 @@ fn numbers_that_cannot_be_are_refused() {
     bad_request(&["--clip-skip", "7"], &["clip skip", "1 to 6", "7"]);
     bad_request(&["--threads", "0"], &["--threads", "1 to", "0"]);
     bad_request(&["--threads", "1000000"], &["--threads", "1 to", "1000000"]);
-    bad_request(&["-s", "lucky"], &["--seed", "lucky"]);
+    for seed in ["lucky", "-2", "18446744073709551616"] {
+        bad_request(&["-s", seed], &["--seed", seed, "want 0 to 18446744073709551615, or -1"]);
+    }
+    bad_request(
+        &["-s", "18446744073709551615", "--batch-size", "2"],
+        &["--seed", "want at most 18446744073709551614"],
+    );
+    for flag in ["--steps", "-W", "-H", "-t", "--batch-size"] {
+        bad_request(&[flag, "-1"], &["-1", "want a whole number"]);
+    }
+    bad_request(&["--cfg-scale", "-1"], &["--cfg-scale", "from 0 to 1000", "-1"]);
 }
 
 #[test]
@@ -240,6 +250,7 @@ fn a_place_that_takes_no_picture_is_refused() {
     go(&f.path("."), &[], &["is a folder", "out.png"]);
     go(&f.path("new/"), &["--batch-size", "2"], &["is a folder"]);
     go(&file.join("x.png"), &[], &["is a file, not a folder"]);
+    go(&f.path("x.jpg"), &[], &["ends in .png"]);
     #[cfg(unix)]
     {
         std::os::unix::fs::symlink(f.path("nowhere"), &link).unwrap();

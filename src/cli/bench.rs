@@ -29,7 +29,7 @@ An evaluation is one run of the component; its time is that of the clock on a CP
 With guidance the UNet gets two rows for each picture. The table per operation is the average of the middle half of the \
 evaluations, so that it adds up. Comparisons end with exit code 1 at a \
 regression. On a GPU evaluations and (with --per-op) nodes are NVTX ranges, if libnvToolsExt (CUDA 12) is installed; \
-how fast a GPU multiplies at most is not measured.")]
+how fast a GPU multiplies at most is measured by the engine's own product.")]
 pub(super) struct Arguments {
     /// A checkpoint: a diffusers folder (with model_index.json), or one .safetensors file with a whole model
     #[arg(short, long, value_name = "MODEL", conflicts_with = "preset")]

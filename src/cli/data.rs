@@ -68,7 +68,10 @@ fn shapes(a: Shapes) -> Result<ExitCode> {
     }
     if a.count == 0 || a.first.checked_add(a.count as u64).is_none() {
         let last = u64::MAX - a.first;
-        return Err(Error::invalid(format!("--count: want 1 to {last}; got {}", a.count)));
+        return Err(Error::invalid(format!(
+            "--count: from scene {} on want 1 to {last}; got {}",
+            a.first, a.count
+        )));
     }
     open_folder(&a.output, a.force)?;
     let digits = (a.count - 1).to_string().len().max(4);

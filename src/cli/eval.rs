@@ -252,6 +252,9 @@ fn pairs(first: &Path, second: &Path) -> Result<Vec<Pair>> {
     if first.is_file() && second.is_file() {
         return Ok(vec![(first.display().to_string(), first.into(), second.into())]);
     }
+    if let Some(none) = [first, second].into_iter().find(|p| !p.exists()) {
+        return Err(Error::invalid(format!("{}: there is no such picture or folder", none.display())));
+    }
     if !(first.is_dir() && second.is_dir()) {
         let (a, b) = (first.display(), second.display());
         return Err(Error::invalid(format!("want two pictures or two folders; got {a} and {b}")));

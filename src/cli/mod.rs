@@ -72,10 +72,10 @@ const MAX_THREADS: usize = 4096;
 #[derive(Args, Debug, Clone)]
 struct SizeFlags {
     /// Pixels [default: what the model was made for]
-    #[arg(short = 'W', long, value_name = "PIXELS")]
+    #[arg(short = 'W', long, value_parser = whole, allow_negative_numbers = true, value_name = "PIXELS")]
     width: Option<usize>,
     /// Pixels [default: what the model was made for]
-    #[arg(short = 'H', long, value_name = "PIXELS")]
+    #[arg(short = 'H', long, value_parser = whole, allow_negative_numbers = true, value_name = "PIXELS")]
     height: Option<usize>,
 }
 
@@ -89,7 +89,7 @@ struct DeviceFlags {
     #[arg(long, value_name = "TYPE")]
     dtype: Option<String>,
     /// Threads of the CPU [default: all cores]
-    #[arg(short, long, value_name = "N")]
+    #[arg(short, long, value_parser = whole, allow_negative_numbers = true, value_name = "N")]
     threads: Option<usize>,
 }
 
@@ -156,6 +156,23 @@ fn sampler_help() -> String {
 /// request's fault.
 fn check_output(path: &Path) -> Result<()> {
     atomic::check_target(path).map_err(|e| Error::invalid(e.to_string()))
+}
+
+/// Pictures are PNG files, and are named so; a device may have any name.
+fn check_png(path: &Path) -> Result<()> {
+    let device = path.metadata().is_ok_and(|m| !m.is_file());
+    if device || path.extension().is_some_and(|e| e.eq_ignore_ascii_case("png")) {
+        return Ok(());
+    }
+    Err(Error::invalid(format!(
+        "{}: want a name that ends in .png, which is what is written",
+        path.display()
+    )))
+}
+
+/// A number of things, as an argument.
+fn whole(text: &str) -> std::result::Result<usize, String> {
+    text.parse().map_err(|_| "want a whole number, 0 or more".into())
 }
 
 /// Prints to standard output; a reader that closed the pipe ends the program quietly.

@@ -1,6 +1,6 @@
 //! `ldm plot`: the course of a run as a picture.
 
-use super::{check_output, print};
+use super::{check_output, check_png, print};
 use crate::error::{Error, Result};
 use crate::io::chart::{Chart, Line};
 use clap::Args;
@@ -40,6 +40,7 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     }
     let output = a.output.unwrap_or_else(|| a.run.join(format!("{}.png", a.metric)));
     check_output(&output)?;
+    check_png(&output)?;
     let smooth = smoothed(&points);
     let mut chart = Chart { lines: vec![Line { points, colour: [170, 190, 220] }] };
     chart.lines.push(Line { points: smooth, colour: [30, 80, 160] });

@@ -1,7 +1,7 @@
 //! `ldm sample`: pictures from a prompt, of a class, or from another picture.
 
 use super::progress::Progress;
-use super::{DeviceFlags, SizeFlags, check_output, print};
+use super::{DeviceFlags, SizeFlags, check_output, check_png, print, whole};
 use crate::error::{Error, Result};
 use crate::exec::{Device, peak};
 use crate::io::{ModelFolder, Prediction, atomic, picture, png};
@@ -22,6 +22,22 @@ const OWN_MODEL: &str = "assets/shapes-64";
 const TOGETHER: usize = 8;
 
 /// Flags are those of stable-diffusion.cpp and diffusers.
+/// What `--seed` says; none for a random one.
+#[derive(Clone, Copy, Debug)]
+struct Seed(Option<u64>);
+
+impl std::str::FromStr for Seed {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Seed, String> {
+        match text.parse() {
+            _ if text == "-1" => Ok(Seed(None)),
+            Ok(seed) => Ok(Seed(Some(seed))),
+            Err(_) => Err(format!("want 0 to {}, or -1 for a random one", u64::MAX)),
+        }
+    }
+}
+
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
     /// A checkpoint: a diffusers folder (with model_index.json), or one .safetensors file with a whole model
@@ -32,7 +48,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "WHAT")]
     prediction: Option<Prediction>,
     /// What the picture shows; models without a condition take none
-    #[arg(short, long, value_name = "TEXT")]
+    #[arg(short, long, allow_hyphen_values = true, value_name = "TEXT")]
     prompt: Option<String>,
     /// What the picture shows, for models that draw classes: a name, or a number
     #[arg(long, value_name = "NAME|N", conflicts_with_all = ["prompt", "negative_prompt"])]
@@ -43,26 +59,46 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "class", "init_img"])]
     from_file: Option<PathBuf>,
     /// What the picture does not show
-    #[arg(short, long, default_value = "", hide_default_value = true, value_name = "TEXT")]
+    #[arg(
+        short,
+        long,
+        default_value = "",
+        hide_default_value = true,
+        allow_hyphen_values = true,
+        value_name = "TEXT"
+    )]
     negative_prompt: String,
     /// Where the picture goes; several are numbered: out_0.png, out_1.png, …
     #[arg(short, long, default_value = "out.png", value_name = "FILE")]
     output: PathBuf,
     /// Steps of the sampler
-    #[arg(long, default_value_t = 30, value_name = "N")]
+    #[arg(long, default_value_t = 30, value_parser = whole, allow_negative_numbers = true, value_name = "N")]
     steps: usize,
     #[arg(long, value_name = "NAME", help = super::sampler_help())]
     sampling_method: Option<Choice>,
     /// How strongly the prompt guides; 1 for not at all
-    #[arg(long, alias = "guidance-scale", default_value_t = 7.5, value_name = "X")]
+    #[arg(
+        long,
+        alias = "guidance-scale",
+        default_value_t = 7.5,
+        allow_negative_numbers = true,
+        value_name = "X"
+    )]
     cfg_scale: f64,
     /// The same seed makes the same picture; -1 for a random one [default: random]
-    #[arg(short, long, default_value_t = -1, hide_default_value = true, allow_negative_numbers = true, value_name = "N")]
-    seed: i64,
+    #[arg(
+        short,
+        long,
+        default_value = "-1",
+        hide_default_value = true,
+        allow_negative_numbers = true,
+        value_name = "N"
+    )]
+    seed: Seed,
     #[command(flatten)]
     size: SizeFlags,
     /// Pictures that are made together; picture i has seed + i [default: 1]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_parser = whole, allow_negative_numbers = true, value_name = "N")]
     batch_size: Option<usize>,
     /// Share of fresh noise in the steps of ddim, 0 to 1
     #[arg(long, default_value_t = 0.0, value_name = "X")]
@@ -181,7 +217,7 @@ fn gray([r, g, b]: [u8; 3]) -> u8 {
 }
 
 pub(super) fn run(a: Arguments) -> Result<ExitCode> {
-    let seed = u64::try_from(a.seed).unwrap_or_else(|_| fresh_seed());
+    let seed = a.seed.0.unwrap_or_else(fresh_seed);
     if let Some(list) = &a.from_file {
         return from_file(&a, list, seed);
     }
@@ -210,6 +246,8 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     blueprint.check_memory(&request, compute, &device, staged, false)?;
     let method = blueprint.choose(&request)?.0;
     check_output(&a.output)?;
+    check_png(&a.output)?;
+    check_seeds(seed, request.batch)?;
     let files = names(&a.output, request.batch);
     files.iter().try_for_each(|f| check_output(f))?;
     let mut progress = Progress::new(a.quiet);
@@ -236,8 +274,8 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
 /// A picture of each line, with the weights loaded once; and the lines, as `ldm eval` wants them, in `prompts.txt`.
 fn from_file(a: &Arguments, list: &Path, seed: u64) -> Result<ExitCode> {
     let invalid = |path: &Path, what: String| Error::invalid(format!("{}: {what}", path.display()));
-    let text =
-        fs::read_to_string(list).map_err(|e| invalid(list, format!("cannot be read as UTF-8 text: {e}")))?;
+    let text = fs::read_to_string(list)
+        .map_err(|e| invalid(list, format!("want a text file (UTF-8) with a prompt a line: {e}")))?;
     let prompts = match list.extension() {
         Some(e) if e == "jsonl" => texts(&text).map_err(|what| invalid(list, what))?,
         _ => text.lines().enumerate().map(|(i, line)| (i, line.trim().to_string())).collect(),
@@ -246,6 +284,7 @@ fn from_file(a: &Arguments, list: &Path, seed: u64) -> Result<ExitCode> {
     if prompts.is_empty() {
         return Err(invalid(list, "want a prompt a line; it is empty".into()));
     }
+    check_seeds(seed, prompts.len())?;
     if a.output.extension().is_some_and(|e| e == "png") {
         return Err(invalid(&a.output, "want a folder for the pictures of --from-file: -o FOLDER".into()));
     }
@@ -308,6 +347,18 @@ fn texts(lines: &str) -> std::result::Result<Vec<(usize, String)>, String> {
         text.ok_or_else(|| format!("line {}: want a key `text`; got {line}", i + 1))
     };
     lines.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).map(text).collect()
+}
+
+/// Picture i has seed + i.
+fn check_seeds(seed: u64, pictures: usize) -> Result<()> {
+    let more = pictures.saturating_sub(1) as u64;
+    match seed.checked_add(more) {
+        Some(_) => Ok(()),
+        None => Err(Error::invalid(format!(
+            "--seed: for {pictures} pictures want at most {}; got {seed}",
+            u64::MAX - more
+        ))),
+    }
 }
 
 /// `out.png`, or `out_0.png` … where there are several.

@@ -209,6 +209,9 @@ fn what_it_is(path: &Path) -> String {
     if path.join("snapshots").is_dir() {
         return format!("{want}; got an entry of the hub cache: give one of the folders in its snapshots/");
     }
+    if path.join("export").join("model_index.json").is_file() {
+        return format!("{want}; got a training run: give {}", path.join("export").display());
+    }
     format!("{want}; got a folder without it")
 }
 

@@ -34,13 +34,20 @@ pub(crate) fn read(map: &Map) -> Result<Header> {
         return Err(not_safetensors(format!("it is only {} bytes long", map.len())));
     };
     let length = u64::from_le_bytes(*length);
+    if length > MAX_HEADER {
+        let what = kind(start).map_or_else(
+            || {
+                format!(
+                    "something else: its header would have {length} bytes, above the limit of {MAX_HEADER}; if it should be one, \
+                     download it again"
+                )
+            },
+            str::to_string,
+        );
+        return Err(Error::file(path, format!("want a safetensors file; got {what}")));
+    }
     if length > map.len() as u64 - 8 {
         return Err(not_safetensors(format!("its header claims {length} bytes of a file of {}", map.len())));
-    }
-    if length > MAX_HEADER {
-        return Err(not_safetensors(format!(
-            "its header claims {length} bytes, above the limit of {MAX_HEADER}"
-        )));
     }
     let data = 8 + length as usize; // fits: it is below MAX_HEADER
     let json = map.bytes(8..data)?;
@@ -277,7 +284,7 @@ mod tests {
             assert!(e.contains(say), "{header}\n{e}\nwant {say}");
         }
         assert!(refused(&file("{}", &[])[..9]).contains("its header claims 2 bytes of a file of 9"));
-        assert!(refused(&[&u64::MAX.to_le_bytes()[..], b"{}"].concat()).contains("its header claims 184467"));
+        assert!(refused(&[&u64::MAX.to_le_bytes()[..], b"{}"].concat()).contains("would have 184467"));
         assert!(refused(&[&2u64.to_le_bytes()[..], &[0xff, 0xfe]].concat()).contains("not valid"));
     }
 

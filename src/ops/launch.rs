@@ -1,4 +1,4 @@
-//! What a launch will be, known without a device: kernel, grid, and how long it should take on an H200.
+//! What a launch will be, known without a device: kernel, grid, and how long it should take on a Hopper card.
 //!
 //! Floors take the card's best: 790 TFLOP/s by `wgmma`, of which `mma.sync` is taken to reach 470, and 4.3 TB/s. What our own
 //! kernels reach of it was measured on an H100, where rooms say so. The predictions order choices, and show a shape that becomes

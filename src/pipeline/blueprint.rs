@@ -219,8 +219,10 @@ impl Blueprint {
                     picture.width, picture.height
                 )));
             }
+            let advice =
+                if r.init.is_some() { ": resize the initial picture, and the mask with it" } else { "" };
             return Err(Error::invalid(format!(
-                "size {width}x{height}: width and height must be multiples of {m} for this model; the nearest is {}x{}",
+                "size {width}x{height}: width and height must be multiples of {m} for this model; the nearest is {}x{}{advice}",
                 near(width),
                 near(height)
             )));
