@@ -69,13 +69,6 @@ static_assert(STRIP == WARP, "a lane for each channel");
 // n / cpg.
 DEV int by_cpg(const GroupNormApply& p, int n) { return int((unsigned long long)unsigned(n) * p.reciprocal >> 31); }
 
-// The sets of a warp's lanes as one; all lanes hold the same bits.
-DEV Moments of_warp(Moments m) {
-    const float n = warp_sum(m.n), sum = warp_sum(m.n * m.mean);
-    const float mean = n > 0.0f ? sum * rcp_fast_f(n) : 0.0f, d = m.mean - mean;
-    return {n, mean, warp_sum(fma_f(m.n * d, d, m.m2))};
-}
-
 // Statistics of channel c, from the image's first slab on.
 DEV const float* entries(const GroupNormApply& p, int image, int c) {
     const bool left = c < p.c0;
@@ -115,7 +108,7 @@ DEV Moments gather(const GroupNormApply& p, int image, int from, int rank, float
         const float mean = sum * rcp_fast_f(sets), each = float(p.each);
         m = {sets * each, first - pivot + mean, fma_f(each, max_f(fma_f(-sum, mean, square), 0.0f), m2)};
     }
-    return of_warp(m);
+    return warp_merged(m);
 }
 
 // The factors of channel c, the k-th of the strip, from its group's statistics; mean as `pivot` and `m.mean` more.

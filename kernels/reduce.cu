@@ -50,9 +50,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK) sum_rows_fwd(const __grid_co
 struct SumParts {
     T* y;                  // (G,C) or null
     float* wide;           // (G,C) or null
+    float* second;         // (C) or null: takes what `wide` would of group 1
     const float* partial;  // (G,splits,C)
     int n, c, splits;      // n: G·C
 };
+
+constexpr int PARTS_FLIGHT = 8;  // parts of a thread that are in flight
 
 // Grid: ceil(n / BLOCK); a thread owns one element of y.
 extern "C" __global__ void __launch_bounds__(BLOCK) sum_parts(const __grid_constant__ SumParts p) {
@@ -62,8 +65,20 @@ extern "C" __global__ void __launch_bounds__(BLOCK) sum_parts(const __grid_const
     const int group = i / p.c;
     const float* from = p.partial + (long long)group * p.splits * p.c + (i - group * p.c);
     float sum = 0.0f;
-    for (int k = 0; k < p.splits; k++) sum += load(from + (long long)k * p.c);
-    if (p.wide) {
+    for (int k = 0; k < p.splits; k += PARTS_FLIGHT) {
+        float part[PARTS_FLIGHT];
+        UNROLL
+        for (int j = 0; j < PARTS_FLIGHT; j++) {
+            if (k + j < p.splits) part[j] = load(from + (long long)(k + j) * p.c);
+        }
+        UNROLL
+        for (int j = 0; j < PARTS_FLIGHT; j++) {
+            if (k + j < p.splits) sum += part[j];
+        }
+    }
+    if (p.second && group == 1) {
+        store(p.second + (i - p.c), sum);
+    } else if (p.wide) {
         store(p.wide + i, sum);
     } else {
         store(p.y + i, from_float<T>(sum));

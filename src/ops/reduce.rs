@@ -95,7 +95,8 @@ impl Operation for SumRows {
             return Ok(());
         }
         let n = groups * c;
-        let p = k::SumParts { y, wide: f32s, partial, n: io.int(n)?, c: io.int(c)?, splits: io.int(parts)? };
+        let (second, splits) = (Default::default(), io.int(parts)?);
+        let p = k::SumParts { y, wide: f32s, second, partial, n: io.int(n)?, c: io.int(c)?, splits };
         io.launch(k::SUM_PARTS, x.dtype, "", [n.div_ceil(k::BLOCK), 1, 1], k::BLOCK, p)
     }
 

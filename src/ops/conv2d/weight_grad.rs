@@ -163,7 +163,8 @@ impl Divided {
         }
         let n = io.int(self.o * self.n)?;
         let (wide, splits) = (io.y(0), io.int(self.parts)?);
-        let p = reduce::SumParts { y: Default::default(), wide, partial: io.scratch, n, c: n, splits };
+        let [y, second] = [Default::default(), Default::default()];
+        let p = reduce::SumParts { y, wide, second, partial: io.scratch, n, c: n, splits };
         io.launch(reduce::SUM_PARTS, dtype, "", self.sums(), reduce::BLOCK, p)
     }
 }

@@ -1,6 +1,6 @@
 //! Gradients of group normalisation: with n = (x − mean) · rstd, z = n · w + bias, dz = dy · act′(z) and g = dz · w,
 //! dx = rstd · (g − mean(g) − n · mean(g · n)), the means over a group; dw = Σ dz · n, dbias = Σ dz over images and pixels. With
-//! scale and shift of an image, w and bias above are w · (1 + scale) and bias · (1 + scale) + shift.
+//! scale and shift of an image, w and bias above are w · (1 + scale) and bias · (1 + scale) + shift. Without pixels all are zero.
 //! Kernel: `kernels/group_norm_grad.cu`.
 
 use super::super::prelude::*;
@@ -26,6 +26,48 @@ pub struct GroupNormGrad {
 const CHUNK: usize = 1 << 15;
 /// What the CPU's code keeps of each channel of an image.
 const ROWS: usize = 7;
+
+/// The grids of the kernels.
+struct Grids {
+    /// A thread takes vectors of 16 bytes.
+    wide: bool,
+    strips: usize,
+    /// Of an image.
+    slabs: usize,
+    /// Pixels of a slab.
+    each: usize,
+    batch: usize,
+}
+
+impl Grids {
+    fn of(x: Spec, act: Act) -> Grids {
+        let (batch, c) = (x.shape[0], x.shape.last());
+        let vector = launch::at_once(x.dtype, &[c]);
+        let wide = vector > 1 && matches!(act, Act::None | Act::Silu);
+        let strips = c.div_ceil(if wide { k::ACROSS * vector } else { k::NARROW });
+        let (slabs, each) = slabs(x.shape.rows() / batch.max(1), strips * batch);
+        Grids { wide, strips, slabs, each, batch }
+    }
+
+    /// Of what goes through slabs.
+    fn slabs(&self) -> [usize; 3] {
+        [self.strips, self.slabs, self.batch]
+    }
+
+    /// With a slab more, for the gradients of the parameters, which there are without images too.
+    fn last(&self) -> [usize; 3] {
+        [self.strips, self.slabs + 1, self.batch.max(1)]
+    }
+}
+
+/// Slabs of an image of `hw` pixels, and the pixels of each, where `side` blocks lie side by side: enough for four blocks on each
+/// of the 132 multiprocessors of an H100; but no slab of fewer than 64 pixels, nor so many that blocks, which read an entry of
+/// each slab, would spend their time on that.
+fn slabs(hw: usize, side: usize) -> (usize, usize) {
+    let want = (4 * launch::MULTIPROCESSORS).div_ceil(side.max(1)).min(hw.isqrt() / 2).max(1);
+    let each = hw.div_ceil(want).next_multiple_of(64).max(64);
+    (hw.div_ceil(each), each)
+}
 
 impl GroupNormGrad {
     /// dx, dw, dbias\[, dfilm\]; with `size`, what is summed into each: the slope's argument is off by a share of what it is
@@ -106,13 +148,14 @@ impl Operation for GroupNormGrad {
     }
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
-        let (x, dy, shape) = (io.slice(0), io.slice(3), io.x[0].shape);
+        let shape = io.x[0].shape;
         let (c, batch) = (shape.last(), shape[0]);
         let (pixels, cpg) = (shape.rows() / batch.max(1), c / self.groups);
         if shape.numel() == 0 {
             (1..io.y.len()).for_each(|j| io.write(j, |y| y.fill(0.0)));
             return Ok(());
         }
+        let (x, dy) = (io.slice(0), io.slice(3));
         let each = (CHUNK / c).max(1);
         let parts = pixels.div_ceil(each);
         let (w, bias, film) = (io.f32(1), io.f32(2), self.film.then(|| io.f32(4)));
@@ -207,39 +250,76 @@ impl Operation for GroupNormGrad {
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
         let (x, s) = (*io.x_spec(0), io.x_spec(0).shape);
         let (b, c) = (s[0], s.last());
-        let p = k::GroupNormGrad {
-            dx: io.y(0),
-            sums: io.scratch,
+        let (pixels, cpg) = (s.rows() / b.max(1), c / self.groups);
+        let grids = Grids::of(x, self.act);
+        let moments = io.scratch;
+        let stats = moments.offset(b * self.groups * 4 * size_of::<f32>());
+        let sums = stats.offset(b * grids.slabs * c * 2 * size_of::<f32>());
+        let (hw, channels) = (io.int(pixels * cpg).and(io.int(pixels))?, io.int(c)?);
+        let (cpg, each, wide) = (io.int(cpg)?, io.int(grids.each)?, grids.wide as i32);
+        let p = k::GroupNormGradStats { y: stats, x: io.x(0), hw, c: channels, cpg, each, wide };
+        io.launch(k::GROUP_NORM_GRAD_STATS, x.dtype, "", grids.slabs(), k::BLOCK, p)?;
+        let [film, dfilm] = if self.film { [io.x(4), io.y(3)] } else { Default::default() };
+        let p = k::GroupNormGradSums {
+            moments,
+            sums,
+            stats,
             x: io.x(0),
             w: io.x(1),
             bias: io.x(2),
             dy: io.x(3),
-            film: if self.film { io.x(4) } else { Default::default() },
-            hw: io.int(s.rows() / b.max(1) * (c / self.groups)).and(io.int(s.rows() / b.max(1)))?,
-            c: io.int(c)?,
-            groups: io.int(self.groups)?,
+            film,
+            hw,
+            c: channels,
+            cpg,
+            each,
             eps: self.eps,
             act: code(self.act),
+            wide,
         };
-        io.launch(k::GROUP_NORM_GRAD, x.dtype, "", [self.groups, b, 1], k::BLOCK, p)?;
-        let (batch, columns) = (io.int(b)?, io.int(c)?);
-        let [film, dfilm] = if self.film { [io.x(4), io.y(3)] } else { Default::default() };
-        let p = k::GroupNormGradParams {
+        io.launch(k::GROUP_NORM_GRAD_SUMS, x.dtype, "", grids.slabs(), k::BLOCK, p)?;
+        let p = k::GroupNormGrad {
+            dx: io.y(0),
             dw: io.y(1),
             dbias: io.y(2),
             dfilm,
-            sums: io.scratch,
+            moments,
+            sums,
+            x: io.x(0),
             w: io.x(1),
             bias: io.x(2),
+            dy: io.x(3),
             film,
-            batch,
-            c: columns,
+            batch: io.int(b)?,
+            hw,
+            c: channels,
+            cpg,
+            slabs: io.int(grids.slabs)?,
+            each,
+            act: code(self.act),
+            wide,
         };
-        io.launch(k::GROUP_NORM_GRAD_PARAMS, x.dtype, "", [c.div_ceil(k::BLOCK), 1, 1], k::BLOCK, p)
+        io.launch(k::GROUP_NORM_GRAD, x.dtype, "", grids.last(), k::BLOCK, p)
+    }
+
+    fn launches(&self, x: &[Spec]) -> Vec<LaunchPlan> {
+        let (grids, bytes) = (Grids::of(x[0], self.act), x[0].bytes());
+        // What each block of the later two reads of the slabs: an entry for each channel of its strip.
+        let entries = grids.slabs * grids.slabs * x[0].shape[0] * x[0].shape.last() * 2 * size_of::<f32>();
+        let (grid, last) = (grids.slabs(), grids.last());
+        let time = |n: usize, [a, b, c]: [usize; 3]| launch::streaming((n * bytes + entries) as f64, a * b * c);
+        let own = launch::streaming(bytes as f64, grid.iter().product());
+        let dtype = x[0].dtype;
+        vec![
+            LaunchPlan::new(k::GROUP_NORM_GRAD_STATS, dtype, "", grid, k::BLOCK, own),
+            LaunchPlan::new(k::GROUP_NORM_GRAD_SUMS, dtype, "", grid, k::BLOCK, time(2, grid)),
+            LaunchPlan::new(k::GROUP_NORM_GRAD, dtype, "", last, k::BLOCK, time(3, last)),
+        ]
     }
 
     fn scratch(&self, x: &[Spec], _y: &[Spec]) -> usize {
-        x[0].shape[0] * x[0].shape.last() * 2 * size_of::<f32>()
+        let (b, c) = (x[0].shape[0], x[0].shape.last());
+        b * (self.groups * 4 + Grids::of(x[0], self.act).slabs * c * 4) * size_of::<f32>()
     }
 
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
@@ -247,7 +327,45 @@ impl Operation for GroupNormGrad {
     }
 
     fn cases() -> Vec<Case> {
-        GroupNorm::cases().into_iter().filter_map(with_gradient).collect()
+        let norm = |groups, act, x: &[usize]| {
+            let c = x[x.len() - 1];
+            let args = [t(x).normal(0.5, 2.0), t([c]).normal(1.0, 0.2), t([c])];
+            Case::new(GroupNorm::new(groups, 1e-5, act), args)
+        };
+        let film = |mut case: Case| {
+            if let super::Op::GroupNorm(op) = &mut case.op {
+                op.film = true;
+            }
+            case
+        };
+        let mut far = norm(4, Act::None, &[2, 24, 25, 24]);
+        far.args[0] = t([2, 24, 25, 24]).normal(100.0, 0.01);
+        // A pivot that lies far from the mean.
+        let mut outlier = norm(2, Act::Silu, &[1, 30, 31, 16]);
+        let mut r = Small::new(5);
+        let values = (0..30 * 31 * 16).map(|i| if i % 8 == 0 && i < 16 { 30.0 } else { r.normal() });
+        outlier.args[0] = t([1, 30, 31, 16]).values(values.collect());
+        let own = [
+            // Slabs of which the last is short, and strips of which the last is narrow; groups in several strips.
+            norm(6, Act::Silu, &[1, 33, 31, 72]),
+            film(norm(8, Act::Silu, &[2, 20, 13, 136])),
+            norm(1, Act::None, &[1, 17, 16, 200]),
+            norm(160, Act::Silu, &[2, 9, 8, 160]),
+            // Vectors of f32 alone; no vectors, with several slabs; another activation.
+            norm(2, Act::Silu, &[1, 18, 19, 36]),
+            film(norm(5, Act::None, &[2, 16, 17, 45])),
+            norm(4, Act::GeluTanh, &[2, 16, 16, 40]),
+            film(norm(2, Act::Gelu, &[1, 5, 7, 16])),
+            outlier,
+            far.only(&[DType::F32]).loose(
+                8.0,
+                "the norm bound assumes |y| near |x|; here the input's own rounding is 1e-3 of its deviation",
+            ),
+            // Images without a pixel, and none at all: zeros.
+            film(norm(2, Act::Silu, &[2, 0, 3, 16])),
+            norm(2, Act::Silu, &[0, 4, 3, 16]),
+        ];
+        own.into_iter().chain(GroupNorm::cases()).filter_map(with_gradient).collect()
     }
 
     fn random(r: &mut Small) -> Case {

@@ -1,9 +1,10 @@
 //! Gradients of layer normalisation: with n = (x − mean) · rstd and g = dy · w,
-//! dx = rstd · (g − mean(g) − n · mean(g · n)), dw = Σ dy · n, dbias = Σ dy. Kernel: `kernels/layer_norm_grad.cu`.
+//! dx = rstd · (g − mean(g) − n · mean(g · n)), dw = Σ dy · n, dbias = Σ dy. Kernels: `kernels/layer_norm_grad.cu`, `kernels/layer_norm_grad_params.cu`.
 
 use super::super::prelude::*;
-use super::LayerNorm;
+use super::{LayerNorm, variant};
 use crate::kernels::layer_norm_grad as k;
+use crate::kernels::layer_norm_grad_params as params;
 use crate::kernels::reduce;
 use rayon::prelude::*;
 
@@ -17,11 +18,36 @@ pub struct LayerNormGrad {
 /// Elements of a part whose parameters' gradients one task of the CPU adds up.
 const CHUNK: usize = 1 << 15;
 
-/// Parts of the rows on a GPU, and rows of each.
-fn parts(rows: usize) -> (usize, usize) {
-    let each = rows.div_ceil(128).max(64);
-    (rows.div_ceil(each).max(1), each)
+/// How the parameters' gradients are shared out on a GPU.
+struct Parts {
+    /// A thread takes vectors of 16 bytes.
+    wide: bool,
+    strips: usize,
+    /// Of the rows.
+    parts: usize,
+    /// Rows of a part.
+    each: usize,
 }
+
+impl Parts {
+    /// Enough blocks for four on each of the 132 multiprocessors of an H100, but no part of fewer than 64 rows.
+    fn of(x: Spec) -> Parts {
+        let (rows, c) = (x.shape.rows(), x.shape.last());
+        let vector = launch::at_once(x.dtype, &[c]);
+        let strips = c.div_ceil(if vector > 1 { params::ACROSS * vector } else { params::NARROW });
+        let want = (4 * launch::MULTIPROCESSORS).div_ceil(strips.max(1));
+        let each = rows.div_ceil(want).next_multiple_of(64).max(64);
+        Parts { wide: vector > 1, strips, parts: rows.div_ceil(each), each }
+    }
+
+    /// Bytes of the sums that the parts leave.
+    fn bytes(&self, c: usize) -> usize {
+        2 * self.parts * c * size_of::<f32>()
+    }
+}
+
+/// What is left of each row: mean, as a sum of two, and reciprocal deviation, in 16 bytes.
+const ROW: usize = 4 * size_of::<f32>();
 
 impl LayerNormGrad {
     /// dx, dw, dbias; with `size`, what is summed into each.
@@ -71,6 +97,10 @@ impl Operation for LayerNormGrad {
     }
 
     fn cpu(&self, io: &mut cpu::Call) -> Result<()> {
+        if io.x[0].shape.numel() == 0 {
+            (1..io.y.len()).for_each(|j| io.write(j, |y| y.fill(0.0)));
+            return Ok(());
+        }
         let (x, w, dy, c) = (io.slice(0), io.slice(1), io.slice(2), io.x[0].shape.last());
         w.with_all(|w| {
             io.rows(0, c, |first, dx| {
@@ -114,10 +144,10 @@ impl Operation for LayerNormGrad {
     fn cuda(&self, io: &cuda::Call) -> Result<()> {
         let x = *io.x_spec(0);
         let (rows, c) = (x.shape.rows(), x.shape.last());
-        let (parts, each) = parts(rows);
+        let share = Parts::of(x);
         let stats = io.scratch;
-        let dw = stats.offset(rows * 3 * size_of::<f32>());
-        let dbias = dw.offset(parts * c * size_of::<f32>());
+        let dw = stats.offset(rows * ROW);
+        let dbias = dw.offset(share.parts * c * size_of::<f32>());
         let (rows_i, c_i) = (io.int(rows)?, io.int(c)?);
         let p = k::LayerNormGrad {
             dx: io.y(0),
@@ -129,23 +159,69 @@ impl Operation for LayerNormGrad {
             c: c_i,
             eps: self.eps,
         };
-        io.launch(k::LAYER_NORM_GRAD, x.dtype, "", [rows.div_ceil(k::BLOCK / 32), 1, 1], k::BLOCK, p)?;
-        let each = io.int(each)?;
-        let p =
-            k::LayerNormGradParams { dw, dbias, stats, x: io.x(0), dy: io.x(2), rows: rows_i, c: c_i, each };
-        let grid = [c.div_ceil(k::COLUMNS), parts, 1];
-        io.launch(k::LAYER_NORM_GRAD_PARAMS, x.dtype, "", grid, k::BLOCK, p)?;
-        for (j, partial) in [dw, dbias].into_iter().enumerate() {
-            let (y, wide, splits) = (Default::default(), io.y(1 + j), io.int(parts)?);
-            let p = reduce::SumParts { y, wide, partial, n: c_i, c: c_i, splits };
-            io.launch(reduce::SUM_PARTS, x.dtype, "", [c.div_ceil(reduce::BLOCK), 1, 1], reduce::BLOCK, p)?;
-        }
-        Ok(())
+        let variant = variant(c, x.dtype);
+        let grid = [rows.div_ceil(k::BLOCK / k::LANES.of(variant)), 1, 1];
+        io.launch(k::LAYER_NORM_GRAD, x.dtype, variant, grid, k::BLOCK, p)?;
+        let p = params::LayerNormGradParams {
+            dw,
+            dbias,
+            stats,
+            x: io.x(0),
+            dy: io.x(2),
+            rows: rows_i,
+            c: c_i,
+            each: io.int(share.each)?,
+            wide: share.wide as i32,
+        };
+        let grid = [share.strips, share.parts, 1];
+        io.launch(params::LAYER_NORM_GRAD_PARAMS, x.dtype, "", grid, params::BLOCK, p)?;
+        // Both at once: dbias stands behind dw.
+        let p = reduce::SumParts {
+            y: Default::default(),
+            wide: io.y(1),
+            second: io.y(2),
+            partial: dw,
+            n: io.int(2 * c)?,
+            c: c_i,
+            splits: io.int(share.parts)?,
+        };
+        let grid = [(2 * c).div_ceil(reduce::BLOCK), 1, 1];
+        io.launch(reduce::SUM_PARTS, x.dtype, "", grid, reduce::BLOCK, p)
+    }
+
+    fn launches(&self, x: &[Spec]) -> Vec<LaunchPlan> {
+        let (dtype, rows, c) = (x[0].dtype, x[0].shape.rows(), x[0].shape.last());
+        let (bytes, share, variant) = (x[0].bytes(), Parts::of(x[0]), variant(c, dtype));
+        let time = |bytes: usize, blocks: usize| launch::streaming(bytes as f64, blocks);
+        let (stats, sums) = (rows * ROW, share.bytes(c));
+        let blocks = [
+            rows.div_ceil(k::BLOCK / k::LANES.of(variant)),
+            share.strips * share.parts,
+            (2 * c).div_ceil(reduce::BLOCK),
+        ];
+        // x, dy and dx, of any width x thrice more and dy once; 1 µs more, as for the norm itself.
+        let own = time(bytes * if variant == "W=0" { 7 } else { 3 } + stats, blocks[0]) + 1.0;
+        let [a, b, d] = blocks.map(|blocks| [blocks, 1, 1]);
+        vec![
+            LaunchPlan::new(k::LAYER_NORM_GRAD, dtype, variant, a, k::BLOCK, own),
+            LaunchPlan::new(
+                params::LAYER_NORM_GRAD_PARAMS,
+                dtype,
+                "",
+                b,
+                params::BLOCK,
+                time(2 * bytes + stats * share.strips + sums, blocks[1]),
+            ),
+            LaunchPlan::new(reduce::SUM_PARTS, dtype, "", d, reduce::BLOCK, time(sums, blocks[2])),
+        ]
+    }
+
+    fn variant(&self, x: &[Spec]) -> &'static str {
+        variant(x[0].shape.last(), x[0].dtype)
     }
 
     fn scratch(&self, x: &[Spec], _y: &[Spec]) -> usize {
-        let (rows, c) = (x[0].shape.rows(), x[0].shape.last());
-        (rows * 3 + 2 * parts(rows).0 * c) * size_of::<f32>()
+        x[0].shape.rows() * ROW + Parts::of(x[0]).bytes(x[0].shape.last())
     }
 
     fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
@@ -153,7 +229,13 @@ impl Operation for LayerNormGrad {
     }
 
     fn cases() -> Vec<Case> {
-        LayerNorm::cases().into_iter().map(with_gradient).collect()
+        let norm = |x: &[usize]| {
+            let c = x[x.len() - 1];
+            Case::new(LayerNorm { eps: 1e-5 }, [t(x), t([c]).normal(1.0, 0.2), t([c])])
+        };
+        // Several parts, of which the last is short, with and without vectors; a strip that is not full; no rows: zeros.
+        let own = [norm(&[333, 40]), norm(&[150, 136]), norm(&[200, 37]), norm(&[2, 97, 36]), norm(&[0, 16])];
+        own.into_iter().chain(LayerNorm::cases()).map(with_gradient).collect()
     }
 
     fn random(r: &mut Small) -> Case {
