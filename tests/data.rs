@@ -177,7 +177,7 @@ fn reconstructions_are_compared_picture_by_picture() {
     assert!(o.code == 0 && o.out.lines().nth(3).unwrap().starts_with("LPIPS  "), "{}{}", o.out, o.err);
     let compare = |a: &str, b: &str| ldm(&["eval", "reconstruction", text(&f.path(a)), text(&f.path(b))]);
     refused(&f, 2, &["want two pictures or two folders", "y.png"], || compare("a", "b/y.png"));
-    refused(&f, 2, &["want two pictures or two folders", "none"], || compare("a", "none"));
+    refused(&f, 2, &["none", "there is no such picture or folder"], || compare("a", "none"));
     copy("source.png", "b/z.png");
     refused(&f, 1, &["z.png", "no picture of this name in", "a"], || compare("a", "b"));
     refused(&f, 1, &["z.png", "no picture of this name in", "a"], || compare("b", "a"));

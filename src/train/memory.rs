@@ -10,8 +10,8 @@ use crate::tensor::DType;
 /// The process itself: code, threads, configurations, graphs (measured).
 const PROCESS: usize = 24 << 20;
 
-/// The heap keeps as much again of what it was asked for, between what is still in use (measured).
-const HEAP: f64 = 1.0 / 32.0;
+/// The heap keeps as much again of what it was asked for, between what is still in use (measured: up to a twelfth).
+const HEAP: f64 = 1.0 / 10.0;
 
 /// Bytes on the device, and in the host's memory beside it; on a CPU both are the process's.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -92,15 +92,15 @@ impl Plan {
         if let Some((name, all)) = beside.before {
             phases.push((name, all.and(Load::host(PROCESS)).on(target)));
         }
-        // What a step's code takes while it runs, the heap keeps: copies find room in it, programs have memory of their own.
+        // What a step's code takes while it runs, the heap keeps, in pieces: a copy of all weights finds no room in it.
         let kept = Load::host(beside.asking.host.max(m.scratch));
-        let during = |more: Load| always.and(Load { host: more.host.max(kept.host), ..more }).on(target);
-        phases.push(("a step", during(kept)));
+        let during = |more: Load| always.and(kept).and(more).on(target);
+        phases.push(("a step", during(Load::default())));
         // Also while a run is taken up: then the file is mapped.
         phases.push(("a checkpoint", during(Load::host(saved + largest * size_of::<f32>()))));
         phases.push(("an export", during(beside.export.and(Load::host(exported)))));
         if s.sample.every > 0 {
-            phases.push(("pictures", always.and(kept).and(beside.pictures).on(target)));
+            phases.push(("pictures", during(beside.pictures)));
         }
         Ok(Plan { graph: parameters(graph, &m), phases, target })
     }
