@@ -80,7 +80,8 @@ fn a_run_takes_what_info_says() {
     }
 }
 
-/// Each phase of a run is the largest of some run here: the run takes what was said before it, and not much less.
+/// Each phase of a run but the step, to which a checkpoint adds, is the largest of some run here: the run takes what was said
+/// before it, and not much less.
 #[test]
 fn a_training_run_takes_no_more_than_it_says() {
     let f = Folder::new();
@@ -106,7 +107,7 @@ fn a_training_run_takes_no_more_than_it_says() {
     let autoencoder = |name: &str, most: &str, more: &[&str]| {
         run("autoencoder", name, most, &[&vae[..], more].concat());
     };
-    autoencoder("first", "a step", &["data.size=64", "batch_size=8", "sample.every=0"]);
+    autoencoder("first", "a checkpoint", &["data.size=64", "batch_size=8", "sample.every=0"]);
     autoencoder("shown", "pictures", &["data.size=64", "batch_size=1", "sample={every=2, count=64}"]);
     let wide = ["data.size=32", "batch_size=1", "sample.every=0", "model.block_out_channels=[64,64]"];
     autoencoder("stage", "a checkpoint", &wide);
