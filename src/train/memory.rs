@@ -92,15 +92,17 @@ impl Plan {
         if let Some((name, all)) = beside.before {
             phases.push((name, all.and(Load::host(PROCESS)).on(target)));
         }
-        // What a step's code takes while it runs, the heap keeps, in pieces: a copy of all weights finds no room in it.
+        // What a step's code takes while it runs, the heap keeps, in pieces: a checkpoint, which is one piece, finds no room in it; the
+        // tensors of an export do.
         let kept = Load::host(beside.asking.host.max(m.scratch));
-        let during = |more: Load| always.and(kept).and(more).on(target);
-        phases.push(("a step", during(Load::default())));
+        let above = |more: Load| always.and(kept).and(more).on(target);
+        let within = |more: Load| always.and(Load { host: more.host.max(kept.host), ..more }).on(target);
+        phases.push(("a step", above(Load::default())));
         // Also while a run is taken up: then the file is mapped.
-        phases.push(("a checkpoint", during(Load::host(saved + largest * size_of::<f32>()))));
-        phases.push(("an export", during(beside.export.and(Load::host(exported)))));
+        phases.push(("a checkpoint", above(Load::host(saved + largest * size_of::<f32>()))));
+        phases.push(("an export", within(beside.export.and(Load::host(exported)))));
         if s.sample.every > 0 {
-            phases.push(("pictures", during(beside.pictures)));
+            phases.push(("pictures", above(beside.pictures)));
         }
         Ok(Plan { graph: parameters(graph, &m), phases, target })
     }
