@@ -241,6 +241,13 @@ DEV Moments merged(Moments a, Moments b) {
     const float n = a.n + b.n, share = n > 0.0f ? b.n * rcp_fast_f(n) : 0.0f, d = b.mean - a.mean;
     return {n, fma_f(d, share, a.mean), fma_f(d * d, a.n * share, a.m2 + b.m2)};
 }
+// Of each LANES lanes in a row, a power of two, together; all of them hold the same bits.
+template <int LANES>
+DEV float lanes_sum(float v) {
+    UNROLL
+    for (int m = LANES / 2; m > 0; m >>= 1) v += shfl_xor(v, m);
+    return v;
+}
 // The sets of a warp's lanes as one; all lanes hold the same bits.
 DEV Moments warp_merged(Moments m) {
     const float n = warp_sum(m.n), sum = warp_sum(m.n * m.mean);

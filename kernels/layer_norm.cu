@@ -46,13 +46,6 @@ DEV void row_in_passes(const LayerNormFwd& p, T* y, const T* x) {
     }
 }
 
-// Of the lanes of a row together; all hold the same bits.
-DEV float row_sum(float v) {
-    UNROLL
-    for (int m = LANES / 2; m > 0; m >>= 1) v += shfl_xor(v, m);
-    return v;
-}
-
 // N vectors per lane, in registers. FULL: every lane has all N. Rows beyond the last take part in the shuffles.
 template <int N, bool FULL>
 DEV void row_in_registers(const LayerNormFwd& p, int row, int l) {
@@ -75,7 +68,7 @@ DEV void row_in_registers(const LayerNormFwd& p, int row, int l) {
             sum += v[i][k];
         }
     }
-    const float share = rcp_fast_f(float(p.c)), mean = row_sum(sum) * share;
+    const float share = rcp_fast_f(float(p.c)), mean = lanes_sum<LANES>(sum) * share;
 
     float square = 0.0f;
     UNROLL
@@ -86,7 +79,7 @@ DEV void row_in_registers(const LayerNormFwd& p, int row, int l) {
             if (FULL || in(i)) square = fma_f(v[i][k], v[i][k], square);
         }
     }
-    const float rstd = rsqrt_fast_f(fma_f(row_sum(square), share, p.eps));
+    const float rstd = rsqrt_fast_f(fma_f(lanes_sum<LANES>(square), share, p.eps));
     if (row >= p.rows) return;
 
     T* y = p.y + (long long)row * p.c + l * V;

@@ -65,13 +65,6 @@ DEV void row_in_passes(const LayerNormGrad& p, int row) {
     if (lane() == 0) leave_stats(p, row, mean, rstd);
 }
 
-// Of the lanes of a row together; all hold the same bits.
-DEV float row_sum(float v) {
-    UNROLL
-    for (int m = LANES / 2; m > 0; m >>= 1) v += shfl_xor(v, m);
-    return v;
-}
-
 // N vectors per lane, in registers. FULL: every lane has all N. Rows beyond the last take part in the shuffles.
 template <int N, bool FULL>
 DEV void row_in_registers(const LayerNormGrad& p, int row, int l) {
@@ -98,7 +91,7 @@ DEV void row_in_registers(const LayerNormGrad& p, int row, int l) {
             sum += v[i][k];
         }
     }
-    const float share = rcp_fast_f(float(p.c)), mean = row_sum(sum) * share;
+    const float share = rcp_fast_f(float(p.c)), mean = lanes_sum<LANES>(sum) * share;
 
     // The squares, and the sums of g and g * v, at once: nothing of one waits for another.
     float g[N][V], square = 0.0f, g_sum = 0.0f, gv_sum = 0.0f;
@@ -115,9 +108,9 @@ DEV void row_in_registers(const LayerNormGrad& p, int row, int l) {
             gv_sum = fma_f(g[i][k], v[i][k], gv_sum);
         }
     }
-    const float rstd = rsqrt_fast_f(fma_f(row_sum(square), share, p.eps));
-    const float level = -rstd * (row_sum(g_sum) * share);
-    const float slant = -rstd * rstd * (rstd * (row_sum(gv_sum) * share));
+    const float rstd = rsqrt_fast_f(fma_f(lanes_sum<LANES>(square), share, p.eps));
+    const float level = -rstd * (lanes_sum<LANES>(g_sum) * share);
+    const float slant = -rstd * rstd * (rstd * (lanes_sum<LANES>(gv_sum) * share));
     if (row >= p.rows) return;
 
     T* dx = p.dx + (long long)row * p.c + l * V;

@@ -175,10 +175,12 @@ fn numbers_that_cannot_be_are_refused() {
         &["-s", "18446744073709551615", "--batch-size", "2"],
         &["--seed", "want at most 18446744073709551614"],
     );
-    for flag in ["--steps", "-W", "-H", "-t", "--batch-size"] {
+    for flag in ["--steps", "-W", "-H", "-t", "--batch-size", "--clip-skip"] {
         bad_request(&[flag, "-1"], &["-1", "want a whole number"]);
     }
     bad_request(&["--cfg-scale", "-1"], &["--cfg-scale", "from 0 to 1000", "-1"]);
+    bad_request(&["--eta", "-1"], &["--eta", "from 0 to 1", "-1"]);
+    bad_request(&["--steps", "99999999999999999999"], &["--steps", "want at most 18446744073709551615"]);
 }
 
 #[test]

@@ -18,8 +18,8 @@
 // P-12 what lies between two kernels of a graph, from sm_90 on: one after the other; each started when the blocks of the one before
 //      have returned, which is what `LDM_CUDA_OVERLAP=on` asks for; when they have done their work; when they have begun.
 //
-// Nowhere: P-1b (operands of wgmma that are not K-major), P-6, P-9 and P-4's multicast (TMA, clusters), P-10 (fp8): no kernel uses
-// any of these yet. P-5 is `LDM_CUDA_GRAPH=on|off ldm bench`, P-8 `gpu_torch.py`.
+// Nowhere: P-1b (operands of wgmma that are not K-major), P-6 and P-4's multicast (clusters), P-10 (fp8): no kernel uses any of these
+// yet; P-9 (tensor copies), which `./gpu.sh wgmma` tests and measures in the products of `conv2d_tma`. P-5 is `LDM_CUDA_GRAPH=on|off ldm bench`, P-8 `gpu_torch.py`.
 #include "probes.cuh"
 
 #include <cstring>
@@ -316,5 +316,5 @@ int main(int count, char** words) {
     if (wgmma) wgmma_probes(c);
     else c.all(span);
     printf("\n]}\n");
-    return 0;
+    return c.wrong ? 1 : 0;
 }

@@ -38,7 +38,13 @@ struct Card {
     Out out;
     T* operands;
     const char* sep = "";
+    bool wrong = false;  // a result was not what it must be
 
+    // How many results are not what they must be.
+    void verdict(const char* name, int count, const char* what) {
+        say(name, count, what);
+        wrong = wrong || count > 0;
+    }
     void say(const char* name, double value, const char* unit) {
         printf("%s\n  {\"name\": \"%s\", \"value\": %.4f, \"unit\": \"%s\"}", sep, name, value, unit);
         sep = ",";

@@ -172,7 +172,11 @@ fn check_png(path: &Path) -> Result<()> {
 
 /// A number of things, as an argument.
 fn whole(text: &str) -> std::result::Result<usize, String> {
-    text.parse().map_err(|_| "want a whole number, 0 or more".into())
+    use std::num::IntErrorKind::PosOverflow;
+    text.parse().map_err(|e: std::num::ParseIntError| match e.kind() {
+        PosOverflow => format!("want at most {}", usize::MAX),
+        _ => "want a whole number that is not negative".into(),
+    })
 }
 
 /// Prints to standard output; a reader that closed the pipe ends the program quietly.

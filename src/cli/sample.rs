@@ -21,7 +21,6 @@ const OWN_MODEL: &str = "assets/shapes-64";
 /// Prompts of a file that are made into pictures together, unless told.
 const TOGETHER: usize = 8;
 
-/// Flags are those of stable-diffusion.cpp and diffusers.
 /// What `--seed` says; none for a random one.
 #[derive(Clone, Copy, Debug)]
 struct Seed(Option<u64>);
@@ -38,6 +37,7 @@ impl std::str::FromStr for Seed {
     }
 }
 
+/// Flags are those of stable-diffusion.cpp and diffusers.
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
     /// A checkpoint: a diffusers folder (with model_index.json), or one .safetensors file with a whole model
@@ -48,7 +48,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "WHAT")]
     prediction: Option<Prediction>,
     /// What the picture shows; models without a condition take none
-    #[arg(short, long, allow_hyphen_values = true, value_name = "TEXT")]
+    #[arg(short, long, value_name = "TEXT")]
     prompt: Option<String>,
     /// What the picture shows, for models that draw classes: a name, or a number
     #[arg(long, value_name = "NAME|N", conflicts_with_all = ["prompt", "negative_prompt"])]
@@ -101,16 +101,16 @@ pub(super) struct Arguments {
     #[arg(long, value_parser = whole, allow_negative_numbers = true, value_name = "N")]
     batch_size: Option<usize>,
     /// Share of fresh noise in the steps of ddim, 0 to 1
-    #[arg(long, default_value_t = 0.0, value_name = "X")]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true, value_name = "X")]
     eta: f64,
     /// Text layer that is used, counted from the end: 1 the last, 2 the one before
-    #[arg(long, default_value_t = 1, value_name = "N")]
+    #[arg(long, default_value_t = 1, value_parser = whole, allow_negative_numbers = true, value_name = "N")]
     clip_skip: usize,
     /// A picture to start from, to draw anew in part (--mask) or, by a model for that, to enlarge (PNG, JPEG or WebP)
     #[arg(short, long, value_name = "FILE")]
     init_img: Option<PathBuf>,
     /// How much of the initial picture is given up, 0 to 1 [default: 0.75; with --mask 1]
-    #[arg(long, value_name = "X", requires = "init_img")]
+    #[arg(long, allow_negative_numbers = true, value_name = "X", requires = "init_img")]
     strength: Option<f64>,
     /// Where the initial picture is drawn anew: a picture of its size, white there and black elsewhere (inpainting)
     #[arg(long, value_name = "FILE", requires = "init_img")]
@@ -223,6 +223,9 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     }
     let what = a.class.as_ref().or(a.prompt.as_ref()).map_or("", String::as_str);
     let request = a.request(&[], seed)?;
+    check_output(&a.output)?;
+    check_png(&a.output)?;
+    check_seeds(seed, request.batch)?;
     let dtype = a.device.dtype()?;
     let device = a.device.open()?;
     // Before any work: can the model do this, is there memory for it, and can the result be written?
@@ -245,9 +248,6 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     let compute = Pipeline::compute_type(&folder, &device, dtype)?;
     blueprint.check_memory(&request, compute, &device, staged, false)?;
     let method = blueprint.choose(&request)?.0;
-    check_output(&a.output)?;
-    check_png(&a.output)?;
-    check_seeds(seed, request.batch)?;
     let files = names(&a.output, request.batch);
     files.iter().try_for_each(|f| check_output(f))?;
     let mut progress = Progress::new(a.quiet);

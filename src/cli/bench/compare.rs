@@ -88,7 +88,8 @@ fn times(out: &mut String, new: &Record, old: &Record, threshold: f64) -> bool {
         return false;
     };
     let mut worse = false;
-    let _ = writeln!(out, "\n  {:<24} {:>12} {:>12} {:>9}", "time (least)", "older", "now", "change");
+    let _ =
+        writeln!(out, "\n  {:<24} {:>12} {:>12} {:>9}", "time (least, unless p50)", "older", "now", "change");
     let mut line = |name: &str, old: f64, new: f64, least: f64| {
         let slower = new > old * (1.0 + threshold) && new - old > least;
         let faster = old > new * (1.0 + threshold) && old - new > least;
@@ -119,7 +120,7 @@ fn times(out: &mut String, new: &Record, old: &Record, threshold: f64) -> bool {
     for name in names {
         line(name, of(&theirs, name), of(&ours, name), least);
     }
-    // Shown only: no least of it is known, and the median of the whole has it.
+    // Shown only: no least of it is known.
     line("outside of nodes", q.outside, p.outside, f64::INFINITY);
     moved(out, p, q, threshold);
     worse

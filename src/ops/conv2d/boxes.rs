@@ -23,7 +23,7 @@ fn rectangle(pixels: usize, width: usize, height: usize) -> Option<[usize; 3]> {
 }
 
 /// The operands of a product in tiles of so many rows and columns, as the kernel by warps takes it; `None` where a tile is no box of x:
-/// windows in steps, behind an upsampling in one, or of sizes that do not tile.
+/// windows in steps, behind an upsampling in one, or of sizes that do not tile; or where there is no channel.
 fn operands(p: &k::Conv2dMma, rows: usize, columns: usize) -> Option<Operands> {
     let size = |n: i32| usize::try_from(n).unwrap_or(0);
     let (m, o, h, w) = (size(p.m), size(p.o), size(p.h), size(p.w_));
@@ -38,6 +38,7 @@ fn operands(p: &k::Conv2dMma, rows: usize, columns: usize) -> Option<Operands> {
     let weight = |c: usize, row: i32, tap: i32, taps: usize| {
         let (row, tap, o) = (size(row), size(tap), if part > 0 { part } else { o });
         if glu {
+            // The third axis is a shorter step than the second, which the driver's documentation does not show and known kernels do.
             let strides = [row, o * row, 8 * row];
             return Boxed { extents: [c, 8, 2, o / 8], strides, part: [k::BK, 8, 2, columns / 16] };
         }
@@ -52,6 +53,9 @@ fn operands(p: &k::Conv2dMma, rows: usize, columns: usize) -> Option<Operands> {
     let (mut xs, mut ws) = (vec![], vec![]);
     for (x, c, flat, w, row, tap) in segments.into_iter().take(size(p.segments)) {
         let (c, taps) = (size(c), if flat != 0 { 1 } else { size(p.kh) * size(p.kw) });
+        if c == 0 {
+            return None;
+        }
         xs.push((x, if flat != 0 { plain(c) } else { window(c)? }));
         ws.push((w, weight(c, row, tap, taps)));
     }
@@ -165,6 +169,7 @@ mod tests {
         assert_eq!((w[1].1.strides, w[2].1.strides), ([64, 64, 20480], [64, 64, 20480]));
         for other in [
             k::Conv2dMma { stride: 2, ..conv() },
+            k::Conv2dMma { c: 0, ..conv() },
             k::Conv2dMma { upsample: 1, ..conv() },
             k::Conv2dMma { out_w: 15, ..conv() },
             k::Conv2dMma { out_h: 12, ..conv() },

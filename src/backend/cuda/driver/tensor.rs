@@ -26,7 +26,8 @@ pub(in crate::backend::cuda) fn map(
     let element = match dtype {
         DType::F16 => Element::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         DType::BF16 => Element::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        _ => Element::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+        DType::F32 => Element::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+        DType::I32 => Element::CU_TENSOR_MAP_DATA_TYPE_INT32,
     };
     let extents = tensor.extents.map(|n| n as u64);
     let strides = tensor.strides.map(|n| (n * dtype.size()) as u64);
