@@ -74,9 +74,9 @@ fn on_the_cpu() {
 #[test]
 fn on_cuda() {
     // Each kernel runs under every schedule in tests/ops.rs; here they take turns.
-    for record in 0..RECORDS.len() {
+    common::in_processes(RECORDS.len(), |record| {
         common::on_cuda_with(&common::SCHEDULES[record % 3..][..1], |device| check(record, device));
-    }
+    });
 }
 
 /// Labels of the nodes that run.

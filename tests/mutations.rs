@@ -189,6 +189,10 @@ fn subjects(emulator: &Emulator, stems: &[String]) -> Vec<Subject> {
 
 #[test]
 fn every_barrier_wait_commit_and_fence_is_needed() {
+    common::in_processes(1, |_| drop_each_site());
+}
+
+fn drop_each_site() {
     let Some((emulator, _turn)) = start() else { return };
     let stems = pipelined();
     let mut subjects = subjects(&emulator, &stems);
@@ -223,6 +227,10 @@ fn every_barrier_wait_commit_and_fence_is_needed() {
 
 #[test]
 fn shared_memory_is_read_and_written_without_bank_conflicts() {
+    common::in_processes(1, |_| count_conflicts());
+}
+
+fn count_conflicts() {
     let Some((emulator, _turn)) = start() else { return };
     let stems = pipelined();
     let mut lines: BTreeMap<(String, u32, String), (u64, u64)> = BTreeMap::new();

@@ -109,113 +109,126 @@ fn has_wgmma(op: &Op, x: &[Spec]) -> bool {
     op.launches(x).iter().any(|p| unit(p).is_some())
 }
 
-/// Runs a case and compares each output with the specification.
-fn check(device: &Device, case: &Case, t: DType, seed: u64) -> Result<(), String> {
-    let arrays = case.inputs(t, seed);
-    let specs = case.specs(t);
-    let err = |e: ldm::Error| format!("{}: {e}", case.name(t));
-    let inputs: Vec<HostTensor> =
-        (arrays.iter().zip(&specs)).map(|(a, &s)| a.to_tensor(s)).collect::<Result<_, _>>().map_err(err)?;
-    match device {
-        Device::Cpu => {
-            let got = exec::run_op(device, &case.op, &inputs).map_err(err)?;
-            if let Some(weight) = case.op.packed() {
-                let packed = run_packed(&case.op, &inputs, weight).map_err(err)?;
-                if packed != got {
-                    return Err(format!("{}: a packed weight gives another result", case.name(t)));
+/// A case in a type: its inputs, and by the specification its outputs and their sizes, once for all schedules and kernels.
+struct Trial {
+    room: &'static str,
+    number: usize,
+    case: Case,
+    dtype: DType,
+    inputs: Vec<HostTensor>,
+    want: Vec<Array>,
+    size: Vec<Array>,
+}
+
+impl Trial {
+    fn new(room: &'static str, number: usize, case: Case, dtype: DType) -> Trial {
+        let arrays = case.inputs(dtype, 100 + number as u64);
+        let rounded = arrays.iter().zip(case.specs(dtype)).map(|(a, s)| a.to_tensor(s));
+        let inputs = rounded.collect::<Result<_, _>>().expect("arrays of the shapes of their case");
+        let (want, size) = (case.op.spec(&arrays), case.op.magnitude(&arrays));
+        Trial { room, number, case, dtype, inputs, want, size }
+    }
+
+    /// Runs the case and compares each output with the specification.
+    fn check(&self, device: &Device) -> Result<(), String> {
+        let (op, inputs) = (&self.case.op, &self.inputs);
+        let err = |e: ldm::Error| format!("{}: {e}", self.case.name(self.dtype));
+        match device {
+            Device::Cpu => {
+                let got = exec::run_op(device, op, inputs).map_err(err)?;
+                if let Some(weight) = op.packed() {
+                    let packed = run_packed(op, inputs, weight).map_err(err)?;
+                    if packed != got {
+                        return Err(format!(
+                            "{}: a packed weight gives another result",
+                            self.case.name(self.dtype)
+                        ));
+                    }
                 }
+                self.compare(&got)
             }
-            compare(case, t, &arrays, &got)
-        }
-        Device::Cuda(cuda) => {
-            compare(case, t, &arrays, &run_apart(cuda, &case.op, &inputs, false).map_err(err)?)?;
-            for (name, wgmma) in Wgmma::ALL {
-                let other = cuda.with_wgmma(wgmma);
-                if has_wgmma(&case.op, &specs) && other.wgmma() == wgmma && wgmma != cuda.wgmma() {
-                    let got = run_apart(&other, &case.op, &inputs, false).map_err(err)?;
-                    compare(case, t, &arrays, &got).map_err(|e| format!("wgmma {name}: {e}"))?;
+            Device::Cuda(cuda) => {
+                let run = |cuda: &Cuda, in_place| {
+                    run_apart(cuda, op, inputs, in_place).map_err(err).and_then(|got| self.compare(&got))
+                };
+                run(cuda, false)?;
+                for (name, wgmma) in Wgmma::ALL {
+                    let other = cuda.with_wgmma(wgmma);
+                    if has_wgmma(op, &self.case.specs(self.dtype))
+                        && other.wgmma() == wgmma
+                        && wgmma != cuda.wgmma()
+                    {
+                        run(&other, false).map_err(|e| format!("wgmma {name}: {e}"))?;
+                    }
                 }
-            }
-            match case.op.in_place() {
-                [] => Ok(()),
-                _ => compare(case, t, &arrays, &run_apart(cuda, &case.op, &inputs, true).map_err(err)?),
+                if op.in_place().is_empty() { Ok(()) } else { run(cuda, true) }
             }
         }
     }
-}
 
-/// Compares each output with the specification, in norm and element by element.
-fn compare(case: &Case, t: DType, arrays: &[Array], got: &[HostTensor]) -> Result<(), String> {
-    let (want, size) = (case.op.spec(arrays), case.op.magnitude(arrays));
-    let factor = case.loose.map_or(1.0, |(f, _)| f);
-    for (j, got) in got.iter().enumerate() {
-        // A result in a coarser type than the inputs is rounded to that type.
-        let dtype = got.spec().dtype;
-        let coarse = if dtype.eps() > t.eps() { dtype } else { t };
-        let (ours, theirs) = (got.to_f64(), &want[j].data);
-        if ours.len() != theirs.len() {
-            return Err(format!(
-                "{}: output {j} has {} elements, want {}",
-                case.name(t),
-                ours.len(),
-                theirs.len()
-            ));
-        }
-        if dtype == DType::I32 {
-            if let Some(i) = (0..ours.len()).find(|&i| ours[i] != theirs[i]) {
-                return Err(format!(
-                    "{}: output {j}[{i}]: want {}; got {}",
-                    case.name(t),
-                    theirs[i],
-                    ours[i]
-                ));
+    /// Compares each output with the specification, in norm and element by element.
+    fn compare(&self, got: &[HostTensor]) -> Result<(), String> {
+        let t = self.dtype;
+        let factor = self.case.loose.map_or(1.0, |(f, _)| f);
+        let err = |e: String| Err(format!("{}: {e}", self.case.name(t)));
+        for (j, got) in got.iter().enumerate() {
+            // A result in a coarser type than the inputs is rounded to that type.
+            let dtype = got.spec().dtype;
+            let coarse = if dtype.eps() > t.eps() { dtype } else { t };
+            let (ours, theirs, size) = (got.to_f64(), &self.want[j].data, &self.size[j].data);
+            if ours.len() != theirs.len() {
+                return err(format!("output {j} has {} elements, want {}", ours.len(), theirs.len()));
             }
-            continue;
-        }
-        let eps = if dtype == DType::F32 && coarse == DType::F32 { DType::F32.eps() } else { coarse.eps() };
-        let (mut diff, mut norm) = (0.0, 0.0);
-        for i in 0..ours.len() {
-            // An infinity has no distance to measure: it must be that infinity.
-            if theirs[i].is_infinite() && ours[i] == theirs[i] {
+            let wrong = |i: usize| format!("output {j}[{i}]: want {}; got {}", theirs[i], ours[i]);
+            if dtype == DType::I32 {
+                if let Some(i) = (0..ours.len()).find(|&i| ours[i] != theirs[i]) {
+                    return err(wrong(i));
+                }
                 continue;
             }
-            let d = (ours[i] - theirs[i]).abs();
-            let bound = 8.0 * eps * size[j].data[i] * factor + smallest(dtype);
-            if !(d <= bound) {
-                return Err(format!(
-                    "{}: output {j}[{i}]: want {}; got {}; off by {d:e}, bound {bound:e}",
-                    case.name(t),
-                    theirs[i],
-                    ours[i]
-                ));
+            let eps =
+                if dtype == DType::F32 && coarse == DType::F32 { DType::F32.eps() } else { coarse.eps() };
+            let (mut diff, mut norm) = (0.0, 0.0);
+            for i in 0..ours.len() {
+                // An infinity has no distance to measure: it must be that infinity.
+                if theirs[i].is_infinite() && ours[i] == theirs[i] {
+                    continue;
+                }
+                let d = (ours[i] - theirs[i]).abs();
+                let bound = 8.0 * eps * size[i] * factor + smallest(dtype);
+                if !(d <= bound) {
+                    return err(format!("{}; off by {d:e}, bound {bound:e}", wrong(i)));
+                }
+                diff += d * d;
+                norm += theirs[i] * theirs[i];
             }
-            diff += d * d;
-            norm += theirs[i] * theirs[i];
-        }
-        // Where the exact result is zero or nearly so, the elementwise bound alone speaks.
-        let scale: f64 = size[j].data.iter().map(|v| v * v).sum();
-        let bound = norm_bound(coarse) * factor;
-        if norm > 1e-4 * scale && diff.sqrt() > bound * norm.sqrt() {
-            let rel = (diff / norm).sqrt();
-            return Err(format!("{}: output {j}: relative error {rel:e}, bound {bound:e}", case.name(t)));
-        }
-    }
-    Ok(())
-}
-
-fn run(room: &Room, device: &Device) {
-    for (i, case) in cases(room).iter().enumerate() {
-        for &t in case.types {
-            if let Err(e) = check(device, case, t, 100 + i as u64) {
-                panic!("{}: case {i}: {e}", room.name);
+            // Where the exact result is zero or nearly so, the elementwise bound alone speaks.
+            let scale: f64 = size.iter().map(|v| v * v).sum();
+            let bound = norm_bound(coarse) * factor;
+            if norm > 1e-4 * scale && diff.sqrt() > bound * norm.sqrt() {
+                let rel = (diff / norm).sqrt();
+                return err(format!("output {j}: relative error {rel:e}, bound {bound:e}"));
             }
         }
+        Ok(())
     }
 }
 
-/// The room of this name.
-fn room(name: &str) -> &'static Room {
-    ROOMS.iter().find(|r| r.name == name).expect("the list and its macro agree")
+/// The trials of a room, in each type that its cases are for.
+fn trials(name: &str) -> Vec<Trial> {
+    let room = ROOMS.iter().find(|r| r.name == name).expect("the list and its macro agree");
+    let numbered = cases(room).into_iter().enumerate();
+    numbered
+        .flat_map(|(i, case)| case.types.iter().map(move |&t| Trial::new(room.name, i, case.clone(), t)))
+        .collect()
+}
+
+fn run(trials: &[Trial], device: &Device) {
+    for trial in trials {
+        if let Err(e) = trial.check(device) {
+            panic!("{}: case {}: {e}", trial.room, trial.number);
+        }
+    }
 }
 
 macro_rules! suite {
@@ -223,13 +236,15 @@ macro_rules! suite {
         $(mod $file {
             #[test]
             fn cpu() {
-                $(super::run(super::room(<ldm::ops::$Op as ldm::ops::Operation>::NAME), &ldm::backend::Device::Cpu);)+
+                $(super::run(&super::trials(<ldm::ops::$Op as ldm::ops::Operation>::NAME), &ldm::backend::Device::Cpu);)+
             }
 
             #[test]
             fn cuda() {
-                super::common::on_cuda(|device| {
-                    $(super::run(super::room(<ldm::ops::$Op as ldm::ops::Operation>::NAME), device);)+
+                let rooms = [$(<ldm::ops::$Op as ldm::ops::Operation>::NAME),+];
+                super::common::in_processes(rooms.len(), |i| {
+                    let trials = super::trials(rooms[i]);
+                    super::common::on_cuda(|device| super::run(&trials, device));
                 });
             }
         })+
@@ -254,14 +269,14 @@ fn a_wrong_result_is_found() {
     // The harness itself: the results of another op, or a single wrong element, must fail.
     use ldm::ops::{Act, Activation, t};
     let case = Case::new(Activation(Act::Gelu), [t([40])]);
-    let x = case.inputs(DType::F32, 1);
-    let spec = case.specs(DType::F32)[0];
-    let compared = |y: &Array| compare(&case, DType::F32, &x, &[y.to_tensor(spec).unwrap()]);
-    let right = case.op.spec(&x).remove(0);
-    assert!(compared(&right).is_ok());
-    assert!(compared(&ldm::ops::Op::from(Activation(Act::GeluTanh)).spec(&x)[0]).is_err());
-    for wrong in [f64::NAN, right.data[17] + 1e-5, 0.0] {
-        let mut y = right.clone();
+    let right = Trial::new("activation", 0, case, DType::F32);
+    let spec = right.inputs[0].spec();
+    let compared = |y: &Array| right.compare(&[y.to_tensor(spec).unwrap()]);
+    assert!(compared(&right.want[0]).is_ok());
+    let x: Vec<_> = right.inputs.iter().map(Array::from_tensor).collect();
+    assert!(compared(&Op::from(Activation(Act::GeluTanh)).spec(&x)[0]).is_err());
+    for wrong in [f64::NAN, right.want[0].data[17] + 1e-5, 0.0] {
+        let mut y = right.want[0].clone();
         y.data[17] = wrong;
         assert!(compared(&y).is_err(), "{wrong}");
     }

@@ -44,6 +44,17 @@ impl Array {
         self.data[self.offset(index)]
     }
 
+    /// The elements along the last axis at an index of the others.
+    pub fn row(&self, lead: &[usize]) -> &[f64] {
+        debug_assert_eq!(lead.len() + 1, self.shape.len());
+        let row = lead.iter().zip(self.shape.iter()).fold(0, |at, (&i, &n)| {
+            debug_assert!(i < n, "row {lead:?} outside {}", self.shape);
+            at * n + i
+        });
+        let n = self.shape.last();
+        &self.data[row * n..][..n]
+    }
+
     /// Position of an index in `data`.
     pub fn offset(&self, index: &[usize]) -> usize {
         debug_assert_eq!(index.len(), self.shape.len());
@@ -77,6 +88,20 @@ impl Array {
     pub fn to_tensor(&self, spec: Spec) -> Result<HostTensor> {
         HostTensor::from_f64(spec, &self.data)
     }
+}
+
+/// Σ a·b, in eight sums that vector instructions hold.
+pub fn dot(a: &[f64], b: &[f64]) -> f64 {
+    debug_assert_eq!(a.len(), b.len());
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
+    let mut sums = [0.0; 8];
+    for (a, b) in a.iter().zip(b) {
+        for i in 0..8 {
+            sums[i] += a[i] * b[i];
+        }
+    }
+    let rest: f64 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
+    sums.iter().sum::<f64>() + rest
 }
 
 impl From<Vec<f64>> for Array {

@@ -9,6 +9,7 @@ mod grad;
 
 pub use grad::AttentionGrad;
 
+use super::array::dot;
 use super::prelude::*;
 use crate::kernels::attention as plain;
 use crate::kernels::attention_f32 as floats;
@@ -88,7 +89,7 @@ impl Attention {
             let mut p: Vec<f64> = (0..visible)
                 .map(|key| {
                     let k = &x[1].data[(image * s + key) * width + head * d..][..d];
-                    q.iter().zip(k).map(|(a, b)| a * b).sum::<f64>() * self.scale(d)
+                    dot(q, k) * self.scale(d)
                 })
                 .collect();
             let max = p.iter().copied().fold(f64::NEG_INFINITY, f64::max);

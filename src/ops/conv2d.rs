@@ -24,6 +24,7 @@ pub use grad::{TransposeWeights, WeightGrad, Window};
 pub use tiles::Choice;
 
 use super::Op;
+use super::array::dot;
 use super::prelude::*;
 use super::sampler::checked_row;
 use crate::backend::cpu::SliceMut;
@@ -129,9 +130,7 @@ fn phase_sum(x: &Array, w: &Array, i: &[usize]) -> f64 {
         let (h, v) = ((i[1] / 2 + i[1] % 2 + dy).wrapping_sub(1), (i[2] / 2 + i[2] % 2 + dx).wrapping_sub(1));
         if h < x.shape[1] && v < x.shape[2] {
             let phase = i[1] % 2 * 2 + i[2] % 2;
-            sum += (0..x.shape[3])
-                .map(|c| x.at(&[i[0], h, v, c]) * w.at(&[phase, i[3], dy, dx, c]))
-                .sum::<f64>();
+            sum += dot(x.row(&[i[0], h, v]), w.row(&[phase, i[3], dy, dx]));
         }
     }
     sum
@@ -270,9 +269,7 @@ impl Operation for Conv2d {
                     let ih = (i[1] * s.stride + kh).wrapping_sub(s.pad_top);
                     let iw = (i[2] * s.stride + kw).wrapping_sub(s.pad_left);
                     if ih < s.h * up && iw < s.w * up {
-                        for c in 0..s.c {
-                            sum += x[0].at(&[i[0], ih / up, iw / up, c]) * x[1].at(&[i[3], kh, kw, c]);
-                        }
+                        sum += dot(x[0].row(&[i[0], ih / up, iw / up]), x[1].row(&[i[3], kh, kw]));
                     }
                 }
             }
@@ -423,7 +420,7 @@ impl Operation for Linear {
         for (i, v) in y.data.iter_mut().enumerate() {
             let w = &x[1 + i % o / each].data;
             let (row, w) = (&x[0].data[i / o * c..][..c], &w[i % o % each * c..][..c]);
-            *v = row.iter().zip(w).map(|(a, b)| a * b).sum();
+            *v = dot(row, w);
         }
         self.epi.finish(x, y)
     }

@@ -4,7 +4,10 @@
 pub mod emulator;
 
 use ldm::backend::{Device, DeviceName};
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
+use std::thread;
 
 /// The emulator's settings belong to the process: one test at a time.
 static TURN: Mutex<()> = Mutex::new(());
@@ -30,6 +33,41 @@ fn schedules() -> Vec<String> {
         all.extend((all.len()..16).map(|seed| format!("order=random:{seed};async=random:{}", 100 + seed)));
     }
     all
+}
+
+/// Runs the parts `0..parts` of the test that calls it, each in a process of its own, as many at a time as there are cores: a
+/// process has one emulator, and most launches of tests keep one core busy. In turn and in this process on a card, or
+/// where the harness runs its tests on its main thread (`--test-threads=1`), as for a debugger.
+pub fn in_processes(parts: usize, run: impl Fn(usize)) {
+    /// Says to a process which part is its own.
+    const PART: &str = "LDM_TEST_PART";
+    if let Ok(part) = std::env::var(PART) {
+        return run(part.parse().expect("a number that the process above has set"));
+    }
+    let test = thread::current().name().filter(|name| *name != "main").map(String::from);
+    let (Some(test), Ok(Some(_))) = (test, emulator::start()) else { return (0..parts).for_each(run) };
+    let program = std::env::current_exe().expect("the path of the test");
+    let next = AtomicUsize::new(0);
+    let worker = || {
+        loop {
+            let part = next.fetch_add(1, Relaxed);
+            if part >= parts {
+                return;
+            }
+            let mut child = Command::new(&program);
+            let out = child.args(["--exact", &test, "--nocapture"]).env(PART, part.to_string()).output();
+            let out = out.unwrap_or_else(|e| panic!("{}: {e}", program.display()));
+            let [said, errors] = [&out.stdout, &out.stderr].map(|text| String::from_utf8_lossy(text));
+            let ran = out.status.success() && said.contains("1 passed");
+            assert!(ran, "{test}, part {part} of {parts}: {}\n{said}{errors}", out.status);
+            eprint!("{errors}");
+        }
+    };
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    thread::scope(|s| {
+        let workers: Vec<_> = (0..cores.min(parts)).map(|_| s.spawn(worker)).collect();
+        workers.into_iter().for_each(|w| w.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+    });
 }
 
 /// Runs a test on the emulator under every schedule, or once on the card that `LDM_TEST_DEVICE=cuda` asks for. Says so
