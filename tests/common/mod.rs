@@ -60,6 +60,7 @@ pub fn in_processes(parts: usize, run: impl Fn(usize)) {
             let [said, errors] = [&out.stdout, &out.stderr].map(|text| String::from_utf8_lossy(text));
             let ran = out.status.success() && said.contains("1 passed");
             assert!(ran, "{test}, part {part} of {parts}: {}\n{said}{errors}", out.status);
+            print!("{said}");
             eprint!("{errors}");
         }
     };
