@@ -65,6 +65,9 @@ fn every_command_has_help_and_the_program_a_version() {
         let o = ldm(&[command, "--no-such-flag"]);
         assert!(o.code == 2 && o.err.contains("--no-such-flag"), "{}", o.err);
     }
+    // What belongs to the other kind of run is not offered.
+    let offered = |kind| ldm(&["train", kind, "--help"]).out.contains("--first-stage");
+    assert_eq!([offered("autoencoder"), offered("diffusion")], [false, true]);
     let o = ldm(&["--version"]);
     assert_eq!((o.code, o.out.trim()), (0, concat!("ldm ", env!("CARGO_PKG_VERSION"))));
     assert_eq!((ldm(&[]).code, ldm(&["smaple"]).code), (2, 2));

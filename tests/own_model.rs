@@ -33,6 +33,15 @@ fn it_draws_what_it_is_asked_for() {
     let said: Value = serde_json::from_str(&o.out).unwrap();
     let share = |what: &str| said["all"]["scores"][what]["share"].as_f64().unwrap();
     assert!(share("binding") >= 0.6 && share("colour") >= 0.6, "{}", said["all"]);
+    // Beside the captions lie the pictures that they are of.
+    let first = std::fs::read(scenes.join("0000.png")).unwrap();
+    let o = ldm(&["sample", "--from-file", text(&list), "-o", text(&scenes), "--steps", "1"]);
+    assert!(
+        o.code == 2 && o.err.contains("holds a data set") && o.err.contains("another folder"),
+        "{}",
+        o.err
+    );
+    assert_eq!(std::fs::read(scenes.join("0000.png")).unwrap(), first);
 }
 
 /// Somewhere else too, as long as the sources are where the program was built.

@@ -42,7 +42,8 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     check_output(&output)?;
     check_png(&output)?;
     let smooth = smoothed(&points);
-    let mut chart = Chart { lines: vec![Line { points, colour: [170, 190, 220] }] };
+    let names = ["step".into(), a.metric];
+    let mut chart = Chart { names, lines: vec![Line { points, colour: [170, 190, 220] }] };
     chart.lines.push(Line { points: smooth, colour: [30, 80, 160] });
     chart.write(&output)?;
     print(&format!("{}\n", output.display()))?;

@@ -288,6 +288,11 @@ fn from_file(a: &Arguments, list: &Path, seed: u64) -> Result<ExitCode> {
     if a.output.extension().is_some_and(|e| e == "png") {
         return Err(invalid(&a.output, "want a folder for the pictures of --from-file: -o FOLDER".into()));
     }
+    if a.output.join("metadata.jsonl").exists() {
+        let what =
+            "holds a data set (metadata.jsonl), whose pictures would be replaced; choose another folder";
+        return Err(invalid(&a.output, what.into()));
+    }
     let dtype = a.device.dtype()?;
     let device = a.device.open()?;
     let folder = ModelFolder::open_as(a.model()?, a.prediction)?;

@@ -23,6 +23,7 @@ pub(super) struct Arguments {
 #[derive(Subcommand, Debug)]
 enum What {
     /// An autoencoder, KL or VQ: pictures to latents and back
+    #[command(mut_arg("first_stage", |a| a.hide(true)))]
     Autoencoder(Flags),
     /// A UNet with its text encoder or table of classes, or without a condition, on the latents of an autoencoder
     Diffusion(Flags),

@@ -1,4 +1,4 @@
-//! Lines over numbers, as a picture: axes with numbers, nothing else.
+//! Lines over numbers, as a picture: axes with numbers and names, nothing else.
 
 use super::png;
 use crate::error::Result;
@@ -16,6 +16,8 @@ pub struct Line {
 /// What is drawn, the last line on top. Where all y are above 0 and span a factor of 20, their axis is logarithmic.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Chart {
+    /// What the axes show, x and y, in small letters, digits, `_`, `.` and `-`; other characters are left blank.
+    pub names: [String; 2],
     /// The lines.
     pub lines: Vec<Line>,
 }
@@ -30,7 +32,7 @@ const INK: [u8; 3] = [60, 60, 60];
 const DOT: usize = 2;
 
 /// Letters of 3 by 5 dots, a row in three bits.
-const LETTERS: [(char, [u8; 5]); 13] = [
+const LETTERS: [(char, [u8; 5]); 39] = [
     ('0', [7, 5, 5, 5, 7]),
     ('1', [2, 6, 2, 2, 7]),
     ('2', [7, 1, 7, 4, 7]),
@@ -43,7 +45,33 @@ const LETTERS: [(char, [u8; 5]); 13] = [
     ('9', [7, 5, 7, 1, 7]),
     ('.', [0, 0, 0, 0, 2]),
     ('-', [0, 0, 7, 0, 0]),
+    ('_', [0, 0, 0, 0, 7]),
+    ('a', [2, 5, 7, 5, 5]),
+    ('b', [6, 5, 6, 5, 6]),
+    ('c', [3, 4, 4, 4, 3]),
+    ('d', [6, 5, 5, 5, 6]),
     ('e', [7, 5, 7, 4, 7]),
+    ('f', [7, 4, 6, 4, 4]),
+    ('g', [3, 4, 5, 5, 3]),
+    ('h', [5, 5, 7, 5, 5]),
+    ('i', [7, 2, 2, 2, 7]),
+    ('j', [1, 1, 1, 5, 2]),
+    ('k', [5, 5, 6, 5, 5]),
+    ('l', [4, 4, 4, 4, 7]),
+    ('m', [5, 7, 7, 5, 5]),
+    ('n', [6, 5, 5, 5, 5]),
+    ('o', [2, 5, 5, 5, 2]),
+    ('p', [6, 5, 6, 4, 4]),
+    ('q', [2, 5, 5, 6, 3]),
+    ('r', [6, 5, 6, 5, 5]),
+    ('s', [3, 4, 2, 1, 6]),
+    ('t', [7, 2, 2, 2, 2]),
+    ('u', [5, 5, 5, 5, 7]),
+    ('v', [5, 5, 5, 5, 2]),
+    ('w', [5, 5, 7, 7, 5]),
+    ('x', [5, 5, 2, 5, 5]),
+    ('y', [5, 5, 2, 2, 2]),
+    ('z', [7, 1, 2, 4, 7]),
 ];
 
 struct Canvas(Vec<u8>);
@@ -68,7 +96,7 @@ impl Canvas {
 
     /// `x` is the right end.
     fn text(&mut self, text: &str, x: usize, y: usize) {
-        let left = x.saturating_sub(text.chars().count() * 4 * DOT);
+        let left = x.saturating_sub(width(text));
         for (i, c) in text.chars().enumerate() {
             let rows = LETTERS.iter().find(|(l, _)| *l == c).map_or([0; 5], |(_, rows)| *rows);
             for (r, row) in rows.iter().enumerate() {
@@ -80,6 +108,11 @@ impl Canvas {
             }
         }
     }
+}
+
+/// Pixels that a text takes across.
+fn width(text: &str) -> usize {
+    text.chars().count() * 4 * DOT
 }
 
 /// An axis: what lies at its ends, and whether it is logarithmic.
@@ -149,13 +182,16 @@ impl Chart {
             let at = place(&(v, y.low)).0;
             canvas.line((at, top), (at, bottom), GREY, 1);
             let text = short(v);
-            canvas.text(&text, at as usize + text.len() * 2 * DOT, FIELD[3] + 12);
+            canvas.text(&text, at as usize + width(&text) / 2, FIELD[3] + 8);
         }
         for v in y.ticks() {
             let at = place(&(x.low, v)).1;
             canvas.line((left, at), (right, at), GREY, 1);
             canvas.text(&short(v), FIELD[0] - 8, at as usize - 5);
         }
+        let [x_name, y_name] = &self.names;
+        canvas.text(x_name, FIELD[2], FIELD[3] + 24);
+        canvas.text(y_name, FIELD[0] + width(y_name), 4);
         canvas.line((left, bottom), (right, bottom), INK, 1);
         canvas.line((left, top), (left, bottom), INK, 1);
         for line in &self.lines {
@@ -182,15 +218,19 @@ mod tests {
     fn a_falling_line_falls() {
         let dir = Scratch::new("chart");
         let path = dir.path().join("a.png");
-        let colour = [200, 0, 0];
+        let (colour, names) = ([200, 0, 0], ["step".to_string(), "loss".into()]);
         for points in
             [vec![(0.0, 1.0), (10.0, 0.01)], vec![(0.0, 3.0), (10.0, 3.0)], vec![(1.0, f64::NAN), (2.0, 0.0)]]
         {
-            Chart { lines: vec![Line { points, colour }] }.write(&path).unwrap();
+            Chart { names: names.clone(), lines: vec![Line { points, colour }] }.write(&path).unwrap();
         }
-        Chart { lines: vec![Line { points: vec![(0.0, 1.0), (10.0, 0.01)], colour }] }.write(&path).unwrap();
+        let line = Line { points: vec![(0.0, 1.0), (10.0, 0.01)], colour };
+        Chart { names, lines: vec![line] }.write(&path).unwrap();
         let picture = png::read_rgb8(&path).unwrap();
         let at = |x: usize, y: usize| &picture.pixels[(y * WIDTH + x) * 3..][..3] == colour.as_slice();
         assert!(at(FIELD[0], FIELD[1]) && at(FIELD[2], FIELD[3]) && !at(FIELD[2], FIELD[1]));
+        // The `l` of the name above the field.
+        let ink = |x: usize, y: usize| &picture.pixels[(y * WIDTH + x) * 3..][..3] == INK.as_slice();
+        assert!(ink(FIELD[0], 4) && !ink(FIELD[0] + 2 * DOT, 4) && ink(FIELD[0] + 2 * DOT, 4 + 4 * DOT));
     }
 }
