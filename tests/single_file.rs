@@ -335,6 +335,12 @@ fn what_a_unet_predicts_is_read_from_whatever_says_it() {
     assert_eq!(output(&path, Some(Prediction::V)).unwrap(), V);
     let o = ldm(&["info", text(&path), "--prediction", "eps"]);
     assert!(o.out.contains("StableDiffusionPipeline"), "{}", o.err);
+    // That far, and no further: it has a header alone.
+    let bench = ["bench", "--component", "text", "--device", "cpu", "-m", text(&path)];
+    refused(&f, 2, &["nothing in it says"], || ldm(&bench));
+    refused(&f, 1, &["tensor `cond_stage_model."], || ldm(&[&bench[..], &["--prediction", "v"]].concat()));
+    let preset = ["bench", "--preset", "sd15", "--prediction", "v"];
+    refused(&f, 2, &["a preset says itself"], || ldm(&preset));
     let zero = file(4, 768, &[("ztsnr", &[0])], json!({}));
     assert!(output(&zero, None).unwrap_err().to_string().contains("ztsnr"));
     // A model that says it itself is not overruled.

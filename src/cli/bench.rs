@@ -9,7 +9,7 @@ mod subject;
 mod table;
 mod trace;
 
-use super::{DeviceFlags, SizeFlags, check_output, print};
+use super::{DeviceFlags, PredictionFlag, SizeFlags, check_output, print};
 use crate::error::{Error, Result};
 use crate::exec::Device;
 use crate::graph::{Graph, Node, Var};
@@ -36,6 +36,8 @@ pub(super) struct Arguments {
     model: Option<PathBuf>,
     #[arg(long, value_name = "NAME", help = preset_help())]
     preset: Option<String>,
+    #[command(flatten)]
+    predicts: PredictionFlag,
     /// Part to measure [default: unet; vae-decoder where there is none]
     #[arg(long, value_enum, value_name = "PART")]
     component: Option<Component>,

@@ -1,9 +1,8 @@
 //! `ldm convert`: a model from a folder to one file, and back.
 
-use super::print;
+use super::{PredictionFlag, print};
 use crate::error::{Error, Result};
 use crate::exec::human_bytes;
-use crate::io::Prediction;
 use crate::pipeline::convert;
 use clap::Args;
 use std::path::PathBuf;
@@ -21,9 +20,8 @@ pub(super) struct Arguments {
     /// Type of the weights: f32, f16 or bf16 [default: as they are stored]
     #[arg(long, alias = "type", value_name = "TYPE")]
     dtype: Option<String>,
-    /// What the UNet predicts, for a file of Stable Diffusion 2, which does not say: eps (512 pixels) or v (768)
-    #[arg(long, value_name = "WHAT")]
-    prediction: Option<Prediction>,
+    #[command(flatten)]
+    predicts: PredictionFlag,
 }
 
 pub(super) fn run(a: Arguments) -> Result<ExitCode> {
@@ -32,7 +30,7 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
         let why = "is there already: want a new file";
         return Err(Error::invalid(format!("{}: {why}", a.output.display())));
     }
-    let done = convert(&a.model, &a.output, dtype, a.prediction)?;
+    let done = convert(&a.model, &a.output, dtype, a.predicts.prediction)?;
     let mut text = format!("{}: {} tensors, {}\n", a.output.display(), done.tensors, human_bytes(done.bytes));
     for (name, class) in done.left_out {
         text += &format!("left out: {name} ({class}), which nothing here runs\n");

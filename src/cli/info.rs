@@ -1,10 +1,10 @@
 //! `ldm info`: what a checkpoint is, and what a picture costs.
 
-use super::{SizeFlags, print};
+use super::{PredictionFlag, SizeFlags, print};
 use crate::error::Result;
 use crate::exec::{Device, human_bytes};
 use crate::graph::Target;
-use crate::io::{ModelFolder, Prediction};
+use crate::io::ModelFolder;
 use crate::models::{AnyModel, CLASSES, Inventory};
 use crate::pipeline::{Blueprint, Request, Residency};
 use crate::samplers::Choice;
@@ -19,9 +19,8 @@ pub(super) struct Arguments {
     /// A checkpoint: a diffusers folder (with model_index.json), or one .safetensors file with a whole model
     #[arg(value_name = "MODEL")]
     model: PathBuf,
-    /// What the UNet predicts, as in `ldm sample`
-    #[arg(long, value_name = "WHAT")]
-    prediction: Option<Prediction>,
+    #[command(flatten)]
+    predicts: PredictionFlag,
     #[command(flatten)]
     size: SizeFlags,
     /// Pictures that are made together
@@ -50,7 +49,7 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(a: Arguments) -> Result<ExitCode> {
-    let folder = ModelFolder::open_as(&a.model, a.prediction)?;
+    let folder = ModelFolder::open_as(&a.model, a.predicts.prediction)?;
     let dtype: DType = a.dtype.parse()?;
     let mut text = format!("{}: {}\n\n", folder.path().display(), folder.class());
     text += &format!(

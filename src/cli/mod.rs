@@ -12,7 +12,7 @@ mod train;
 mod verify;
 
 use crate::error::{Error, Result};
-use crate::io::atomic;
+use crate::io::{Prediction, atomic};
 use crate::tensor::DType;
 use clap::{Args, Parser, Subcommand};
 use std::io::Write;
@@ -77,6 +77,14 @@ struct SizeFlags {
     /// Pixels [default: what the model was made for]
     #[arg(short = 'H', long, value_parser = whole, allow_negative_numbers = true, value_name = "PIXELS")]
     height: Option<usize>,
+}
+
+/// What a checkpoint in one file may leave open.
+#[derive(Args, Debug, Clone)]
+struct PredictionFlag {
+    /// What the UNet predicts, for a file of Stable Diffusion 2 that does not say: eps (512 pixels) or v (768)
+    #[arg(long, value_name = "WHAT")]
+    prediction: Option<Prediction>,
 }
 
 /// What every command that runs a model takes.

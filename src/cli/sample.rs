@@ -1,10 +1,10 @@
 //! `ldm sample`: pictures from a prompt, of a class, or from another picture.
 
 use super::progress::Progress;
-use super::{DeviceFlags, SizeFlags, check_output, check_png, print, whole};
+use super::{DeviceFlags, PredictionFlag, SizeFlags, check_output, check_png, print, whole};
 use crate::error::{Error, Result};
 use crate::exec::{Device, peak};
-use crate::io::{ModelFolder, Prediction, atomic, picture, png};
+use crate::io::{ModelFolder, atomic, picture, png};
 use crate::models::Conditioner;
 use crate::pipeline::{Beside, Blueprint, Init, Mask, Picture, Pipeline, Request, Residency};
 use crate::rng::fresh_seed;
@@ -44,9 +44,8 @@ pub(super) struct Arguments {
     /// [default: assets/shapes-64, a small model of the shapes world]
     #[arg(short, long, value_name = "MODEL")]
     model: Option<PathBuf>,
-    /// What the UNet predicts, for a file of Stable Diffusion 2 that does not say: eps (512 pixels) or v (768)
-    #[arg(long, value_name = "WHAT")]
-    prediction: Option<Prediction>,
+    #[command(flatten)]
+    predicts: PredictionFlag,
     /// What the picture shows; models without a condition take none
     #[arg(short, long, value_name = "TEXT")]
     prompt: Option<String>,
@@ -229,7 +228,7 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     let dtype = a.device.dtype()?;
     let device = a.device.open()?;
     // Before any work: can the model do this, is there memory for it, and can the result be written?
-    let folder = ModelFolder::open_as(a.model()?, a.prediction)?;
+    let folder = ModelFolder::open_as(a.model()?, a.predicts.prediction)?;
     let blueprint = Blueprint::read(&folder)?;
     blueprint.check_words(&request)?;
     blueprint.check_pictures(&request)?;
@@ -295,7 +294,7 @@ fn from_file(a: &Arguments, list: &Path, seed: u64) -> Result<ExitCode> {
     }
     let dtype = a.device.dtype()?;
     let device = a.device.open()?;
-    let folder = ModelFolder::open_as(a.model()?, a.prediction)?;
+    let folder = ModelFolder::open_as(a.model()?, a.predicts.prediction)?;
     let blueprint = Blueprint::read(&folder)?;
     for (i, words) in lines.iter().zip(&prompts) {
         let wrong = |e: Error| invalid(list, format!("line {}: {e}", i + 1));

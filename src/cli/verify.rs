@@ -1,6 +1,6 @@
 //! `ldm verify`: ours against tensors recorded from diffusers.
 
-use super::{DeviceFlags, check_output, print};
+use super::{DeviceFlags, PredictionFlag, check_output, print};
 use crate::error::{Error, Result};
 use crate::io::ModelFolder;
 use crate::pipeline::verify::{Line, Options, Report, save, verify};
@@ -15,6 +15,8 @@ pub(super) struct Arguments {
     /// A checkpoint: a diffusers folder (with model_index.json), or one .safetensors file with a whole model
     #[arg(short, long, value_name = "MODEL")]
     model: PathBuf,
+    #[command(flatten)]
+    predicts: PredictionFlag,
     /// Tensors recorded from diffusers: single parts, or a whole pipeline step by step
     #[arg(long, value_name = "FILE")]
     reference: PathBuf,
@@ -43,7 +45,8 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     }
     let options = Options { dtype: a.device.dtype()?, parts: a.part.clone() };
     let device = a.device.open()?;
-    let report = verify(&ModelFolder::open(&a.model)?, &a.reference, &device, &options)?;
+    let report =
+        verify(&ModelFolder::open_as(&a.model, a.predicts.prediction)?, &a.reference, &device, &options)?;
     if let Some(path) = &a.save {
         save(&report, path)?;
     }

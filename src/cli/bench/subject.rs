@@ -64,11 +64,15 @@ impl Plan {
     pub(super) fn new(a: &Arguments) -> Result<Plan> {
         let (source, parts, name) = match (&a.model, &a.preset) {
             (Some(path), None) => {
-                let folder = ModelFolder::open(path)?;
+                let folder = ModelFolder::open_as(path, a.predicts.prediction)?;
                 let parts = Parts::read(&folder)?;
                 let full = folder.path().canonicalize().unwrap_or_else(|_| path.clone());
                 let name = full.file_name().unwrap_or_default().to_string_lossy().into_owned();
                 (Source::Folder(Box::new(folder)), parts, name)
+            }
+            (None, Some(_)) if a.predicts.prediction.is_some() => {
+                let why = "a preset says itself what its UNet predicts: want no --prediction";
+                return Err(Error::invalid(why));
             }
             (None, Some(name)) => {
                 let preset = Preset::find(name)?;
