@@ -3,7 +3,7 @@
 
 use crate::nvcc::Built;
 use crate::resources::Resource;
-use crate::scan::{Kernel, Kind};
+use crate::scan::{Field, Kernel, Kind};
 use crate::units::{Arch, File};
 use std::fmt::Write;
 use std::path::Path;
@@ -23,17 +23,17 @@ pub struct Layout {
 pub fn layout(kernel: &Kernel) -> Layout {
     let (mut at, mut align, mut offsets) = (0usize, 1, vec![]);
     for field in &kernel.fields {
-        let size = field.kind.size();
-        at = at.next_multiple_of(size);
+        let each = field.kind.size();
+        at = at.next_multiple_of(each);
         offsets.push(at);
-        at += size;
-        align = align.max(size);
+        at += field.size();
+        align = align.max(each);
     }
     Layout { size: at.next_multiple_of(align), offsets }
 }
 
-fn rust_type(kind: Kind) -> &'static str {
-    match kind {
+fn rust_type(field: &Field) -> String {
+    let each = match field.kind {
         Kind::Pointer => "DevicePtr",
         Kind::I32 => "i32",
         Kind::U32 => "u32",
@@ -42,7 +42,8 @@ fn rust_type(kind: Kind) -> &'static str {
         Kind::U64 => "u64",
         Kind::F64 => "f64",
         Kind::Map => "TensorMap",
-    }
+    };
+    field.count.map_or(each.into(), |count| format!("[{each}; {count}]"))
 }
 
 /// Writes `kernels.rs` and `images.bin` into `out`.
@@ -129,7 +130,7 @@ fn module(text: &mut String, file: &File) {
         let _ = writeln!(text, "    #[repr(C)]\n    #[derive(Clone, Copy, Debug, Default, PartialEq)]");
         let _ = writeln!(text, "    pub struct {params} {{");
         for field in &kernel.fields {
-            let ty = rust_type(field.kind);
+            let ty = rust_type(field);
             let _ = writeln!(text, "        /// {}", doc(&field.comment, &field.name));
             let _ = writeln!(text, "        pub {}: {ty},", ident(&field.name));
         }

@@ -3,6 +3,8 @@
 //! Shared by `build.rs` and by the emulator's loader in the tests, through `#[path]`; so it uses `std` alone. It does not
 //! parse C++: it knows the few forms that `kernels/*.cu` may take, and refuses what is outside them.
 
+mod expression;
+
 /// What one `kernels/<stem>.cu` declares.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Unit {
@@ -39,6 +41,8 @@ pub struct Field {
     pub name: String,
     /// What it holds.
     pub kind: Kind,
+    /// How many of them, where it is an array.
+    pub count: Option<usize>,
     /// The comment at the end of its line: a shape, usually.
     pub comment: String,
 }
@@ -72,6 +76,13 @@ impl Kind {
             Kind::Pointer | Kind::I64 | Kind::U64 | Kind::F64 => 8,
             Kind::Map => 128,
         }
+    }
+}
+
+impl Field {
+    /// Bytes of all of it.
+    pub fn size(&self) -> usize {
+        self.kind.size() * self.count.unwrap_or(1)
     }
 }
 
@@ -127,6 +138,9 @@ impl Unit {
 const SMEM_BYTES: &str = "SMEM_BYTES";
 const SMEM_MOST: i64 = 227 * 1024;
 
+/// Elements of an array in a kernel's struct: as many as Rust's own traits reach.
+const MOST_ELEMENTS: usize = 32;
+
 /// How the constants begin that count the instructions of the main loop.
 const LOOP: &str = "LOOP_";
 
@@ -167,7 +181,7 @@ pub fn scan(stem: &str, source: &str) -> Result<Unit, String> {
     source.refuse_forbidden()?;
     let variants = source.variants()?;
     let constants = source.constants(&variants)?;
-    let kernels = source.kernels()?;
+    let kernels = source.kernels(&constants)?;
     if kernels.is_empty() {
         return Err(format!(
             "kernels/{stem}.cu: no kernel (`extern \"C\" __global__ void name(const __grid_constant__ Name p)`)"
@@ -379,8 +393,7 @@ impl Source {
                             end += 1;
                         }
                         let words: Vec<&str> = (start..end).map(|k| self.text(k)).collect();
-                        let mut at = 0;
-                        if let Some(value) = choice(&words, &mut at, &found).filter(|_| at == words.len()) {
+                        if let Some(value) = expression::value(&words, &found) {
                             found.push((name, value));
                         }
                         i = if self.text(end) == "," { end + 1 } else { end };
@@ -393,7 +406,7 @@ impl Source {
         found
     }
 
-    fn kernels(&self) -> Result<Vec<Kernel>, String> {
+    fn kernels(&self, constants: &[(String, Vec<i64>)]) -> Result<Vec<Kernel>, String> {
         let mut kernels: Vec<Kernel> = Vec::new();
         for i in 0..self.tokens.len() {
             if self.text(i) != "__global__" {
@@ -442,13 +455,19 @@ impl Source {
             if kernels.iter().any(|kernel| kernel.name == name) {
                 return self.error(line, format!("kernel `{name}` is there twice"));
             }
-            let fields = self.fields(&name, &want, line)?;
+            let fields = self.fields(&name, &want, line, constants)?;
             kernels.push(Kernel { name, params_struct: want, fields, bounds });
         }
         Ok(kernels)
     }
 
-    fn fields(&self, kernel: &str, name: &str, line: usize) -> Result<Vec<Field>, String> {
+    fn fields(
+        &self,
+        kernel: &str,
+        name: &str,
+        line: usize,
+        constants: &[(String, Vec<i64>)],
+    ) -> Result<Vec<Field>, String> {
         let is_start =
             |i: &usize| self.text(*i) == "struct" && self.text(i + 1) == name && self.text(i + 2) == "{";
         let Some(start) = (0..self.tokens.len()).find(is_start) else {
@@ -466,19 +485,42 @@ impl Source {
             };
             let comment = self.comments.iter().find(|(at, _)| *at == last.line).map_or("", |(_, text)| text);
             let words: Vec<&str> = (i..end).map(|k| self.text(k)).collect();
-            for (field, kind) in self.declaration(&words, name, last.line)? {
+            for (field, kind, length) in self.declaration(&words, name, last.line)? {
                 if fields.iter().any(|f| f.name == field) {
                     return self.error(last.line, format!("`{name}.{field}` is there twice"));
                 }
-                fields.push(Field { name: field, kind, comment: comment.to_string() });
+                let known = |words: &String| self.length(words, constants);
+                let count = match length.as_ref().map(known) {
+                    Some(None) => {
+                        let want = format!("as many elements in every variant, 1 to {MOST_ELEMENTS}");
+                        let got = length.unwrap_or_default();
+                        return self.error(last.line, format!("`{name}.{field}`: want {want}; got `{got}`"));
+                    }
+                    count => count.flatten(),
+                };
+                fields.push(Field { name: field, kind, count, comment: comment.to_string() });
             }
             i = end + 1;
         }
         if fields.is_empty() { self.error(line, format!("`struct {name}` is empty")) } else { Ok(fields) }
     }
 
-    /// `const T* a, *b` or `int h, w`: the names with their kinds.
-    fn declaration(&self, words: &[&str], name: &str, line: usize) -> Result<Vec<(String, Kind)>, String> {
+    /// Elements of an array: a literal, or a constant that is the same in every variant.
+    fn length(&self, word: &str, constants: &[(String, Vec<i64>)]) -> Option<usize> {
+        let named = || {
+            let (_, values) = constants.iter().find(|(name, _)| name == word)?;
+            values.iter().all(|v| *v == values[0]).then(|| usize::try_from(values[0]).ok())?
+        };
+        word.parse().ok().or_else(named).filter(|n| (1..=MOST_ELEMENTS).contains(n))
+    }
+
+    /// `const T* a, *b` or `int h, w[4]`: the names with their kinds, and the word in the brackets of an array.
+    fn declaration(
+        &self,
+        words: &[&str],
+        name: &str,
+        line: usize,
+    ) -> Result<Vec<(String, Kind, Option<String>)>, String> {
         const TYPES: &str = " const T U f16 bf16 float double int unsigned signed long short char TensorMap ";
         let at = words.iter().take_while(|w| TYPES.contains(&format!(" {w} "))).count();
         let base: Vec<&str> = words[..at].iter().copied().filter(|w| *w != "const").collect();
@@ -500,96 +542,19 @@ impl Source {
             let kind = if pointer && !base.is_empty() { Some(Kind::Pointer) } else { scalar };
             let is_name = |s: &str| s.starts_with(|c: char| c.is_alphabetic() || c == '_');
             match (kind, rest.as_slice()) {
-                (Some(kind), [field]) if is_name(field) => found.push((field.to_string(), kind)),
+                (Some(kind), [field]) if is_name(field) => found.push((field.to_string(), kind, None)),
+                (Some(kind), [field, "[", length, "]"]) if is_name(field) => {
+                    found.push((field.to_string(), kind, Some(length.to_string())));
+                }
                 _ => {
                     let got = words.join(" ");
                     return self.error(
                         line,
-                        format!("`{name}`: want pointers, int, unsigned, float, long long, unsigned long long, double or TensorMap; got `{got}`"),
+                        format!("`{name}`: want pointers, int, unsigned, float, long long, unsigned long long, double or TensorMap, or arrays of them; got `{got}`"),
                     );
                 }
             }
         }
         Ok(found)
-    }
-}
-
-/// `a ? b : c`, or what binds tighter. `None` where an identifier is unknown.
-fn choice(words: &[&str], at: &mut usize, known: &[(String, i64)]) -> Option<i64> {
-    let value = binary(words, at, known, 0)?;
-    if words.get(*at) != Some(&"?") {
-        return Some(value);
-    }
-    *at += 1;
-    let yes = choice(words, at, known)?;
-    (words.get(*at) == Some(&":")).then(|| *at += 1)?;
-    let no = choice(words, at, known)?;
-    Some(if value != 0 { yes } else { no })
-}
-
-/// Integer expressions by precedence, as C++ has it.
-fn binary(words: &[&str], at: &mut usize, known: &[(String, i64)], level: usize) -> Option<i64> {
-    const LEVELS: [&[&str]; 7] = [
-        &["||"],
-        &["&&"],
-        &["==", "!="],
-        &["<=", ">=", "<", ">"],
-        &["<<", ">>"],
-        &["+", "-"],
-        &["*", "/", "%"],
-    ];
-    if level == LEVELS.len() {
-        return atom(words, at, known);
-    }
-    let mut value = binary(words, at, known, level + 1)?;
-    loop {
-        let (operator, size) = operator(&words[*at..]);
-        if !LEVELS[level].contains(&operator.as_str()) {
-            return Some(value);
-        }
-        *at += size;
-        let right = binary(words, at, known, level + 1)?;
-        value = match operator.as_str() {
-            "||" => i64::from(value != 0 || right != 0),
-            "&&" => i64::from(value != 0 && right != 0),
-            "==" => i64::from(value == right),
-            "!=" => i64::from(value != right),
-            "<=" => i64::from(value <= right),
-            ">=" => i64::from(value >= right),
-            "<" => i64::from(value < right),
-            ">" => i64::from(value > right),
-            "<<" => value.checked_shl(u32::try_from(right).ok()?)?,
-            ">>" => value.checked_shr(u32::try_from(right).ok()?)?,
-            "+" => value.checked_add(right)?,
-            "-" => value.checked_sub(right)?,
-            "*" => value.checked_mul(right)?,
-            "/" => value.checked_div(right)?,
-            _ => value.checked_rem(right)?,
-        };
-    }
-}
-
-/// The operator that the next tokens, of one character each, form; and how many they are.
-fn operator(words: &[&str]) -> (String, usize) {
-    const TWO: [&str; 8] = ["||", "&&", "==", "!=", "<=", ">=", "<<", ">>"];
-    let pair = words.iter().take(2).copied().collect::<String>();
-    if TWO.contains(&pair.as_str()) { (pair, 2) } else { (words.first().unwrap_or(&"").to_string(), 1) }
-}
-
-fn atom(words: &[&str], at: &mut usize, known: &[(String, i64)]) -> Option<i64> {
-    let word = *words.get(*at)?;
-    *at += 1;
-    match word {
-        "-" => Some(-atom(words, at, known)?),
-        "(" => {
-            let value = choice(words, at, known)?;
-            (words.get(*at) == Some(&")")).then(|| *at += 1)?;
-            Some(value)
-        }
-        // dev.cuh's one integer.
-        "WARP" => Some(32),
-        _ if word.starts_with("0x") => i64::from_str_radix(&word[2..], 16).ok(),
-        _ if word.starts_with(|c: char| c.is_ascii_digit()) => word.parse().ok(),
-        _ => known.iter().find(|(name, _)| name == word).map(|(_, value)| *value),
     }
 }

@@ -109,6 +109,27 @@ fn evaluates_constants_in_each_variant() {
 }
 
 #[test]
+fn a_struct_may_hold_arrays() {
+    let with = |line: &str| {
+        let text =
+            GOOD.replace("struct CopyFwd {", &format!("constexpr int MOST = 8;\nstruct CopyFwd {{\n{line}"));
+        scan("copy", &text)
+    };
+    let unit = with("    const T* all[MOST];  // (O_i,C)\n    int ends[3], last;").unwrap();
+    let fields: Vec<_> =
+        unit.kernels[0].fields[..3].iter().map(|f| (&*f.name, f.kind, f.count, f.size())).collect();
+    let want =
+        [("all", Kind::Pointer, Some(8), 64), ("ends", Kind::I32, Some(3), 12), ("last", Kind::I32, None, 4)];
+    assert_eq!(fields, want);
+    assert_eq!(unit.kernels[0].fields[0].comment, "(O_i,C)");
+    for line in ["int w[BM];", "int w[0];", "int w[33];", "int w[UNKNOWN];"] {
+        let error = with(line).expect_err(line);
+        assert!(error.contains("want as many elements in every variant, 1 to 32"), "{error}");
+    }
+    assert!(with("int w[2][2];").expect_err("two axes").contains("or arrays of them"));
+}
+
+#[test]
 fn a_file_asks_for_dynamic_shared_memory_by_variant() {
     let with = |line: &str| GOOD.replace("struct CopyFwd {", &format!("{line}\nstruct CopyFwd {{"));
     let unit = scan("copy", &with("constexpr int SMEM_BYTES = (BM + BN) * 512;")).unwrap();
@@ -158,7 +179,7 @@ fn refuses_what_a_kernel_may_not_do() {
         ),
         (GOOD.replace("(const __grid_constant__ CopyFwd p)", "(float* y, int n)"), "want one parameter"),
         (GOOD.replace("float eps;", "half eps;"), "copy.cu:19: `CopyFwd`"),
-        (GOOD.replace("float eps;", "float eps[4];"), "copy.cu:19: `CopyFwd`"),
+        (GOOD.replace("float eps;", "float eps[4][2];"), "copy.cu:19: `CopyFwd`"),
         (GOOD.replace("int h, w;", "int h, y;"), "`CopyFwd.y` is there twice"),
         (GOOD.replace("extern \"C\" ", ""), "want `extern \"C\" __global__ void`"),
         ("#include \"dev.cuh\"\n".to_string(), "no kernel"),
