@@ -47,19 +47,20 @@ impl Array {
     /// The elements along the last axis at an index of the others.
     pub fn row(&self, lead: &[usize]) -> &[f64] {
         debug_assert_eq!(lead.len() + 1, self.shape.len());
-        let row = lead.iter().zip(self.shape.iter()).fold(0, |at, (&i, &n)| {
-            debug_assert!(i < n, "row {lead:?} outside {}", self.shape);
-            at * n + i
-        });
         let n = self.shape.last();
-        &self.data[row * n..][..n]
+        &self.data[self.place(lead) * n..][..n]
     }
 
     /// Position of an index in `data`.
     pub fn offset(&self, index: &[usize]) -> usize {
         debug_assert_eq!(index.len(), self.shape.len());
-        index.iter().zip(self.shape.iter()).fold(0, |at, (&i, &n)| {
-            debug_assert!(i < n, "index {index:?} outside {}", self.shape);
+        self.place(index)
+    }
+
+    /// Which of the parts that an index of the first axes picks one of.
+    fn place(&self, lead: &[usize]) -> usize {
+        lead.iter().zip(self.shape.iter()).fold(0, |at, (&i, &n)| {
+            debug_assert!(i < n, "index {lead:?} outside {}", self.shape);
             at * n + i
         })
     }
