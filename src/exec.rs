@@ -417,14 +417,21 @@ impl Program {
         node.op.cuda(&cuda::Call { device, node: &node.label, x: &x, y: &y, scratch, scratch_bytes })
     }
 
-    /// Borrows every operand's memory: disjoint pieces of the arena by splitting it in order of offset. Allocates
-    /// nothing.
     fn step_cpu(&mut self, step: usize) -> Result<()> {
+        match self.steps[step].operands() {
+            ..=FEW => self.borrow_and_run::<FEW>(step),
+            _ => self.borrow_and_run::<MOST>(step),
+        }
+    }
+
+    /// Borrows the memory of all operands, at most `N`: disjoint pieces of the arena by splitting it in order of offset. Allocates
+    /// nothing.
+    fn borrow_and_run<const N: usize>(&mut self, step: usize) -> Result<()> {
         let (node, step) = (&self.graph.nodes()[step], &self.steps[step]);
         let Store::Host(arena) = &mut self.arena else {
             return Err(Error::Device("an arena on a GPU in a CPU program".into()));
         };
-        let mut pieces: [Option<&mut [u8]>; OPERANDS] = Default::default();
+        let mut pieces: [Option<&mut [u8]>; N] = [const { None }; N];
         let (mut rest, mut start) = (arena.bytes_mut(), 0);
         let mut states = self.states.iter_mut().enumerate();
         for (piece, &place) in pieces.iter_mut().zip(&step.pieces) {
@@ -441,13 +448,13 @@ impl Program {
                 },
             };
         }
-        let mut outputs: [&mut [u8]; OPERANDS] = Default::default();
+        let mut outputs: [&mut [u8]; N] = std::array::from_fn(|_| Default::default());
         for (output, &piece) in outputs.iter_mut().zip(&step.outputs) {
             let piece = pieces[piece].take();
             *output = piece.ok_or_else(|| Error::invalid("two outputs in one place"))?;
         }
         let pieces = pieces.map(|piece| piece.map(|piece| &*piece));
-        let mut inputs = [const { In::Shared(&[]) }; OPERANDS];
+        let mut inputs = [const { In::Shared(&[]) }; N];
         for (input, source) in inputs.iter_mut().zip(&step.inputs) {
             *input = match *source {
                 Source::Output(j) => In::Output(j),
@@ -468,8 +475,9 @@ impl Program {
     }
 }
 
-/// Most operands of a node, and most places that they lie in.
-const OPERANDS: usize = 12;
+/// Most operands of a node, and most places that they lie in: of nearly every node, and of any.
+const FEW: usize = 12;
+const MOST: usize = 128;
 
 /// What a node needs on the CPU, worked out once.
 struct Step {
@@ -497,6 +505,11 @@ enum Source {
 }
 
 impl Step {
+    /// As many as its inputs, its outputs or their places are.
+    fn operands(&self) -> usize {
+        self.inputs.len().max(self.outputs.len()).max(self.pieces.len())
+    }
+
     fn new(graph: &Graph, plan: &Plan, node: &Node) -> Result<Step> {
         let specs = |vars: &[Var]| vars.iter().map(|&v| graph.spec(v)).collect::<Vec<_>>();
         let wrong = |what: &str| Error::invalid(format!("node `{}`: {what}", node.label));
@@ -508,8 +521,8 @@ impl Step {
         let mut pieces: Vec<Piece> = node.x.iter().chain(&node.y).filter_map(|&v| piece(v)).collect();
         pieces.sort_unstable();
         pieces.dedup();
-        if node.x.len().max(node.y.len()).max(pieces.len()) > OPERANDS {
-            return Err(wrong(&format!("want at most {OPERANDS} operands")));
+        if node.x.len().max(node.y.len()).max(pieces.len()) > MOST {
+            return Err(wrong(&format!("want at most {MOST} operands")));
         }
         let find = |v: Var| piece(v).and_then(|p| pieces.binary_search(&p).ok());
         let outputs = node.y.iter().map(|&v| find(v).ok_or_else(|| wrong("an output without a place")));

@@ -13,6 +13,7 @@ const NONE: &[(&str, &str)] = &[
     ("advance", "a sampler's step"),
     ("blend", "a sampler's step"),
     ("group_stats", "made by the pass that gives norms their statistics, after differentiation"),
+    ("linear_group", "made when a program is planned, after differentiation"),
     ("phase_weights", "made when a program is planned, after differentiation"),
     ("adam", "the optimiser"),
     ("square_sum", "the optimiser"),

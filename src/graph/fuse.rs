@@ -1,5 +1,6 @@
 //! Fusion: each room may offer a cheaper way to compute what it made; offers are taken until none is left.
 
+use super::gather::gather;
 use super::stats::give_stats;
 use super::{Graph, Node, Origin, Target, Value, Var};
 use crate::error::Result;
@@ -16,7 +17,8 @@ pub struct Rewrite {
     pub made: Vec<(Var, Op, Vec<Var>)>,
 }
 
-/// The same graph with every offer for a target taken, norms given their statistics on a GPU, and what nothing uses any more left out.
+/// The same graph with every offer for a target taken, and what nothing uses any more left out; on a GPU also with products of one
+/// value in one launch, and norms given their statistics.
 ///
 /// # Errors
 /// When an offer has inputs that its op refuses: a fault of the room.
@@ -42,7 +44,7 @@ pub fn fuse(g: &Graph, target: Target) -> Result<Graph> {
     }
     match target {
         Target::Cpu => Ok(prune(&g)),
-        Target::Cuda => Ok(prune(&give_stats(&g)?)),
+        Target::Cuda => Ok(prune(&give_stats(&gather(&prune(&g))?)?)),
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod autodiff;
 mod fuse;
+mod gather;
 mod plan;
 mod show;
 mod stats;

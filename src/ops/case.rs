@@ -150,10 +150,17 @@ impl Case {
             .collect()
     }
 
-    /// `2x64x64x320 320x3x3x320 320 stride=1 pad=1,1,1,1 bias`: the shapes, and the fields of the operation that are set.
+    /// `2x64x64x320 320x3x3x320 320 stride=1 pad=1,1,1,1 bias`: the shapes (six and more of the same as `320x768*10`), and the fields
+    /// of the operation that are set.
     pub fn title(&self) -> String {
         let join = |shape: &[usize]| shape.iter().map(usize::to_string).collect::<Vec<_>>().join("x");
-        let mut words: Vec<String> = self.args.iter().map(|a| join(&a.shape)).collect();
+        let mut words: Vec<String> = vec![];
+        for same in self.args.chunk_by(|a, b| a.shape == b.shape) {
+            match same.len() {
+                n @ 6.. => words.push(format!("{}*{n}", join(&same[0].shape))),
+                n => words.extend(vec![join(&same[0].shape); n]),
+            }
+        }
         let mut list = false;
         for line in format!("{:#?}", self.op).lines().map(|l| l.trim().trim_end_matches(',')) {
             match line.split_once(": ") {

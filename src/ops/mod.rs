@@ -50,6 +50,7 @@ macro_rules! rooms {
             group_norm: GroupNorm, GroupNormGrad;
             group_stats: GroupStats;
             layer_norm: LayerNorm, LayerNormGrad;
+            linear_group: LinearGroup;
             loss: Loss, LossGrad, Kl, KlGrad;
             max_pool: MaxPool, MaxPoolGrad;
             optimiser: Adam, SquareSum, Clip, Accumulate;
@@ -324,6 +325,7 @@ pub use cast::cast;
 pub use conv2d::{Choice, Epi, SLAB, Window};
 pub use group_norm::Given;
 pub use group_stats::channel_stats;
+pub use linear_group::MOST as MOST_PRODUCTS;
 pub use loss::Distance;
 pub use optimiser::RATES;
 pub use sampler::TABLE;
