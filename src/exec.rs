@@ -63,7 +63,8 @@ impl Hook for CheckFinite {
         outputs: &dyn Fn(usize) -> Result<HostTensor>,
     ) -> Result<()> {
         for i in 0..node.y.len() {
-            check_finite(&outputs(i)?, node.op.name(), &node.label)?;
+            let which = if node.y.len() > 1 { format!(", output {i}") } else { String::new() };
+            check_finite(&outputs(i)?, node.op.name(), &(node.label.clone() + &which))?;
         }
         Ok(())
     }

@@ -17,8 +17,8 @@ pub struct Rewrite {
     pub made: Vec<(Var, Op, Vec<Var>)>,
 }
 
-/// The same graph with every offer for a target taken, and what nothing uses any more left out; on a GPU also with products of one
-/// value in one launch, and norms given their statistics.
+/// The same graph with every offer for a target taken, and what nothing uses any more left out; on a GPU also with norms given
+/// their statistics and, unless it trains, products of one value in one launch.
 ///
 /// # Errors
 /// When an offer has inputs that its op refuses: a fault of the room.
@@ -44,7 +44,9 @@ pub fn fuse(g: &Graph, target: Target) -> Result<Graph> {
     }
     match target {
         Target::Cpu => Ok(prune(&g)),
-        Target::Cuda => Ok(prune(&give_stats(&gather(&prune(&g))?)?)),
+        // Where blocks are made again for their gradients, a product that joins an earlier one would be made long before, and held.
+        Target::Cuda if g.parameters.is_empty() => Ok(prune(&give_stats(&gather(&prune(&g))?)?)),
+        Target::Cuda => Ok(prune(&give_stats(&g)?)),
     }
 }
 
