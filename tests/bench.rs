@@ -170,6 +170,17 @@ fn a_slower_record_is_flagged_and_a_faster_one_is_not() {
     let o = args(&scaled(1e-4, Some("linear")), &["--threshold", "10000%"]);
     let line = o.out.lines().find(|l| l.trim_start().starts_with("linear ")).unwrap();
     assert!(o.code == 1 && line.contains("SLOWER"), "{}", o.out);
+
+    // A kind that the older record does not have is shown, and judged by the evaluation.
+    let mut other = record.clone();
+    for row in other["per_op"]["rows"].as_array_mut().unwrap() {
+        if row["op"] == "linear" {
+            row["op"] = json!("embedding");
+        }
+    }
+    let o = args(&f.write("kinds.json", other.to_string()), &["--threshold", "10000%"]);
+    let line = o.out.lines().find(|l| l.trim_start().starts_with("linear ")).unwrap();
+    assert!(o.code == 0 && !line.contains("SLOWER"), "{}", o.out);
 }
 
 #[test]
@@ -236,7 +247,7 @@ fn other_work_is_not_compared() {
     );
     refused(&["--compare", text(&file), "--component", "unet"], 2, &["component: text there, unet here"]);
     refused(&["--compare", text(&file), "--dtype", "bf16"], 2, &["dtype: f32 there, bf16 here"]);
-    refused(&["--compare", text(&f.path("none.json"))], 1, &["none.json", "cannot be read"]);
+    refused(&["--compare", text(&f.path("none.json"))], 2, &["none.json", "nothing at this path"]);
     refused(
         &["--compare", text(&f.write("bad.json", "{}"))],
         1,

@@ -178,6 +178,10 @@ fn reconstructions_are_compared_picture_by_picture() {
     let compare = |a: &str, b: &str| ldm(&["eval", "reconstruction", text(&f.path(a)), text(&f.path(b))]);
     refused(&f, 2, &["want two pictures or two folders", "y.png"], || compare("a", "b/y.png"));
     refused(&f, 2, &["none", "there is no such picture or folder"], || compare("a", "none"));
+    let none = f.path("none");
+    refused(&f, 2, &["none: want a folder of pictures", "nothing at this path"], || {
+        ldm(&["eval", "shapes", text(&none)])
+    });
     copy("source.png", "b/z.png");
     refused(&f, 1, &["z.png", "no picture of this name in", "a"], || compare("a", "b"));
     refused(&f, 1, &["z.png", "no picture of this name in", "a"], || compare("b", "a"));

@@ -227,7 +227,7 @@ fn what_does_not_go_together_is_refused() {
         &[&prompt, &init, &mask, &["--strength", "0.1"]],
         "with 2 steps want at least 0.500",
     );
-    check("inpaint-tiny", 1, &[&prompt, &init, &["--mask", "none.png"]], "none.png: cannot be read");
+    check("inpaint-tiny", 2, &[&prompt, &init, &["--mask", "none.png"]], "none.png: want a picture (--mask)");
     let say = ["takes a picture (-i FILE), which goes with one prompt"];
     refused(&f, 2, &say, || sample(&golden("inpaint-tiny"), &f.path("made"), &["--from-file", text(&lines)]));
     check("sd15-tiny", 2, &[&prompt, &mask], "--init-img");

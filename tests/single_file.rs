@@ -339,6 +339,10 @@ fn what_a_unet_predicts_is_read_from_whatever_says_it() {
     let bench = ["bench", "--component", "text", "--device", "cpu", "-m", text(&path)];
     refused(&f, 1, &["nothing in it says"], || ldm(&bench));
     refused(&f, 1, &["tensor `cond_stage_model."], || ldm(&[&bench[..], &["--prediction", "v"]].concat()));
+    let reference = golden("sd2-tiny.mod.safetensors");
+    let check = ["verify", "--device", "cpu", "-m", text(&path), "--reference", text(&reference)];
+    refused(&f, 1, &["nothing in it says"], || ldm(&check));
+    refused(&f, 1, &["no such tensor"], || ldm(&[&check[..], &["--prediction", "v"]].concat()));
     let preset = ["bench", "--preset", "sd15", "--prediction", "v"];
     refused(&f, 2, &["a preset says itself"], || ldm(&preset));
     let zero = file(4, 768, &[("ztsnr", &[0])], json!({}));
@@ -458,10 +462,10 @@ fn what_stands_in_the_way_stays() {
         ("full", 2, "is there already"),
         ("plain", 2, "is there already"),
         ("plain.safetensors", 2, "is there already"),
-        ("link", 2, "is there already"),
+        ("link", 2, "is a link to a file that does not exist"),
         ("m.ckpt", 2, "ends in .safetensors"),
-        ("none/m.safetensors", 1, "does not exist"),
-        ("none/m", 1, "cannot be written"),
+        ("none/m.safetensors", 2, "none does not exist; create it"),
+        ("none/m", 2, "none does not exist; create it"),
     ] {
         refused(&f, code, &[say], || ldm(&["convert", text(&model), "-o", text(&f.path(to))]));
     }

@@ -9,7 +9,7 @@ mod subject;
 mod table;
 mod trace;
 
-use super::{DeviceFlags, PredictionFlag, SizeFlags, check_output, print};
+use super::{DeviceFlags, PredictionFlag, SizeFlags, check_input, check_output, print};
 use crate::error::{Error, Result};
 use crate::exec::Device;
 use crate::graph::{Graph, Node, Var};
@@ -195,6 +195,9 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     let (threshold, load) = (a.threshold()?, machine::load());
     for path in [&a.json, &a.trace].into_iter().flatten() {
         check_output(path)?;
+    }
+    if let Some(path) = &a.compare {
+        check_input(path, "a record that `ldm bench --json` wrote (--compare)")?;
     }
     let plan = Plan::new(&a)?;
     let old = a.compare.as_deref().map(|path| Record::read(path).map(|r| (r, path))).transpose()?;

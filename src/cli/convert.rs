@@ -1,6 +1,6 @@
 //! `ldm convert`: a model from a folder to one file, and back.
 
-use super::{PredictionFlag, print};
+use super::{PredictionFlag, check_output, print};
 use crate::error::{Error, Result};
 use crate::exec::human_bytes;
 use crate::pipeline::convert;
@@ -29,6 +29,10 @@ pub(super) fn run(a: Arguments) -> Result<ExitCode> {
     if a.output.is_file() {
         let why = "is there already: want a new file";
         return Err(Error::invalid(format!("{}: {why}", a.output.display())));
+    }
+    // What stands there already is the conversion's own to judge.
+    if !a.output.is_dir() {
+        check_output(&a.output.components().collect::<PathBuf>())?;
     }
     let done = convert(&a.model, &a.output, dtype, a.predicts.prediction)?;
     let mut text = format!("{}: {} tensors, {}\n", a.output.display(), done.tensors, human_bytes(done.bytes));

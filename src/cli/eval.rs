@@ -1,6 +1,6 @@
 //! `ldm eval`: scores of pictures.
 
-use super::print;
+use super::{check_input, print};
 use crate::data::folder::{Folder, pictures};
 use crate::data::prompt::Prompt;
 use crate::data::quality::{psnr, ssim};
@@ -79,6 +79,7 @@ struct Judged {
 }
 
 fn shapes(a: Shapes) -> Result<ExitCode> {
+    check_input(&a.folder, "a folder of pictures with prompts")?;
     let folder = Folder::open(&a.folder)?;
     let judged = folder.items().par_iter().map(|item| {
         let Some(caption) = &item.caption else {

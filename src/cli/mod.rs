@@ -166,6 +166,15 @@ fn check_output(path: &Path) -> Result<()> {
     atomic::check_target(path).map_err(|e| Error::invalid(e.to_string()))
 }
 
+/// Checks, before any work, that there is something where an argument says so.
+fn check_input(path: &Path, want: &str) -> Result<()> {
+    if path.exists() {
+        return Ok(());
+    }
+    let path = path.display();
+    Err(Error::invalid(format!("{path}: want {want}; there is nothing at this path: check its spelling")))
+}
+
 /// Pictures are PNG files, and are named so; a device may have any name.
 fn check_png(path: &Path) -> Result<()> {
     let device = path.metadata().is_ok_and(|m| !m.is_file());

@@ -1,7 +1,7 @@
 //! `ldm sample`: pictures from a prompt, of a class, or from another picture.
 
 use super::progress::Progress;
-use super::{DeviceFlags, PredictionFlag, SizeFlags, check_output, check_png, print, whole};
+use super::{DeviceFlags, PredictionFlag, SizeFlags, check_input, check_output, check_png, print, whole};
 use crate::error::{Error, Result};
 use crate::exec::{Device, peak};
 use crate::io::{ModelFolder, atomic, picture, png};
@@ -174,6 +174,7 @@ impl Arguments {
             Some(path) => {
                 let strength = self.strength.unwrap_or(if self.mask.is_some() { 1.0 } else { 0.75 });
                 finite("--strength", strength, 0.0, 1.0)?;
+                check_input(path, "a picture (-i)")?;
                 let picture = picture::read(path)?;
                 let (width, height, rgb) = (picture.width, picture.height, picture.pixels);
                 Some(Init { width, height, rgb, strength })
@@ -182,6 +183,7 @@ impl Arguments {
         let mask = match &self.mask {
             None => None,
             Some(path) => {
+                check_input(path, "a picture (--mask)")?;
                 let picture = picture::read(path)?;
                 let gray = picture.pixels.as_chunks().0.iter().map(|&rgb| gray(rgb)).collect();
                 let (width, height, composite) = (picture.width, picture.height, !self.no_composite);

@@ -118,7 +118,9 @@ fn times(out: &mut String, new: &Record, old: &Record, threshold: f64) -> bool {
         |all: &BTreeMap<String, super::table::Kind>, name: &str| all.get(name).map_or(0.0, |k| k.fastest);
     names.sort_by(|a, b| of(&theirs, b).total_cmp(&of(&theirs, a)));
     for name in names {
-        line(name, of(&theirs, name), of(&ours, name), least);
+        // A kind that only one of them has took over other work, or gave its own away: the evaluation tells what came of it.
+        let both = ours.contains_key(name) && theirs.contains_key(name);
+        line(name, of(&theirs, name), of(&ours, name), if both { least } else { f64::INFINITY });
     }
     // Shown only: no least of it is known.
     line("outside of nodes", q.outside, p.outside, f64::INFINITY);
