@@ -15,7 +15,7 @@
 // Order. Each thread commits a group of copies per k-block, STAGES − 1 of them before the first turn; where there is no further
 // k-block the groups are empty. A turn waits until its own group has landed. The barrier after that makes everybody's visible, and
 // says that everybody has left the slot of the turn before, which is filled at once with the k-block STAGES − 1 after this turn's.
-// Then come the products.
+// The products of a turn are STEPS steps of 16 columns, whose fragments are read a step ahead: the first before those copies begin.
 //
 // End. The sums begin with the bias, which is asked for before the first copies. A thread holds pairs of columns: y is rounded once,
 // and stored 4 bytes at a time, of which the four lanes of a row have 16 side by side. Nothing passes through shared memory.
@@ -24,7 +24,7 @@
 // Wants: M, C > 0; pointers aligned to 16 bytes and, but for the biases, not null; C and each O_i multiples of 8. Behind the last
 // product `end` is at least the number of all tiles; the other entries there are not read.
 // Occupancy: shared memory (64 KB and 40 KB, and 1 KB for the driver) has room for three blocks of 64 rows on a multiprocessor of
-// sm_90, and for five of 16; two and four on sm_80, one and two on sm_86 and sm_89. Registers (80 and 40 of a thread) allow more.
+// sm_90, and for five of 16; two and four on sm_80, one and two on sm_86 and sm_89. Registers (96 and 48 of a thread) allow more.
 //
 // types: f16 bf16
 // variants: BM=64 BM=16
@@ -85,6 +85,17 @@ DEV void fetch(const Copies& own, T* slot, int c, int columns) {
     }
 }
 
+// The fragments of a warp for one step of 16 columns: of its rows of x, and of its columns of y, 16 of them at a time.
+DEV void load_step(unsigned (&a)[MT][4], unsigned (&b)[NT / 2][4], const T* slot, int k, int warp_m, int warp_n) {
+    const int l = lane();
+    UNROLL
+    for (int i = 0; i < MT; i++) ldmatrix(a[i], slot + place(warp_m * WARP_ROWS + i * 16 + l % 16, 2 * k + l / 16));
+    UNROLL
+    for (int j = 0; j < NT / 2; j++) {
+        ldmatrix(b[j], slot + place(BM + warp_n * WARP_COLUMNS + j * 16 + l / 16 * 8 + l % 8, 2 * k + l / 8 % 2));
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(BLOCK) linear_group_fwd(const __grid_constant__ LinearGroupFwd p) {
     griddep_wait();
     GroupSmem& s = smem_dynamic<GroupSmem>();
@@ -129,25 +140,20 @@ extern "C" __global__ void __launch_bounds__(BLOCK) linear_group_fwd(const __gri
     for (int turn = 0; turn < turns; turn++) {
         cp_async_wait<STAGES - 2>();
         sync_block();
+        const T* slot = s.ring[turn % STAGES];
+        unsigned a[2][MT][4], b[2][NT / 2][4];
+        load_step(a[0], b[0], slot, 0, warp_m, warp_n);
         const int ahead = turn + STAGES - 1;
         if (ahead < turns) fetch(own, s.ring[ahead % STAGES], ahead * BK, p.c);
         cp_async_commit();
-        const T *xt = s.ring[turn % STAGES], *wt = xt + BM * BK;
         UNROLL
         for (int k = 0; k < STEPS; k++) {
-            unsigned a[MT][4];
+            if (k + 1 < STEPS) load_step(a[(k + 1) % 2], b[(k + 1) % 2], slot, k + 1, warp_m, warp_n);
             UNROLL
-            for (int i = 0; i < MT; i++) ldmatrix(a[i], xt + place(warp_m * WARP_ROWS + i * 16 + l % 16, 2 * k + l / 16));
-            UNROLL
-            for (int j = 0; j < NT / 2; j++) {
-                unsigned b[4];
-                ldmatrix(b, wt + place(warp_n * WARP_COLUMNS + j * 16 + l / 16 * 8 + l % 8, 2 * k + l / 8 % 2));
-                const unsigned low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+            for (int j = 0; j < NT; j++) {
+                const unsigned columns[2] = {b[k % 2][j / 2][j % 2 * 2], b[k % 2][j / 2][j % 2 * 2 + 1]};
                 UNROLL
-                for (int i = 0; i < MT; i++) {
-                    mma<T>(acc[i][2 * j], a[i], low);
-                    mma<T>(acc[i][2 * j + 1], a[i], high);
-                }
+                for (int i = 0; i < MT; i++) mma<T>(acc[i][j], a[k % 2][i], columns);
             }
         }
     }
