@@ -177,7 +177,7 @@ fn reconstructions_are_compared_picture_by_picture() {
     assert!(o.code == 0 && o.out.lines().nth(3).unwrap().starts_with("LPIPS  "), "{}{}", o.out, o.err);
     let compare = |a: &str, b: &str| ldm(&["eval", "reconstruction", text(&f.path(a)), text(&f.path(b))]);
     refused(&f, 2, &["want two pictures or two folders", "y.png"], || compare("a", "b/y.png"));
-    refused(&f, 2, &["none", "there is no such picture or folder"], || compare("a", "none"));
+    refused(&f, 2, &["none", "nothing at this path"], || compare("a", "none"));
     let none = f.path("none");
     refused(&f, 2, &["none: want a folder of pictures", "nothing at this path"], || {
         ldm(&["eval", "shapes", text(&none)])

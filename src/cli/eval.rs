@@ -253,8 +253,8 @@ fn pairs(first: &Path, second: &Path) -> Result<Vec<Pair>> {
     if first.is_file() && second.is_file() {
         return Ok(vec![(first.display().to_string(), first.into(), second.into())]);
     }
-    if let Some(none) = [first, second].into_iter().find(|p| !p.exists()) {
-        return Err(Error::invalid(format!("{}: there is no such picture or folder", none.display())));
+    for path in [first, second] {
+        check_input(path, "a picture or a folder of pictures")?;
     }
     if !(first.is_dir() && second.is_dir()) {
         let (a, b) = (first.display(), second.display());

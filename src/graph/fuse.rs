@@ -96,7 +96,6 @@ fn prune(g: &Graph) -> Graph {
         let (x, y) = (mapped(&node.x), mapped(&node.y));
         out.nodes.push(Node { op: node.op.clone(), x, y, label: node.label.clone() });
     }
-    out.outputs = g.outputs.iter().map(|(name, v)| (name.clone(), map[v.index()])).collect();
-    out.updates = g.updates.iter().map(|(s, v)| (map[s.index()], map[v.index()])).collect();
+    out.ends(g, &map);
     out
 }

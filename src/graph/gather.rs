@@ -56,10 +56,7 @@ pub(super) fn gather(g: &Graph) -> Result<Graph> {
         }
     }
 
-    let (mut out, mut map) = (Graph::new(), vec![Var(u32::MAX); g.values.len()]);
-    for (i, v) in g.values.iter().enumerate().filter(|(_, v)| !matches!(v.origin, Origin::Node(..))) {
-        map[i] = out.value(&v.name, v.spec, v.origin.clone());
-    }
+    let (mut out, mut map) = g.leaves();
     for (i, node) in g.nodes.iter().enumerate() {
         if let Some((op, x, group)) = made.remove(&i) {
             let x: Vec<Var> = x.iter().map(|v| map[v.index()]).collect();
@@ -72,17 +69,18 @@ pub(super) fn gather(g: &Graph) -> Result<Graph> {
             node.y.iter().zip(y).for_each(|(old, new)| map[old.index()] = new);
         }
     }
-    out.outputs = g.outputs.iter().map(|(name, v)| (name.clone(), map[v.index()])).collect();
-    out.updates = g.updates.iter().map(|(s, v)| (map[s.index()], map[v.index()])).collect();
+    out.ends(g, &map);
     Ok(out)
 }
 
 #[cfg(test)]
 mod tests {
+    use crate::backend::Device;
     use crate::error::Result;
+    use crate::exec::{Program, Weights};
     use crate::graph::{Graph, Layout, Node, Target, Var, fuse};
     use crate::ops::{Act, Activation, Cast, Linear, LinearGroup, Op};
-    use crate::tensor::DType;
+    use crate::tensor::{DType, HostTensor, Spec};
 
     fn product(g: &mut Graph, x: Var, name: &str, o: usize, bias: bool) -> Result<Var> {
         let (c, mut linear) = (g.shape(x).last(), Linear::default());
@@ -127,6 +125,29 @@ mod tests {
             |g: &Graph| g.outputs().iter().map(|(name, v)| (name.clone(), g.spec(*v))).collect::<Vec<_>>();
         assert_eq!(specs(&fused), specs(&g));
         assert!(groups(&fuse(&g, Target::Cpu)?).is_empty());
+        Ok(())
+    }
+
+    #[test]
+    fn every_product_of_a_group_stays_what_it_was() -> Result<()> {
+        let g = three(DType::BF16, 10, [true; 3])?;
+        let mut weights = Weights::new(&Device::Cpu);
+        let values = |seed: usize, spec: Spec| {
+            let v = (0..spec.shape.numel()).map(|i| ((i * 7 + seed * 13) % 29) as f32 / 29.0 - 0.5).collect();
+            Ok::<_, crate::Error>(HostTensor::f32(spec.shape, v)?.to(spec.dtype))
+        };
+        for (i, (_, v, _)) in g.weights().enumerate() {
+            weights.insert(&v.name, &values(i, v.spec)?)?;
+        }
+        let run = |g: Graph| -> Result<Vec<HostTensor>> {
+            let mut program = Program::new(g, &weights, &Device::Cpu)?;
+            program.write("x", &values(99, program.spec("x")?)?)?;
+            program.run(&mut ())?;
+            ["a", "b", "other", "c"].iter().map(|name| program.read(name)).collect()
+        };
+        let joined = super::gather(&g)?;
+        assert_eq!(groups(&joined).len(), 1);
+        assert_eq!(run(joined)?, run(g)?);
         Ok(())
     }
 

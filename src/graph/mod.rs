@@ -141,6 +141,21 @@ impl Graph {
         Var(self.values.len() as u32 - 1)
     }
 
+    /// A graph with the leaves of this one alone, and by this one's values those of the new one, as far as they are there.
+    fn leaves(&self) -> (Graph, Vec<Var>) {
+        let (mut out, mut map) = (Graph::new(), vec![Var(u32::MAX); self.values.len()]);
+        for (i, v) in self.values.iter().enumerate().filter(|(_, v)| !matches!(v.origin, Origin::Node(..))) {
+            map[i] = out.value(&v.name, v.spec, v.origin.clone());
+        }
+        (out, map)
+    }
+
+    /// Gives a graph that was made of the old one's [`Graph::leaves`] its outputs and updates.
+    fn ends(&mut self, old: &Graph, map: &[Var]) {
+        self.outputs = old.outputs.iter().map(|(name, v)| (name.clone(), map[v.index()])).collect();
+        self.updates = old.updates.iter().map(|(s, v)| (map[s.index()], map[v.index()])).collect();
+    }
+
     fn named(&self, name: &str) -> Option<Var> {
         let at = self.values.iter().position(|v| v.name == name && !matches!(v.origin, Origin::Node(..)))?;
         Some(Var(at as u32))

@@ -1,6 +1,6 @@
 //! Who tells a group norm the statistics of its input: the op that made it, where it can; else a pass of its own.
 
-use super::{Graph, Origin, Var};
+use super::{Graph, Var};
 use crate::error::Result;
 use crate::ops::{GroupStats, Op};
 use std::collections::{HashMap, HashSet};
@@ -24,10 +24,7 @@ pub struct GivenStats {
 pub(super) fn give_stats(g: &Graph) -> Result<Graph> {
     let offers: Vec<_> = g.nodes.iter().map(|node| node.op.given_stats(g, &node.x)).collect();
     let wanted: HashSet<Var> = offers.iter().flatten().flat_map(|offer| offer.of.iter().copied()).collect();
-    let (mut out, mut map) = (Graph::new(), vec![Var(u32::MAX); g.values.len()]);
-    for (i, v) in g.values.iter().enumerate().filter(|(_, v)| !matches!(v.origin, Origin::Node(..))) {
-        map[i] = out.value(&v.name, v.spec, v.origin.clone());
-    }
+    let (mut out, mut map) = g.leaves();
     let mut stats: HashMap<Var, Var> = HashMap::new();
     for (node, offer) in g.nodes.iter().zip(offers) {
         let (mut op, mut x, of) = match offer {
@@ -60,8 +57,7 @@ pub(super) fn give_stats(g: &Graph) -> Result<Graph> {
             stats.extend(y.last().map(|&made| (of, made)));
         }
     }
-    out.outputs = g.outputs.iter().map(|(name, v)| (name.clone(), map[v.index()])).collect();
-    out.updates = g.updates.iter().map(|(s, v)| (map[s.index()], map[v.index()])).collect();
+    out.ends(g, &map);
     Ok(out)
 }
 

@@ -75,6 +75,12 @@ const WANT_LINEAR: &str = "x (…,C), w (O,C)[, bias (O)][, residual (…,O)], o
 const WANT_CHOICE: &str =
     "inputs that the tile and the splits suit which are asked for: `choices` lists those that do";
 
+/// Microseconds of m×n products, each a sum of so many blocks of channels, in tiles of rows×columns on tensor cores: for rooms with a
+/// kernel of such tiles.
+pub(super) fn tiles_microseconds([rows, columns]: [usize; 2], [m, n]: [usize; 2], blocks: usize) -> f64 {
+    tensor_cores::microseconds(tiles::tile("", rows, columns), &tiles::Sums::new(m, n, blocks), 1)
+}
+
 impl Epi {
     /// Reads what both rooms have in common; `f` multiplies. `pixels` are the rows of y that one row of `time` serves.
     fn cpu(

@@ -2,8 +2,9 @@
 //!
 //! Keys and values of a prompt are products of the same tokens in all layers, and each block of a UNet takes its own product of the
 //! timestep's embedding. By themselves they leave most of the card idle. `graph::fuse` joins them where the model of
-//! [`launch`] says that one launch is faster. Kernel: `kernels/linear_group.cu`.
+//! [`launch`] says that one launch is clearly faster. Kernel: `kernels/linear_group.cu`.
 use super::array::dot;
+use super::conv2d::tiles_microseconds;
 use super::prelude::*;
 use super::{Epi, Linear, Op};
 use crate::backend::cpu::gemm::{Dense, Epilogue, gemm, working_bytes};
@@ -40,34 +41,18 @@ impl LinearGroup {
     fn plan(&self, x: &[Spec]) -> (&'static str, [usize; 2], f64) {
         let (m, c) = (x[0].shape.rows(), x[0].shape.last());
         let tiles = self.weights(x).iter().map(|w| w.shape[0].div_ceil(k::BN)).sum::<usize>();
-        let bytes: usize = self.weights(x).iter().map(Spec::bytes).sum();
         let plan = |name| {
-            let grid = [m.div_ceil(k::BM.of(name)), tiles];
-            (name, grid, microseconds(k::BM.of(name), grid.iter().product(), c.div_ceil(k::BK), bytes))
+            let (rows, columns) = (k::BM.of(name), k::BN);
+            let time = tiles_microseconds([rows, columns], [m, tiles * columns], c.div_ceil(k::BK));
+            (name, [m.div_ceil(rows), tiles], time)
         };
         let first = plan(k::VARIANTS[0]);
         k::VARIANTS[1..].iter().map(|name| plan(name)).fold(first, |a, b| if b.2 < a.2 { b } else { a })
     }
 }
 
-/// Microseconds for so many tiles, each a sum of so many blocks of channels: every multiprocessor runs its share, as many at a time as
-/// fit beside each other. The clocks of a tile of 64 rows are those that were measured of the product's own 64×64 tile; those of 16
-/// rows are a guess, of what its copies need.
-fn microseconds(rows: usize, tiles: usize, blocks: usize, bytes: usize) -> f64 {
-    const START: f64 = 2500.0;
-    let (beside, end): (&[f64], f64) = match rows {
-        64 => (&[840.0, 1150.0, 1410.0], 2700.0),
-        _ => (&[200.0, 300.0, 370.0, 410.0, 440.0], 1500.0),
-    };
-    let work = (2 * rows * k::BN * k::BK * blocks) as f64;
-    let together = |count: usize| match count {
-        0 => 0.0,
-        _ => START + count as f64 * work / beside[count - 1] + end,
-    };
-    let each = tiles.div_ceil(launch::MULTIPROCESSORS);
-    let clocks = (each / beside.len()) as f64 * together(beside.len()) + together(each % beside.len());
-    f64::max(clocks / launch::CLOCK, bytes as f64 / launch::MEMORY) + launch::GAP
-}
+// The model of tiles counts blocks of channels of the product's kernel.
+const _: () = assert!(k::BK == crate::kernels::conv2d_mma::BK);
 
 impl Operation for LinearGroup {
     const NAME: &'static str = "linear_group";
