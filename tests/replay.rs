@@ -430,6 +430,28 @@ fn overlapped(device: &Device) -> String {
     format!("{} {} {}\n{bytes}", alone.1, recorded.0, recorded.1)
 }
 
+/// A whole picture in bf16, in which products are joined: keys and values, embeddings, queries of the text encoder.
+#[test]
+fn a_picture_in_16_bits_is_that_of_the_cpu() {
+    let folder = ModelFolder::open(model()).unwrap();
+    let size = Some(32);
+    let request = Request { prompt: "x".into(), width: size, height: size, steps: 4, ..Default::default() };
+    let picture = |device: &Device| {
+        let pipeline = Pipeline::open(&folder, device, Some(DType::BF16)).unwrap();
+        pipeline.generate(&request, &mut ()).unwrap().remove(0).rgb
+    };
+    let want = picture(&Device::Cpu);
+    common::on_cuda(|device| {
+        let got = picture(device);
+        let most = got.iter().zip(&want).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
+        let sum: f64 = got.iter().zip(&want).map(|(a, b)| f64::from(a.abs_diff(*b)).powi(2)).sum();
+        let psnr = 10.0 * (255.0f64.powi(2) * want.len() as f64 / sum.max(1e-9)).log10();
+        println!("at most {most} of 255, {psnr:.1} dB");
+        // Of random weights: what bf16 itself leaves, with products joined or apart.
+        assert!(got.len() == want.len() && most <= 24 && psnr > 38.0, "{most} of 255, {psnr:.1} dB");
+    });
+}
+
 /// `LDM_CUDA_OVERLAP` changes when kernels start, and nothing that they compute.
 #[test]
 fn kernels_that_start_early_give_the_same_bytes() {
