@@ -172,7 +172,7 @@ fn subjects(emulator: &Emulator, stems: &[String]) -> Vec<Subject> {
             for t in floats.into_iter().chain(other.copied()) {
                 all.extend(subject(emulator, stems, &case, t, Wgmma::Off, i as u64));
                 // And where another kernel computes it with the switch on.
-                for (wgmma, twin) in [(Wgmma::On, "wgmma"), (Wgmma::Tma, "tma")] {
+                for (wgmma, twin) in [(Wgmma::Threads, "wgmma"), (Wgmma::Tma, "tma")] {
                     let twin = format!("{}_{twin}", room.stem);
                     if t != DType::F32 && stems.contains(&twin) {
                         let other = subject(emulator, stems, &case, t, wgmma, i as u64);

@@ -74,13 +74,15 @@ fn every_tile_has_a_kernel_of_warpgroups_and_other_types_have_none() {
             if ![1, 3].contains(&plan.splits) {
                 continue;
             }
-            let [off, on, boxes] =
-                Wgmma::ALL.map(|(_, wgmma)| run(&emulator, &cuda.with_wgmma(wgmma), &op, &x));
+            let [off, on, threads, boxes] = [Wgmma::Off, Wgmma::On, Wgmma::Threads, Wgmma::Tma]
+                .map(|wgmma| run(&emulator, &cuda.with_wgmma(wgmma), &op, &x));
             let name = |stem: &str| BTreeSet::from([stem.to_string()]);
-            assert_eq!((off.0, on.0), (name("conv2d_mma"), name("conv2d_wgmma")), "{op:?}");
+            assert_eq!((off.0, threads.0), (name("conv2d_mma"), name("conv2d_wgmma")), "{op:?}");
             assert_eq!(boxes.0, name("conv2d_tma"), "{op:?}");
+            let large = plan.variant.starts_with("BM=128") || plan.variant.ends_with("BN=160");
+            assert_eq!(on.0, name(if large { "conv2d_tma" } else { "conv2d_wgmma" }), "{op:?}");
             // On the emulator all add up the same products in the same order.
-            assert!(off.1 == on.1 && on.1 == boxes.1, "{op:?}: other bytes");
+            assert!([on.1, threads.1, boxes.1].iter().all(|bytes| *bytes == off.1), "{op:?}: other bytes");
             tiles.insert(plan.variant);
         }
     }
@@ -124,8 +126,8 @@ fn what_no_box_can_bring_is_copied_by_threads() {
 }
 
 #[test]
-fn the_switch_is_off_unless_it_is_set() {
-    const NAME: &str = "the_switch_is_off_unless_it_is_set";
+fn the_switch_is_on_unless_it_is_set() {
+    const NAME: &str = "the_switch_is_on_unless_it_is_set";
     if start().is_none() {
         return;
     }
@@ -146,15 +148,20 @@ fn the_switch_is_off_unless_it_is_set() {
         let _ = std::fs::remove_file(&file);
         (found, said)
     };
-    for (value, want) in
-        [(None, "Off"), (Some(""), "Off"), (Some("off"), "Off"), (Some("on"), "On"), (Some("tma"), "Tma")]
-    {
+    for (value, want) in [
+        (None, "On"),
+        (Some(""), "On"),
+        (Some("on"), "On"),
+        (Some("off"), "Off"),
+        (Some("threads"), "Threads"),
+        (Some("tma"), "Tma"),
+    ] {
         let (found, said) = of(value);
         assert_eq!(found, want, "{value:?}: {said}");
     }
     let (found, said) = of(Some("maybe"));
     assert!(
-        found.is_empty() && said.contains("LDM_CUDA_WGMMA: want off or on or tma; got `maybe`"),
+        found.is_empty() && said.contains("LDM_CUDA_WGMMA: want on or off or threads or tma; got `maybe`"),
         "{said}"
     );
 }

@@ -162,7 +162,8 @@ pub fn sweep(
             let wgmma = if let Device::Cuda(cuda) = device { cuda.wgmma() } else { Wgmma::Off };
             match wgmma {
                 Wgmma::Off => {}
-                Wgmma::On => row["wgmma"] = json!(true),
+                Wgmma::On => row["wgmma"] = json!("on"),
+                Wgmma::Threads => row["wgmma"] = json!("threads"),
                 Wgmma::Tma => row["wgmma"] = json!("tma"),
             }
             write(&row)?;

@@ -34,15 +34,35 @@ pub enum Wgmma {
     /// Those that multiply by warps (`mma.sync`), which every card has.
     #[default]
     Off,
-    /// Those that multiply by whole warpgroups (`wgmma`).
+    /// Those that multiply by whole warpgroups (`wgmma`): of each tile that of the next two which was measured to be faster.
     On,
-    /// Those too, and their operands are copied by the memory accelerator (TMA) where a product suits it.
+    /// Those whose threads copy the operands.
+    Threads,
+    /// Those whose operands the memory accelerator (TMA) copies, where a product suits it.
     Tma,
 }
 
 impl Wgmma {
     /// By the words of the variable.
-    pub const ALL: [(&str, Wgmma); 3] = [("off", Wgmma::Off), ("on", Wgmma::On), ("tma", Wgmma::Tma)];
+    pub const ALL: [(&str, Wgmma); 4] =
+        [("on", Wgmma::On), ("off", Wgmma::Off), ("threads", Wgmma::Threads), ("tma", Wgmma::Tma)];
+
+    /// What is taken on hardware of a version where the variable does not say: they, where this build has them for it.
+    fn unset(capability: (u32, u32)) -> Wgmma {
+        let compiled = |stem| {
+            let mut units = UNITS.iter().filter(|unit| unit.stem == stem);
+            // Without any image in the build, none of these is missing.
+            let has = |unit: &kernels::Unit| {
+                unit.image(capability).is_some_and(|i| i.arch != kernels::Arch::None || !kernels::COMPILED)
+            };
+            units.all(has)
+        };
+        if capability == WGMMA && ["conv2d_wgmma", "conv2d_tma"].into_iter().all(compiled) {
+            Wgmma::On
+        } else {
+            Wgmma::Off
+        }
+    }
 }
 
 struct Inner {
@@ -160,7 +180,7 @@ impl Cuda {
         let (name, capability) = context.describe()?;
         let patient = std::env::var("LDM_CUDA_SYNC").is_ok_and(|v| !matches!(v.as_str(), "" | "0"));
         let (graphs, overlap) = (switch("LDM_CUDA_GRAPH", true)?, switch("LDM_CUDA_OVERLAP", false)?);
-        let wgmma = setting("LDM_CUDA_WGMMA", Wgmma::Off, &Wgmma::ALL)?;
+        let wgmma = setting("LDM_CUDA_WGMMA", Wgmma::unset(capability), &Wgmma::ALL)?;
         let (functions, modules, counters) = Default::default();
         let inner = Inner {
             ordinal,
@@ -200,9 +220,9 @@ impl Cuda {
         self.inner.capability
     }
 
-    /// Which kernels rooms launch for products of 16-bit matrices: as `LDM_CUDA_WGMMA` says on hardware of version 9.0, the only one
-    /// that has `wgmma`, and those by warps elsewhere. A build that has no image of them for it fails at the launch, with
-    /// what to do.
+    /// Which kernels rooms launch for products of 16-bit matrices: on hardware of version 9.0, the only one that has `wgmma`, as
+    /// `LDM_CUDA_WGMMA` says, [`Wgmma::On`] where it does not; those by warps elsewhere, and in a build that has no image of the
+    /// others for it (which fails at the launch, with what to do, where the variable asks for them).
     pub fn wgmma(&self) -> Wgmma {
         self.wgmma
     }
