@@ -1,6 +1,7 @@
 //! How the pixels, groups and statistics of a group norm are shared out on a GPU, where statistics are given.
 
 use super::super::group_stats::SLAB;
+use super::super::launch;
 use crate::kernels::group_norm_apply as apply;
 
 /// Most slabs of an image that every block of the apply kernel merges itself. In a 16-bit type it then reads half as many
@@ -32,19 +33,16 @@ pub(super) fn team(c: usize, cpg: usize, count: usize) -> (usize, usize) {
     (warps, phases(warps))
 }
 
-/// Pixels of a block of the apply kernel, of `hw` in an image, where `strips` blocks lie side by side: 512, of which a
-/// block of a 16-bit type has all loads in flight at once; fewer where there would not be a block for each of the 132
-/// multiprocessors of an H100; more, so that statistics are merged less often, while there are four for each.
+/// Pixels of a block of the apply kernel, of `hw` in an image, where `strips` blocks lie side by side. An H100 has 132
+/// multiprocessors, and room for two blocks on each: whatever comes after those begins with statistics again. So that number of
+/// blocks to a strip for which the turns take least, but no fewer pixels than a slab has.
 pub(super) fn rows_per_block(hw: usize, strips: usize) -> usize {
-    let blocks = |rows: usize| strips * hw.div_ceil(rows);
-    let mut rows = 512;
-    while rows > SLAB && blocks(rows) < 132 {
-        rows /= 2;
-    }
-    while rows >= 512 && rows < hw && blocks(2 * rows) >= 4 * 132 {
-        rows *= 2;
-    }
-    rows.min(hw)
+    const AT_ONCE: usize = 2 * launch::MULTIPROCESSORS;
+    // Pixels that a block could stream while it merges statistics.
+    const MERGE: usize = 400;
+    let rows = |blocks: usize| hw.div_ceil(blocks);
+    let turns = |blocks: usize| (strips * blocks).div_ceil(AT_ONCE) * (MERGE + rows(blocks));
+    (1..=hw.div_ceil(SLAB)).min_by_key(|&blocks| turns(blocks)).map_or(hw, rows)
 }
 
 #[cfg(test)]
@@ -58,9 +56,9 @@ mod tests {
             (rows_per_block(hw, b * c.div_ceil(apply::STRIP)), slabs_kept(hw / SLAB))
         };
         let sd15 = [[2, 4096, 320], [2, 1024, 640], [2, 256, 1280], [2, 64, 1280], [2, 64, 2560]];
-        assert_eq!(sd15.map(of), [(512, 64), (256, 16), (128, 4), (64, 1), (64, 1)]);
+        assert_eq!(sd15.map(of), [(316, 64), (171, 16), (86, 4), (64, 1), (64, 1)]);
         let decoder = [[1, 4096, 512], [1, 16384, 512], [1, 65536, 256], [1, 262144, 128]];
-        assert_eq!(decoder.map(of), [(256, 64), (512, 16), (512, 16), (1024, 16)]);
+        assert_eq!(decoder.map(of), [(256, 64), (1024, 16), (1986, 16), (3972, 16)]);
         // 768×768, a prime number of slabs, and one image of one slab.
         assert_eq!([144, 67, 1].map(slabs_kept), [16, 1, 1]);
     }
