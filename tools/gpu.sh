@@ -9,7 +9,8 @@
 #   ./gpu.sh test        every room against its specification, then the models, each test in a process of its own
 #   ./gpu.sh step        a step of Stable Diffusion 1.5 at 512×512, its UNet, and the decoder, node by node, in bf16; the step in f32
 #   ./gpu.sh overlap     that step, UNet and decoder in bf16 with LDM_CUDA_OVERLAP off and on, twice in turn; then the tests with it on
-#   ./gpu.sh wgmma       the same with LDM_CUDA_WGMMA off, on and tma (products by whole warpgroups, on a Hopper card); then the sweeps of its tiles in bf16
+#   ./gpu.sh wgmma       the same with LDM_CUDA_WGMMA off, on, threads and tma (products by whole warpgroups, on a Hopper card); then the sweep of
+#                        its tiles in bf16
 #   ./gpu.sh probe       how fast the card's units, products and copies are at most, and what a kernel costs that does nothing; of
 #                        wgmma, on a Hopper card, also whether products of known integers are right
 #   ./gpu.sh sweep       the heaviest products of that step and of the decoder with every tile and number of splits, in bf16 and f32
@@ -105,17 +106,16 @@ once() {
 }
 
 # Several at once: most of a test's time is its specification, on the processor. `run_test overlap` runs them with
-# LDM_CUDA_OVERLAP=on, `run_test wgmma` with LDM_CUDA_WGMMA=on, `run_test tma` with LDM_CUDA_WGMMA=tma, under names of their own.
+# LDM_CUDA_OVERLAP=on, `run_test off`, `threads` and `tma` with LDM_CUDA_WGMMA set to that, under names of their own.
 run_test() {
     local bin test only list=() jobs way=
     case ${1:-} in
     overlap) way=overlap-; export LDM_CUDA_OVERLAP=on ;;
-    wgmma) way=wgmma-; export LDM_CUDA_WGMMA=on ;;
-    tma) way=tma-; export LDM_CUDA_WGMMA=tma ;;
+    off | threads | tma) way=wgmma-$1-; export LDM_CUDA_WGMMA=$1 ;;
     esac
     for bin in ops models attention norms replay; do
         # Rooms are tested with every value of LDM_CUDA_WGMMA at once.
-        case $way$bin in wgmma-ops | tma-ops) continue ;; esac
+        case $way$bin in wgmma-*-ops) continue ;; esac
         # Of rooms and models, the tests on the GPU are those of this name.
         only=
         case $bin in ops | models) only=cuda ;; esac
@@ -171,16 +171,13 @@ run_overlap() {
     run_test overlap
 }
 
-# Products by warps, by whole warpgroups, and by those with tensor copies.
+# Products by warps and by whole warpgroups, whose operands threads or tensor copies bring.
 run_wgmma() {
-    switched wgmma LDM_CUDA_WGMMA off on tma
-    run_test wgmma
-    run_test tma
-    export LDM_CUDA_WGMMA=on
-    sweep bf16 sweep-wgmma
-    export LDM_CUDA_WGMMA=tma
-    sweep bf16 sweep-tma
-    unset LDM_CUDA_WGMMA
+    local way
+    switched wgmma LDM_CUDA_WGMMA off on threads tma
+    for way in off threads tma; do run_test $way; done
+    LDM_CUDA_WGMMA=threads sweep bf16 sweep-threads
+    LDM_CUDA_WGMMA=tma sweep bf16 sweep-tma
 }
 
 # The card's units, one by one, are in tools/probes.cu, wgmma in tools/probes_wgmma.cu. P-7, the peak of mma.sync as the engine's own product reaches it, is among the ceilings of the first. P-5, what lies
@@ -211,7 +208,7 @@ run_bench() {
     [ -n "${1:-}" ] || once bench-steps bin/benches-steps --bench --noplot --output-format bencher
 }
 
-# sweep DTYPE NAME: every line of NAME.jsonl is one launch; what the room would take is `chosen`, what took the products of warpgroups `wgmma`, "tma" where tensor copies may.
+# sweep DTYPE NAME: every line of NAME.jsonl is one launch; what the room would take is `chosen`; `wgmma`, the value of LDM_CUDA_WGMMA, where warpgroups multiplied.
 sweep() {
     # It stops by itself, and goes on where it stopped.
     local status=0

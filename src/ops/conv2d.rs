@@ -3,10 +3,9 @@
 //! y[b,h,w,o] = Σ x[b, h·s − top + kh, w·s − left + kw, c] · w[o,kh,kw,c], zero outside; with `upsample` x is first
 //! doubled by nearest neighbour. PyTorch: `F.conv2d`, `F.linear`, `F.interpolate(scale_factor=2)`.
 //! Kernels, one implicit GEMM for both: `kernels/conv2d_mma.cu` on tensor cores, for 16-bit types and channels that are
-//! multiples of 8 (with `LDM_CUDA_WGMMA=on`, on Hopper, `kernels/conv2d_wgmma.cu` in its place; with `tma` `kernels/conv2d_tma.cu`,
-//! where tiles of x are boxes); `kernels/conv2d_f32.cu` by
-//! float units, for f32 and multiples of 4; `kernels/conv2d_edge.cu` for first layers in 16 bits; `kernels/conv2d.cu` for the
-//! rest.
+//! multiples of 8; on Hopper `kernels/conv2d_tma.cu` and `kernels/conv2d_wgmma.cu` in its place, by `LDM_CUDA_WGMMA`
+//! ([`crate::backend::cuda::Wgmma`]); `kernels/conv2d_f32.cu` by float units, for f32 and multiples of 4; `kernels/conv2d_edge.cu` for first
+//! layers in 16 bits; `kernels/conv2d.cu` for the rest.
 mod boxes;
 mod cases;
 mod edge;
