@@ -128,6 +128,12 @@ struct Loaded<E, 1> {
 DEV unsigned long long wgmma_descriptor(const void* first) {
     return (unsigned long long)(shared_address(first) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
+// The same of the right operand of `wgmma_rows`, (K,N) with the columns of a row beside each other: 64 of them, in rows of 128 bytes as
+// above, and the next 64 `beside` bytes further on, a multiple of 1024. The next 16 rows: 128 more. (The stride between such blocks
+// of columns stands in bits 16 to 29.)
+DEV unsigned long long wgmma_rows_descriptor(const void* first, int beside) {
+    return (unsigned long long)(shared_address(first) >> 4) | (unsigned long long)(beside >> 4) << 16 | 64ull << 32 | 1ull << 62;
+}
 
 DEV float rsqrt_f(float x) { return 1.0f / sqrt_f(x); }
 DEV bool is_finite_f(float x) { return (float_bits(x) & 0x7f800000u) != 0x7f800000u; }

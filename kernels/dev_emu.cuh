@@ -30,7 +30,7 @@ void ldm_emu_mma(float* d, const unsigned* a, const unsigned* b, int bfloat, int
 void ldm_emu_fence(int line);
 unsigned ldm_emu_shared_address(const void* p);
 void ldm_emu_fence_proxy(int line);
-void ldm_emu_wgmma(float* d, unsigned long long a, unsigned long long b, int columns, int bfloat, int line);
+void ldm_emu_wgmma(float* d, const unsigned* left, unsigned long long a, unsigned long long b, int columns, int bfloat, int line);
 void ldm_emu_wgmma_fence(int line);
 void ldm_emu_wgmma_commit(int line);
 void ldm_emu_wgmma_wait(int pending, int line);
@@ -311,7 +311,12 @@ DEV void wgmma_wait_all(float (&)[TILES][4] LDM_LINE) {
 template <class E, int N>
 DEV void wgmma(float (&d)[N / 8][4], unsigned long long a, unsigned long long b LDM_LINE) {
     static_assert(sizeof(E) == 2, "f16 or bf16");
-    ldm_emu_wgmma(d[0], a, b, N, ldm_is_bf16(E{}), line);
+    ldm_emu_wgmma(d[0], nullptr, a, b, N, ldm_is_bf16(E{}), line);
+}
+template <class E, int N>
+DEV void wgmma_rows(float (&d)[N / 8][4], const unsigned (&a)[4], unsigned long long b LDM_LINE) {
+    static_assert(sizeof(E) == 2, "f16 or bf16");
+    ldm_emu_wgmma(d[0], a, 0, b, N, ldm_is_bf16(E{}), line);
 }
 
 DEV void mbarrier_init(Mbarrier& bar, int count LDM_LINE) { ldm_emu_mbarrier_init(&bar, count, line); }

@@ -381,12 +381,43 @@ struct Wgmma;
 LDM_WGMMAS(f16, "f16");
 LDM_WGMMAS(bf16, "bf16");
 
+template <class E, int N>
+struct WgmmaRows;
+#define LDM_D1_5 LDM_D1 ", %16, %17, %18, %19"
+#define LDM_O1_5 LDM_O0, LDM_TILE(2), LDM_TILE(3), LDM_TILE(4)
+// A to A3 and B are the numbers of the operands behind those of d; the last 1 transposes b.
+#define LDM_WGMMA_ROWS(E, NAME, N, D, O, A, A1, A2, A3, B)                                                            \
+    template <>                                                                                                       \
+    struct WgmmaRows<E, N> {                                                                                          \
+        DEV void run(float (&d)[N / 8][4], const unsigned (&a)[4], unsigned long long b) {                            \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                                  \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME                              \
+                         " {" D "}, {%" #A ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, 1;\n}"                 \
+                         : O                                                                                          \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                       \
+        }                                                                                                             \
+    }
+#define LDM_WGMMAS_ROWS(E, NAME)                                          \
+    LDM_WGMMA_ROWS(E, NAME, 40, LDM_D1_5, LDM_O1_5, 20, 21, 22, 23, 24);  \
+    LDM_WGMMA_ROWS(E, NAME, 64, LDM_D3, LDM_O3, 32, 33, 34, 35, 36);      \
+    LDM_WGMMA_ROWS(E, NAME, 80, LDM_D4, LDM_O4, 40, 41, 42, 43, 44);      \
+    LDM_WGMMA_ROWS(E, NAME, 160, LDM_D9, LDM_O9, 80, 81, 82, 83, 84)
+LDM_WGMMAS_ROWS(f16, "f16");
+LDM_WGMMAS_ROWS(bf16, "bf16");
+
 // d (64,N) += a (64,16) · b (N,16)ᵀ, in float, by the four warps of a warpgroup together, all of whose threads name the same a and
 // b by a `wgmma_descriptor`. Done at any time until a `wgmma_wait` for its group; until then d is nobody's to touch, nor the rows
 // anybody's to write. Element [j][i] of thread t: row 16(t/32) + t%32/4 + 8(i/2), column 8j + 2(t%4) + i%2, as `mma` has it.
 template <class E, int N>
 DEV void wgmma(float (&d)[N / 8][4], unsigned long long a, unsigned long long b) {
     Wgmma<E, N>::run(d, a, b);
+}
+
+// d (64,N) += a (64,16) · b (16,N), of which a lies in registers, as that of `mma` does: register i of thread t has two columns, from
+// 2(t%4) + 8(i/2) on, of row 16(t/32) + t%32/4 + 8(i%2). b by a `wgmma_rows_descriptor`. Else as `wgmma`.
+template <class E, int N>
+DEV void wgmma_rows(float (&d)[N / 8][4], const unsigned (&a)[4], unsigned long long b) {
+    WgmmaRows<E, N>::run(d, a, b);
 }
 #endif
 

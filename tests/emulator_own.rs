@@ -160,6 +160,66 @@ fn warpgroups_multiply_as_documented_and_what_they_lack_is_reported() {
     assert_eq!(bench.emulator.report(), "");
 }
 
+#[test]
+fn a_left_operand_in_registers_is_multiplied_with_rows() {
+    let Some(bench) = Bench::new("a_left_operand_in_registers_is_multiplied_with_rows") else { return };
+    #[repr(C)]
+    struct WarpgroupRows {
+        d: u64,
+        a: u64,
+        b: u64,
+        c: u64,
+    }
+    const M: usize = 64;
+    const N: usize = 80;
+    const K: usize = 64;
+    const WAYS: [&str; 7] = [
+        "",
+        "want a multiple of 1024",
+        "no fence_proxy_async since",
+        "has not waited for 4 of its wgmma",
+        "diverged warpgroup: thread",
+        "",
+        "outside the block's",
+    ];
+    let stream = stream();
+    let a = |i: usize, k: usize| ((i * 37 + k * k * 11) % 61) as f32 / 8.0 - 4.0;
+    let b = |k: usize, n: usize| ((k * 13 + n * n * 7) % 59) as f32 / 8.0 - 3.5;
+    let c: Vec<f32> = (0..M * N).map(|i| (i % 97) as f32 * 100.0).collect();
+    let sum = |i: usize| (0..K).map(|k| a(i / N, k) * b(k, i % N)).sum::<f32>();
+    let want: Vec<f32> = (0..M * N).map(|i| c[i] + sum(i)).collect();
+    for dtype in ["f16", "bf16"] {
+        let left = packed(dtype, M * K, |i| a(i / K, i % K));
+        let right = packed(dtype, K * N, |i| b(i / N, i % N));
+        for (way, says) in WAYS.into_iter().enumerate() {
+            let mut right_ones = 0;
+            for schedule in SCHEDULES {
+                bench.emulator.configure(schedule);
+                let [a, b, c] = [&left, &right, &c].map(|x| Memory::with(x, stream).unwrap());
+                let d = Memory::new(4 * M * N).unwrap();
+                let p = WarpgroupRows { d: d.0, a: a.0, b: b.0, c: c.0 };
+                let function = kernel_of("warpgroup_rows", dtype, &format!("WAY={way}")).unwrap();
+                let got = launch(function, 1, 128, stream, p).and_then(|()| d.read(M * N, stream));
+                let report = bench.emulator.report();
+                bench.emulator.reset();
+                let same = got.as_ref() == Ok(&want);
+                right_ones += usize::from(same);
+                match says {
+                    "" if way == 0 => assert!(same && report.is_empty(), "{dtype}, {schedule}: {report}"),
+                    "" => {}
+                    _ => assert!(got.is_err() && report.contains(says), "way {way}, {schedule}: {report}"),
+                }
+            }
+            // Overwritten too early, b is right where products are done at once.
+            assert!(
+                right_ones == if way == 0 { 4 } else { 0 } || way == 5 && right_ones < 4,
+                "way {way}: {right_ones}"
+            );
+        }
+    }
+    assert_eq!(bench.emulator.report(), "");
+}
+
 /// A tensor of 16-bit elements: two in each word.
 fn packed(dtype: &str, n: usize, value: impl Fn(usize) -> f32) -> Vec<f32> {
     let bits = |v: f32| match dtype {

@@ -4,7 +4,8 @@
 //
 // P-1  descriptors: products of known integers from shared memory, 64×N by 64 deep, and 16 deep from 0, 32, 64 and 96 bytes into the
 //      rows, each element compared with the host's; in f16 and bf16, of every N that dev.cuh has.
-//      Rates: products m64nNk16 from operands that lie in shared memory, four to a commit as in the kernel's turn. `2 x 1 warpgroup`:
+//      `by rows`: the same of `wgmma_rows`, whose left operand comes in registers and whose right one lies in rows of columns; for
+//      attention. Rates: products m64nNk16 from operands that lie in shared memory, four to a commit as in the kernel's turn. `2 x 1 warpgroup`:
 //      two blocks of one warpgroup beside each other.
 // P-3  the main loop of a tile of `conv2d_wgmma` without its walk: a slot of a ring is multiplied while all threads copy a k-block
 //      into another from the second-level cache. With all of its parts, and without some of them, so that what a turn takes can be
@@ -132,6 +133,102 @@ void describe_all(Card& c, const char* type, float* y) {
     describe<E, 256>(c, type, y);
 }
 
+// Element k of column n of a matrix that lies in rows of 64 columns, and the next 64 `deep` rows further on.
+DEV int place_by_rows(int k, int n, int deep) { return n / 64 * deep * BK + place(k, n % 64 / 8) + n % 8; }
+
+// y (64,N) = a (64,16·DEEP) · b (16·DEEP,N): a in registers, b in rows.
+template <class E, int N, int DEEP>
+__global__ void __launch_bounds__(GROUP) described_by_rows(float* y) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    constexpr int K = 16 * DEEP;
+    struct Operand {
+        E b[(N + 63) / 64 * K * BK];
+    };
+    Operand& s = smem_dynamic<Operand>();
+    for (int i = thread_x(); i < K * N; i += GROUP) s.b[place_by_rows(i / N, i % N, K)] = from_float<E>(float(small(64 * K + i)));
+    fence_proxy_async();
+    sync_block();
+    const int row = warp() * 16 + lane() / 4;
+    float acc[N / 8][4] = {};
+    const unsigned long long b = wgmma_rows_descriptor(s.b, K * BK * 2);
+    unsigned a[DEEP][4];
+    UNROLL
+    for (int i = 0; i < DEEP * 4; i++) {
+        const int k = (row + i % 2 * 8) * K + i / 4 * 16 + i % 4 / 2 * 8 + lane() % 4 * 2;
+        a[i / 4][i % 4] = pack2<E>(float(small(k)), float(small(k + 1)));
+    }
+    wgmma_fence();
+    UNROLL
+    for (int step = 0; step < DEEP; step++) wgmma_rows<E, N>(acc, a[step], b + 128 * step);
+    wgmma_commit();
+    wgmma_wait_all(acc);
+    UNROLL
+    for (int i = 0; i < N / 2; i++) store(y + (row + i % 4 / 2 * 8) * N + i / 4 * 8 + lane() % 4 * 2 + i % 2, acc[i / 4][i % 4]);
+#endif
+}
+
+template <class E, int N>
+void describe_by_rows(Card& c, const char* type, float* y) {
+    constexpr int K = 16 * STEPS;
+    CHECK(cudaMemset(y, 0xff, 64 * N * sizeof(float)));
+    const int smem = (N + 63) / 64 * K * BK * 2;
+    const auto kernel = described_by_rows<E, N, STEPS>;
+    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
+    kernel<<<1, GROUP, smem>>>(y);
+    CHECK(cudaGetLastError());
+    CHECK(cudaDeviceSynchronize());
+    std::vector<float> got(64 * N);
+    CHECK(cudaMemcpy(got.data(), y, got.size() * sizeof(float), cudaMemcpyDeviceToHost));
+    char name[96];
+    snprintf(name, sizeof name, "P-1 descriptor by rows, %s m64n%d, %d deep", type, N, K);
+    int wrong = 0;
+    for (int i = 0; i < 64 * N; i++) {
+        int want = 0;
+        for (int k = 0; k < K; k++) want += small(i / N * K + k) * small(64 * K + k * N + i % N);
+        if (got[i] == float(want)) continue;
+        if (wrong++ == 0) fprintf(stderr, "%s: element (%d,%d) is %g, not %d\n", name, i / N, i % N, got[i], want);
+    }
+    c.verdict(name, wrong, "wrong elements");
+}
+
+template <class E>
+void describe_all_by_rows(Card& c, const char* type, float* y) {
+    describe_by_rows<E, 40>(c, type, y);
+    describe_by_rows<E, 64>(c, type, y);
+    describe_by_rows<E, 80>(c, type, y);
+    describe_by_rows<E, 160>(c, type, y);
+}
+
+// As `resident`, by rows.
+template <int N, int PENDING>
+__global__ void __launch_bounds__(2 * GROUP, N > 160 ? 1 : 2) resident_by_rows(Out out) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    struct Operand {
+        T b[(N + 63) / 64 * BK * BK];
+    };
+    Operand& s = smem_dynamic<Operand>();
+    fill_rows(s.b, (N + 63) / 64 * BK, 0);
+    fence_proxy_async();
+    sync_block();
+    float acc[N / 8][4] = {};
+    const unsigned long long b = wgmma_rows_descriptor(s.b, BK * BK * 2);
+    unsigned a[STEPS][4];
+    UNROLL
+    for (int i = 0; i < STEPS * 4; i++) a[i / 4][i % 4] = pack2<T>(float(small(i)), float(small(i + lane())));
+    const long long start = begin();
+    ROLLED
+    for (int r = 0; r < ROUNDS; r++) {
+        wgmma_fence();
+        UNROLL
+        for (int step = 0; step < STEPS; step++) wgmma_rows<T, N>(acc, a[step], b + 128 * step);
+        wgmma_commit();
+        wgmma_wait<PENDING>();
+    }
+    wgmma_wait_all(acc);
+    end(out, start, total(acc));
+#endif
+}
+
 // Products of one or two warpgroups, each with 64 rows of its own and the same N columns, the same four over and over; those of
 // PENDING turns run on while the next ones are issued. No barrier, no copies.
 template <int N, int PENDING>
@@ -165,14 +262,20 @@ __global__ void __launch_bounds__(2 * GROUP, N > 160 ? 1 : 2) resident(Out out) 
 int room(int need, int beside) { return std::max(need, beside == 1 ? 118 << 10 : 80 << 10); }
 
 template <int N, int PENDING>
-void rates(Card& c) {
+void rates(Card& c, bool by_rows = false) {
     for (int groups = 1; groups <= 2; groups++) {
         for (int beside = 1; beside <= (N > 160 ? 3 - groups : 2); beside++) {
             char name[96];
-            snprintf(name, sizeof name, "P-1 wgmma m64n%dk16, %d x %d warpgroup%s, %d turn%s pending", N, beside, groups, plural(groups), PENDING,
-                plural(PENDING));
+            snprintf(name, sizeof name, "P-1 wgmma%s m64n%dk16, %d x %d warpgroup%s, %d turn%s pending", by_rows ? " by rows" : "", N, beside, groups,
+                plural(groups), PENDING, plural(PENDING));
             const double work = 2.0 * 64 * N * BK * groups * ROUNDS;
-            c.probe(name, "FLOP", work, beside, groups * GROUP, room((128 + N) * BK * 2, beside), resident<N, PENDING>);
+            const int smem = room((128 + (N + 63) / 64 * 64) * BK * 2, beside);
+            if constexpr (N == 40 || N == 64 || N == 80 || N == 160) {
+                if (by_rows) c.probe(name, "FLOP", work, beside, groups * GROUP, smem, resident_by_rows<N, PENDING>);
+            }
+            if constexpr (N != 40) {
+                if (!by_rows) c.probe(name, "FLOP", work, beside, groups * GROUP, smem, resident<N, PENDING>);
+            }
         }
     }
 }
@@ -367,6 +470,8 @@ void wgmma_probes(Card& c) {
     CHECK(cudaMalloc(&y, 64 * 256 * sizeof(float)));
     describe_all<f16>(c, "f16", y);
     describe_all<bf16>(c, "bf16", y);
+    describe_all_by_rows<f16>(c, "f16", y);
+    describe_all_by_rows<bf16>(c, "bf16", y);
     CHECK(cudaFree(y));
     rates<16, 0>(c);
     rates<16, 1>(c);
@@ -378,6 +483,11 @@ void wgmma_probes(Card& c) {
     rates<160, 1>(c);
     rates<256, 0>(c);
     rates<256, 1>(c);
+    rates<40, 0>(c, true);
+    rates<40, 1>(c, true);
+    rates<64, 1>(c, true);
+    rates<80, 1>(c, true);
+    rates<160, 1>(c, true);
     tiles<160, 5, 1, 1>(c);
     tiles<128, 3, 0, 2>(c);
     fences<1, 0>(c);

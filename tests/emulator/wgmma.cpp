@@ -28,6 +28,7 @@ struct Product {
     int n, bfloat, line;
     unsigned group, threads, barriers;
     bool done;
+    std::vector<uint16_t> left;  // (64,16) where a came in registers: b is then in rows of columns
 };
 
 struct Warpgroup {
@@ -68,26 +69,42 @@ thread_local Wgmma* local = nullptr;
 
 Warpgroup& mine() { return L.groups[ldm_thread.thread / GROUP]; }
 
-// Byte of shared memory of 8 elements of a row: K-major, rows of 128 bytes, their chunks exchanged by the row's place in 1024 bytes.
-unsigned place(uint64_t descriptor, int row, int half) {
-    const unsigned start = unsigned(descriptor & 0x3fff) << 4, stride = unsigned(descriptor >> 32 & 0x3fff) << 4;
-    const unsigned at = start + unsigned(row / 8) * stride + unsigned(row % 8) * 128 + unsigned(half) * 16;
-    return (at ^ (at >> 7 & 7) << 4) - WINDOW;
+// A matrix in shared memory: `lines` lines of `chunks` times 8 elements, in rows of 128 bytes, whose chunks are exchanged by the row's
+// place in 1024 bytes. Of a, and of b by columns, a line is a row or column, and its two chunks lie in one row of 128 bytes. Of b by rows a
+// line is one of its 16 rows, and after eight chunks it goes on elsewhere.
+struct Matrix {
+    const char* name;
+    uint64_t descriptor;
+    int lines, chunks;
+
+    unsigned start() const { return unsigned(descriptor & 0x3fff) << 4; }
+    // Byte of a chunk.
+    unsigned place(int line, int chunk) const {
+        const unsigned stride = unsigned(descriptor >> 32 & 0x3fff) << 4, beside = unsigned(descriptor >> 16 & 0x3fff) << 4;
+        const unsigned at = start() + unsigned(line / 8) * stride + unsigned(chunk / 8) * beside + unsigned(line % 8) * 128 + unsigned(chunk % 8) * 16;
+        return (at ^ (at >> 7 & 7) << 4) - WINDOW;
+    }
+};
+
+Matrix left(uint64_t descriptor) { return {"a", descriptor, 64, 2}; }
+Matrix right(uint64_t descriptor, int columns, bool by_rows) {
+    return by_rows ? Matrix{"b", descriptor, 16, columns / 8} : Matrix{"b", descriptor, columns, 2};
 }
 
-void check_matrix(const char* name, uint64_t descriptor, int rows, int line) {
+void check_matrix(const Matrix& m, int line) {
     const Chunk* seen = nullptr;
-    const unsigned start = unsigned(descriptor & 0x3fff) << 4;
-    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0)
+    const bool by_rows = m.lines == 16 && m.chunks > 2;
+    if (m.descriptor >> 62 != 1 || (m.descriptor >> 49 & 7) != 0)
         kernel_violation(LAUNCH_FAILED, line, format("wgmma: descriptor of %s: swizzle %u, base offset %u; the emulator knows 1, rows of 128 bytes, "
-                                                     "and 0", name, unsigned(descriptor >> 62), unsigned(descriptor >> 49 & 7)));
-    if (start % 1024 >= 128 || start % 32)
-        kernel_violation(MISALIGNED_ADDRESS, line, format("wgmma: %s begins at %u: want a multiple of 1024, and 0, 32, 64 or 96", name, start));
-    for (int row = 0; row < rows; row++)
-        for (int half = 0; half < 2; half++) {
-            const unsigned at = place(descriptor, row, half);
+                                                     "and 0", m.name, unsigned(m.descriptor >> 62), unsigned(m.descriptor >> 49 & 7)));
+    if (by_rows ? m.start() % 1024 : m.start() % 1024 >= 128 || m.start() % 32)
+        kernel_violation(MISALIGNED_ADDRESS, line, format("wgmma: %s begins at %u: want a multiple of 1024%s", m.name, m.start(),
+                                                          by_rows ? "" : ", and 0, 32, 64 or 96"));
+    for (int row = 0; row < m.lines; row++)
+        for (int part = 0; part < m.chunks; part++) {
+            const unsigned at = m.place(row, part);
             if (at >= shared_bytes() || at + 16 > shared_bytes())
-                kernel_violation(ILLEGAL_ADDRESS, line, format("wgmma: row %d of %s lies outside the block's %u bytes of shared memory", row, name,
+                kernel_violation(ILLEGAL_ADDRESS, line, format("wgmma: row %d of %s lies outside the block's %u bytes of shared memory", row, m.name,
                                                               shared_bytes()));
             const Chunk& chunk = L.chunks[at / 16];
             if (chunk.block != L.block || chunk.state == NOTHING) continue;
@@ -95,22 +112,25 @@ void check_matrix(const char* name, uint64_t descriptor, int rows, int line) {
                 const int who = tensors_unseen(chunk.by, chunk.barriers, ldm_thread.thread / GROUP * GROUP, GROUP);
                 if (who >= 0)
                     kernel_violation(LAUNCH_FAILED, line, format("wgmma reads row %d of %s, at byte %u of shared memory, which a tensor copy writes: thread "
-                                                                 "%d has not waited for its phase", row, name, at, who));
+                                                                 "%d has not waited for its phase", row, m.name, at, who));
                 seen = &chunk;
             }
             if (const char* why = objection(chunk, L.barriers))
                 kernel_violation(LAUNCH_FAILED, line, format("wgmma reads row %d of %s, at byte %u of shared memory, which thread %u wrote, who %s", row,
-                                                             name, at, chunk.by, why));
+                                                             m.name, at, chunk.by, why));
         }
 }
 
 template <bool BFLOAT>
 void multiply(const Product& p) {
+    const Matrix first = left(p.a), second = right(p.b, p.n, !p.left.empty());
     std::vector<Row> b(size_t(p.n) / 8 * 16);
-    for (int n = 0; n < p.n; n++) {
+    for (int k = 0; k < 16 && !p.left.empty(); k++)
+        for (int j = 0; j < p.n / 8; j++) b[size_t(j) * 16 + size_t(k)] = convert<BFLOAT>(shared_at(second.place(k, j)));
+    for (int n = 0; n < p.n && p.left.empty(); n++) {
         double row[16];
         for (int half = 0; half < 2; half++) {
-            const Row values = convert<BFLOAT>(shared_at(place(p.b, n, half)));
+            const Row values = convert<BFLOAT>(shared_at(second.place(n, half)));
             memcpy(row + 8 * half, &values, sizeof values);
         }
         for (int k = 0; k < 16; k++) b[size_t(n / 8) * 16 + size_t(k)][n % 8] = row[k];
@@ -118,7 +138,8 @@ void multiply(const Product& p) {
     for (int m = 0; m < 64; m++) {
         double a[16];
         for (int half = 0; half < 2; half++) {
-            const Row values = convert<BFLOAT>(shared_at(place(p.a, m, half)));
+            const void* from = p.left.empty() ? shared_at(first.place(m, half)) : (const void*)(p.left.data() + 16 * m + 8 * half);
+            const Row values = convert<BFLOAT>(from);
             memcpy(a + 8 * half, &values, sizeof values);
         }
         // As `mma`: exact products, sums in double, even and odd ones apart, rounded once.
@@ -204,13 +225,17 @@ void proxy_barrier() {
 }
 
 bool wgmma_reads(unsigned offset, unsigned bytes) {
-    auto overlaps = [&](uint64_t descriptor, int rows) {
-        const unsigned start = (unsigned(descriptor & 0x3fff) << 4) / WINDOW * WINDOW - WINDOW, stride = unsigned(descriptor >> 32 & 0x3fff) << 4;
-        return start < offset + bytes && offset < start + unsigned(rows + 7) / 8 * stride;
+    auto overlaps = [&](const Matrix& m) {
+        for (int row = 0; row < m.lines; row++)
+            for (int part = 0; part < m.chunks; part++) {
+                const unsigned at = m.place(row, part);
+                if (at < offset + bytes && offset < at + 16) return true;
+            }
+        return false;
     };
     for (const Warpgroup& group : L.groups)
         for (const Product& p : group.products)
-            if (overlaps(p.a, 64) || overlaps(p.b, p.n)) return true;
+            if ((p.left.empty() && overlaps(left(p.a))) || overlaps(right(p.b, p.n, !p.left.empty()))) return true;
     return false;
 }
 
@@ -246,7 +271,7 @@ API void ldm_emu_fence_proxy(int line) {
     L.written[t].clear();
 }
 
-API void ldm_emu_wgmma(float* d, unsigned long long a, unsigned long long b, int columns, int bfloat, int line) {
+API void ldm_emu_wgmma(float* d, const unsigned* registers, unsigned long long a, unsigned long long b, int columns, int bfloat, int line) {
     const unsigned t = ldm_thread.thread % GROUP;
     tensors_together("wgmma", line);
     if (L.threads % GROUP) kernel_violation(LAUNCH_FAILED, line, format("wgmma in a block of %u threads: a warpgroup has 128", L.threads));
@@ -265,13 +290,16 @@ API void ldm_emu_wgmma(float* d, unsigned long long a, unsigned long long b, int
             own->d.resize(size_t(64) * size_t(columns));
         }
         own->products++;
-        group.products.push_back({a, b, own, columns, bfloat, line, group.open[t], 0, L.barriers, false});
+        group.products.push_back({a, b, own, columns, bfloat, line, group.open[t], 0, L.barriers, false, {}});
+        if (registers) group.products.back().left.resize(64 * 16);
     }
     Product& p = group.products[at];
     if (p.a != a || p.b != b || p.n != columns || p.bfloat != bfloat || p.line != line || p.group != group.open[t] || p.barriers != L.barriers ||
-        p.sums->n != columns || (sums ? sums != p.sums : p.sums->to[t] != nullptr))
+        p.sums->n != columns || p.left.empty() != !registers || (sums ? sums != p.sums : p.sums->to[t] != nullptr))
         kernel_violation(LAUNCH_FAILED, line, format("diverged warpgroup: thread %u comes to a wgmma with other operands, or at another place, than that of "
                                                      "line %d which others of its warpgroup have issued", ldm_thread.thread, p.line));
+    for (unsigned i = 0; registers && i < 4; i++)
+        memcpy(p.left.data() + (t / 32 * 16 + t % 32 / 4 + 8 * (i % 2)) * 16 + t % 4 * 2 + 8 * (i / 2), registers + i, sizeof *registers);
     if (sums) {
         for (int i = 0; i < columns / 2; i++)
             if (!poisoned(d[i])) kernel_violation(LAUNCH_FAILED, line, "wgmma: its accumulators were written while another wgmma was in flight on them");
@@ -284,8 +312,8 @@ API void ldm_emu_wgmma(float* d, unsigned long long a, unsigned long long b, int
         });
     }
     if (++p.threads != GROUP) return;
-    check_matrix("a", a, 64, line);
-    check_matrix("b", b, columns, line);
+    if (!registers) check_matrix(left(a), line);
+    check_matrix(right(b, columns, registers), line);
     if (settings.async == Async::Early || (settings.async == Async::Random && L.random.next() % 4 == 0)) run(group, at + 1);
 }
 
