@@ -1,6 +1,7 @@
 // What conv2d_mma.cu computes, from the same arguments and in the same tiles, by the tensor cores of Hopper: `wgmma` multiplies
 // 64 rows of x by all columns of the tile at once, reads both from shared memory by itself, and works while its threads go on.
-// On an H200 it takes a quarter to a third less time than conv2d_mma, in large tiles more than conv2d_tma.
+// On an H200 it takes 30 to 37 % less time than conv2d_mma in tiles of 128×160, 10 to 30 % in those of 64×80; conv2d_tma is faster in the
+// former, not in the latter.
 //
 // Who owns what. Grid: (ceil(M / BM), ceil(N / BN), splits); a block owns a BM×BN tile of y, or with several splits a contiguous
 // run of its k-blocks. A block has a warpgroup, four warps, for each 64 rows of the tile: one or two. A warpgroup's sums are one

@@ -315,7 +315,7 @@ DEV unsigned pack2(float low, float high) {
 // What this thread wrote to shared memory before, itself or by copies that it has waited for, is there for the `wgmma`s behind the
 // next barrier of the block: they read through the async proxy, which plain writes do not pass.
 DEV void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// Before the first `wgmma` into registers that this thread has touched since a `wgmma_wait`.
+// Before the first `wgmma` into or, as `wgmma_rows`, from registers that this thread has touched since a `wgmma_wait`.
 DEV void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 // Closes the group of the `wgmma`s since the last commit.
 DEV void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -414,7 +414,9 @@ DEV void wgmma(float (&d)[N / 8][4], unsigned long long a, unsigned long long b)
 }
 
 // d (64,N) += a (64,16) · b (16,N), of which a lies in registers, as that of `mma` does: register i of thread t has two columns, from
-// 2(t%4) + 8(i/2) on, of row 16(t/32) + t%32/4 + 8(i%2). b by a `wgmma_rows_descriptor`. Else as `wgmma`.
+// 2(t%4) + 8(i/2) on, of row 16(t/32) + t%32/4 + 8(i%2). b by a `wgmma_rows_descriptor`. Until a
+// `wgmma_wait` for its group nobody is to touch d or a, nor write b's rows. Not run on a GPU yet: in particular with columns that are no
+// multiple of 64 (`P-1 descriptor by rows` of tools/probes_wgmma.cu).
 template <class E, int N>
 DEV void wgmma_rows(float (&d)[N / 8][4], const unsigned (&a)[4], unsigned long long b) {
     WgmmaRows<E, N>::run(d, a, b);

@@ -173,7 +173,7 @@ fn a_left_operand_in_registers_is_multiplied_with_rows() {
     const M: usize = 64;
     const N: usize = 80;
     const K: usize = 64;
-    const WAYS: [&str; 7] = [
+    const WAYS: [&str; 8] = [
         "",
         "want a multiple of 1024",
         "no fence_proxy_async since",
@@ -181,6 +181,7 @@ fn a_left_operand_in_registers_is_multiplied_with_rows() {
         "diverged warpgroup: thread",
         "",
         "outside the block's",
+        "without a wgmma_fence",
     ];
     let stream = stream();
     let a = |i: usize, k: usize| ((i * 37 + k * k * 11) % 61) as f32 / 8.0 - 4.0;

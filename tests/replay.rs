@@ -5,7 +5,7 @@ mod common;
 
 use common::emulator::Emulator;
 use ldm::backend::Device;
-use ldm::backend::cuda::{COUNTERS, Call, Operand};
+use ldm::backend::cuda::{COUNTERS, Call, Operand, Wgmma};
 use ldm::diffusion::{Sampling, Settings};
 use ldm::exec::{Hook, Program, Weights};
 use ldm::graph::{Graph, Layout, Node};
@@ -441,7 +441,7 @@ fn a_picture_in_16_bits_is_that_of_the_cpu() {
         pipeline.generate(&request, &mut ()).unwrap().remove(0).rgb
     };
     let want = picture(&Device::Cpu);
-    common::on_cuda(|device| {
+    let check = |device: &Device| {
         let got = picture(device);
         let most = got.iter().zip(&want).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
         let sum: f64 = got.iter().zip(&want).map(|(a, b)| f64::from(a.abs_diff(*b)).powi(2)).sum();
@@ -449,6 +449,12 @@ fn a_picture_in_16_bits_is_that_of_the_cpu() {
         println!("at most {most} of 255, {psnr:.1} dB");
         // Of random weights: what bf16 itself leaves, with products joined or apart.
         assert!(got.len() == want.len() && most <= 24 && psnr > 38.0, "{most} of 255, {psnr:.1} dB");
+    };
+    common::on_cuda(check);
+    // By warps, as on all cards but Hopper.
+    common::on_cuda_with(&common::SCHEDULES[..1], |device| match device {
+        Device::Cuda(cuda) => check(&Device::Cuda(cuda.with_wgmma(Wgmma::Off))),
+        Device::Cpu => unreachable!("the CPU's picture is compared with"),
     });
 }
 

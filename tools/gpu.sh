@@ -25,7 +25,7 @@
 # is simply repeated. A call stops itself after LDM_GPU_SECONDS (540) with exit code 3 where something is left; a test that
 # failed is exit code 1.
 #
-# What came of it on an H100 is in benches/measured and README.md.
+# What came of it on an H100 and an H200 is in benches/measured and README.md.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 budget=${LDM_GPU_SECONDS:-540}
@@ -114,7 +114,7 @@ run_test() {
     off | threads | tma) way=wgmma-$1-; export LDM_CUDA_WGMMA=$1 ;;
     esac
     for bin in ops models attention norms replay; do
-        # Rooms are tested with every value of LDM_CUDA_WGMMA at once.
+        # Rooms are tested with every kernel that LDM_CUDA_WGMMA chooses at once.
         case $way$bin in wgmma-*-ops) continue ;; esac
         # Of rooms and models, the tests on the GPU are those of this name.
         only=
@@ -180,7 +180,8 @@ run_wgmma() {
     LDM_CUDA_WGMMA=tma sweep bf16 sweep-tma
 }
 
-# The card's units, one by one, are in tools/probes.cu, wgmma in tools/probes_wgmma.cu. P-7, the peak of mma.sync as the engine's own product reaches it, is among the ceilings of the first. P-5, what lies
+# The card's units, one by one, are in tools/probes.cu, wgmma in tools/probes_wgmma.cu. P-7, the peak of mma.sync from registers, is among the first;
+# probe-peak is what the engine's own product reaches, by wgmma on Hopper. P-5, what lies
 # between two kernels: a model so small that its kernels do next to nothing, from one graph and launched one by one; the
 # time of an evaluation divided by `nodes` of the file.
 run_probe() {
@@ -229,7 +230,7 @@ run_profile() {
     command -v ncu >/dev/null || { echo "no ncu: left out"; return 0; }
     local sections=(SpeedOfLight WarpStateStats SchedulerStats LaunchStats Occupancy ComputeWorkloadAnalysis MemoryWorkloadAnalysis)
     once profile env LDM_CUDA_GRAPH=off ncu --clock-control none "${sections[@]/#/--section=}" --page raw --csv --kill yes \
-        -k 'regex:mma|attention|norm|stats|edge' -c "${LDM_PROFILE_LAUNCHES:-120}" \
+        -k 'regex:conv2d|linear_group|attention|norm|stats' -c "${LDM_PROFILE_LAUNCHES:-120}" \
         bin/ldm bench --preset sd15 --component unet -W 512 -H 512 --dtype bf16 --device cuda --warmup 0 --iterations 1
 }
 

@@ -94,6 +94,9 @@ Matrix right(uint64_t descriptor, int columns, bool by_rows) {
 void check_matrix(const Matrix& m, int line) {
     const Chunk* seen = nullptr;
     const bool by_rows = m.lines == 16 && m.chunks > 2;
+    const unsigned beside = unsigned(m.descriptor >> 16 & 0x3fff) << 4;
+    if (by_rows && m.chunks > 8 && beside % 1024)
+        kernel_violation(MISALIGNED_ADDRESS, line, format("wgmma: columns 64 of %s lie %u bytes beside the first ones: want a multiple of 1024", m.name, beside));
     if (m.descriptor >> 62 != 1 || (m.descriptor >> 49 & 7) != 0)
         kernel_violation(LAUNCH_FAILED, line, format("wgmma: descriptor of %s: swizzle %u, base offset %u; the emulator knows 1, rows of 128 bytes, "
                                                      "and 0", m.name, unsigned(m.descriptor >> 62), unsigned(m.descriptor >> 49 & 7)));
@@ -300,11 +303,12 @@ API void ldm_emu_wgmma(float* d, const unsigned* registers, unsigned long long a
                                                      "line %d which others of its warpgroup have issued", ldm_thread.thread, p.line));
     for (unsigned i = 0; registers && i < 4; i++)
         memcpy(p.left.data() + (t / 32 * 16 + t % 32 / 4 + 8 * (i % 2)) * 16 + t % 4 * 2 + 8 * (i / 2), registers + i, sizeof *registers);
+    if ((registers || !sums) && !group.fenced[t])
+        kernel_violation(LAUNCH_FAILED, line, "wgmma without a wgmma_fence since its registers were last free to be touched");
     if (sums) {
         for (int i = 0; i < columns / 2; i++)
             if (!poisoned(d[i])) kernel_violation(LAUNCH_FAILED, line, "wgmma: its accumulators were written while another wgmma was in flight on them");
     } else {
-        if (!group.fenced[t]) kernel_violation(LAUNCH_FAILED, line, "wgmma without a wgmma_fence since its registers were last free to be touched");
         p.sums->to[t] = d;
         each(*p.sums, t, [&](float& own, size_t i) {
             p.sums->d[i] = own;

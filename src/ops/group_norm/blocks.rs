@@ -4,8 +4,8 @@ use super::super::group_stats::SLAB;
 use super::super::launch;
 use crate::kernels::group_norm_apply as apply;
 
-/// Most slabs of an image that every block of the apply kernel merges itself. In a 16-bit type it then reads half as many
-/// bytes of statistics as of x, where it has 512 pixels; of more slabs, more than a launch costs.
+/// Most slabs of an image that every block of the apply kernel merges itself. In a 16-bit type it then reads as many bytes of
+/// statistics as of 256 pixels; of more slabs, more than a launch costs.
 const MERGED_IN_PLACE: usize = 64;
 
 /// How many slabs of equal size are left to the apply kernel of `slabs`: all of them, or the most that divide them and are
@@ -36,15 +36,18 @@ pub(super) fn team(c: usize, cpg: usize, count: usize) -> (usize, usize) {
 /// Pixels of a block of the apply kernel, of `hw` in an image, where `strips` blocks lie side by side. An H100 has 132
 /// multiprocessors, and room for two blocks on each: whatever comes after those begins with statistics again. So that number of
 /// blocks to a strip for which the turns take least, of no fewer pixels than a slab has, and of no more than 1024: on an H200, images
-/// of 512×512 took up to 8 % longer in one turn of longer blocks, which end unevenly.
+/// from 256×256 on took up to 13 % longer in one turn of longer blocks, which end unevenly (`benches/measured/h200-group-norm.tsv`).
 pub(super) fn rows_per_block(hw: usize, strips: usize) -> usize {
     const AT_ONCE: usize = 2 * launch::MULTIPROCESSORS;
     const MOST: usize = 1024;
+    // Most blocks of a grid on its second axis.
+    const GRID: usize = 65535;
     // Pixels that a block could stream while it merges statistics.
     const MERGE: usize = 400;
     let rows = |blocks: usize| hw.div_ceil(blocks);
     let turns = |blocks: usize| (strips * blocks).div_ceil(AT_ONCE) * (MERGE + rows(blocks));
-    let blocks = hw.div_ceil(MOST).max(1)..=hw.div_ceil(SLAB).max(1);
+    let [fewest, most] = [MOST, SLAB].map(|rows| hw.div_ceil(rows).clamp(1, GRID));
+    let blocks = fewest..=most;
     blocks.min_by_key(|&blocks| turns(blocks)).map_or(hw, rows)
 }
 

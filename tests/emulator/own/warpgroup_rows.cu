@@ -1,9 +1,10 @@
 // d = c + a · b by a warpgroup: a comes in registers, b by asynchronous copies, its rows as they lie in memory. WAY 0 is right; in 1 b begins
 // within 1024 bytes, 2 has no fence between copies and products, 3 no wait; in 4 a thread names another matrix; 5 overwrites b before the
-// wait; in 6 the columns from 64 on are outside the block's memory.
+// wait; in 6 the columns from 64 on are outside the block's memory; 7 has no wgmma_fence between a wait and more of a, although d is still
+// being added to.
 #include "dev.cuh"
 // types: f16 bf16
-// variants: WAY=0 WAY=1 WAY=2 WAY=3 WAY=4 WAY=5 WAY=6
+// variants: WAY=0 WAY=1 WAY=2 WAY=3 WAY=4 WAY=5 WAY=6 WAY=7
 
 constexpr int BLOCK = 128;
 constexpr int M = 64, N = 80, K = 64;
@@ -40,7 +41,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK) warpgroup_rows(const __grid_
     for (int i = 0; i < N / 2; i++) d[i / 4][i % 4] = load(p.c + (row + i / 2 % 2 * 8) * N + i / 4 * 8 + t % 4 * 2 + i % 2);
     wgmma_fence();
     const unsigned long long b = wgmma_rows_descriptor(s.b[0] + (WAY == 1 ? 8 * 8 : 0), WAY == 6 ? 1 << 17 : K * PART * 2);
-    for (int step = 0; step < K / 16; step++) wgmma_rows<T, N>(d, a[step], b + 128 * step + (WAY == 4 && t == 77 ? 64 : 0));
+    for (int step = 0; step < K / 16; step++) {
+        wgmma_rows<T, N>(d, a[step], b + 128 * step + (WAY == 4 && t == 77 ? 64 : 0));
+        if (WAY == 7 && step == 1) {
+            wgmma_commit();
+            wgmma_wait<1>();
+        }
+    }
     wgmma_commit();
     if (WAY == 5) {
         sync_block();
