@@ -6,8 +6,8 @@ mod harness;
 
 use cudarc::driver::sys::{CUdevice_attribute, CUresult};
 use harness::{
-    Bench, CUtensorMapDataType, Memory, allow_shared, allowed_shared, attribute, kernel, kernel_of, launch,
-    launch_shared, stream, tensor_map,
+    Bench, CUtensorMapDataType, Memory, Step, allow_shared, allowed_shared, attribute, kernel, kernel_of,
+    launch, launch_shared, stream, tensor_map,
 };
 
 const SCHEDULES: [&str; 4] = [
@@ -88,6 +88,39 @@ fn matrices_are_multiplied_as_documented() {
     assert_eq!(bench.emulator.report(), "");
 }
 
+/// Runs each way of a kernel, of which 0 is right, in both types under all schedules, and looks for what is wrong with it, in words of the
+/// report; empty where only the values betray it. `overwritten` is the way that comes too late to spoil what is done at once.
+fn every_way(
+    bench: &Bench,
+    says: &[&str],
+    overwritten: usize,
+    want: &[f32],
+    run: impl Fn(&str, usize) -> Step<Vec<f32>>,
+) {
+    for dtype in ["f16", "bf16"] {
+        for (way, says) in says.iter().enumerate() {
+            let mut right = 0;
+            for schedule in SCHEDULES {
+                bench.emulator.configure(schedule);
+                let got = run(dtype, way);
+                let report = bench.emulator.report();
+                bench.emulator.reset();
+                let same = got.as_deref() == Ok(want);
+                right += usize::from(same);
+                match *says {
+                    "" if way == 0 => assert!(same && report.is_empty(), "{dtype}, {schedule}: {report}"),
+                    "" => {}
+                    says => assert!(got.is_err() && report.contains(says), "way {way}, {schedule}: {report}"),
+                }
+            }
+            // Read too early, they are never there; overwritten too early, they are where products are done at once.
+            let all = if way == 0 { SCHEDULES.len() } else { 0 };
+            assert!(right == all || way == overwritten && right < SCHEDULES.len(), "way {way}: {right}");
+        }
+    }
+    assert_eq!(bench.emulator.report(), "");
+}
+
 #[test]
 fn warpgroups_multiply_as_documented_and_what_they_lack_is_reported() {
     let Some(bench) = Bench::new("warpgroups_multiply_as_documented_and_what_they_lack_is_reported") else {
@@ -102,7 +135,6 @@ fn warpgroups_multiply_as_documented_and_what_they_lack_is_reported() {
     const M: usize = 64;
     const N: usize = 80;
     const K: usize = 64;
-    // What is wrong with each way, in words of the report; empty where only the values betray it.
     const WAYS: [&str; 13] = [
         "",
         "no fence_proxy_async since",
@@ -123,41 +155,14 @@ fn warpgroups_multiply_as_documented_and_what_they_lack_is_reported() {
     let c: Vec<f32> = (0..M * N).map(|i| (i % 97) as f32 * 100.0).collect();
     let want: Vec<f32> =
         (0..M * N).map(|i| c[i] + (0..K).map(|k| row(i / N, k) * row(M + i % N, k)).sum::<f32>()).collect();
-    for dtype in ["f16", "bf16"] {
-        // Two elements of the type in each word.
-        let bits = |v: f32| match dtype {
-            "f16" => half::f16::from_f32(v).to_bits(),
-            _ => half::bf16::from_f32(v).to_bits(),
-        };
-        let word = |i: usize| {
-            let [low, high] = [0, 1].map(|e| u32::from(bits(row((2 * i + e) / K, (2 * i + e) % K))));
-            f32::from_bits(low | high << 16)
-        };
-        let rows: Vec<f32> = (0..(M + N) * K / 2).map(word).collect();
-        for (way, says) in WAYS.into_iter().enumerate() {
-            let mut right = 0;
-            for schedule in SCHEDULES {
-                bench.emulator.configure(schedule);
-                let (rows, c) = (Memory::with(&rows, stream).unwrap(), Memory::with(&c, stream).unwrap());
-                let d = Memory::new(4 * M * N).unwrap();
-                let p = Warpgroup { d: d.0, rows: rows.0, c: c.0 };
-                let function = kernel_of("warpgroup", dtype, &format!("WAY={way}")).unwrap();
-                let got = launch(function, 1, 128, stream, p).and_then(|()| d.read(M * N, stream));
-                let report = bench.emulator.report();
-                bench.emulator.reset();
-                let same = got.as_ref() == Ok(&want);
-                right += usize::from(same);
-                match says {
-                    "" if way == 0 => assert!(same && report.is_empty(), "{dtype}, {schedule}: {report}"),
-                    "" => {}
-                    _ => assert!(got.is_err() && report.contains(says), "way {way}, {schedule}: {report}"),
-                }
-            }
-            // Read too early, they are never there; overwritten too early, they are where products are done at once.
-            assert!(right == if way == 0 { 4 } else { 0 } || way == 7 && right < 4, "way {way}: {right}");
-        }
-    }
-    assert_eq!(bench.emulator.report(), "");
+    every_way(&bench, &WAYS, 7, &want, |dtype, way| {
+        let rows = packed(dtype, (M + N) * K, |i| row(i / K, i % K));
+        let [rows, c] = [&rows, &c].map(|x| Memory::with(x, stream).unwrap());
+        let d = Memory::new(4 * M * N).unwrap();
+        let p = Warpgroup { d: d.0, rows: rows.0, c: c.0 };
+        let function = kernel_of("warpgroup", dtype, &format!("WAY={way}")).unwrap();
+        launch(function, 1, 128, stream, p).and_then(|()| d.read(M * N, stream))
+    });
 }
 
 #[test]
@@ -189,36 +194,15 @@ fn a_left_operand_in_registers_is_multiplied_with_rows() {
     let c: Vec<f32> = (0..M * N).map(|i| (i % 97) as f32 * 100.0).collect();
     let sum = |i: usize| (0..K).map(|k| a(i / N, k) * b(k, i % N)).sum::<f32>();
     let want: Vec<f32> = (0..M * N).map(|i| c[i] + sum(i)).collect();
-    for dtype in ["f16", "bf16"] {
+    every_way(&bench, &WAYS, 5, &want, |dtype, way| {
         let left = packed(dtype, M * K, |i| a(i / K, i % K));
         let right = packed(dtype, K * N, |i| b(i / N, i % N));
-        for (way, says) in WAYS.into_iter().enumerate() {
-            let mut right_ones = 0;
-            for schedule in SCHEDULES {
-                bench.emulator.configure(schedule);
-                let [a, b, c] = [&left, &right, &c].map(|x| Memory::with(x, stream).unwrap());
-                let d = Memory::new(4 * M * N).unwrap();
-                let p = WarpgroupRows { d: d.0, a: a.0, b: b.0, c: c.0 };
-                let function = kernel_of("warpgroup_rows", dtype, &format!("WAY={way}")).unwrap();
-                let got = launch(function, 1, 128, stream, p).and_then(|()| d.read(M * N, stream));
-                let report = bench.emulator.report();
-                bench.emulator.reset();
-                let same = got.as_ref() == Ok(&want);
-                right_ones += usize::from(same);
-                match says {
-                    "" if way == 0 => assert!(same && report.is_empty(), "{dtype}, {schedule}: {report}"),
-                    "" => {}
-                    _ => assert!(got.is_err() && report.contains(says), "way {way}, {schedule}: {report}"),
-                }
-            }
-            // Overwritten too early, b is right where products are done at once.
-            assert!(
-                right_ones == if way == 0 { 4 } else { 0 } || way == 5 && right_ones < 4,
-                "way {way}: {right_ones}"
-            );
-        }
-    }
-    assert_eq!(bench.emulator.report(), "");
+        let [a, b, c] = [&left, &right, &c].map(|x| Memory::with(x, stream).unwrap());
+        let d = Memory::new(4 * M * N).unwrap();
+        let p = WarpgroupRows { d: d.0, a: a.0, b: b.0, c: c.0 };
+        let function = kernel_of("warpgroup_rows", dtype, &format!("WAY={way}")).unwrap();
+        launch(function, 1, 128, stream, p).and_then(|()| d.read(M * N, stream))
+    });
 }
 
 /// A tensor of 16-bit elements: two in each word.

@@ -87,18 +87,23 @@ __global__ void __launch_bounds__(GROUP) described(float* y, int at) {
 #endif
 }
 
-// How many elements of the product are not the host's; the first of them on stderr.
-template <class E, int N, int DEEP>
-int wrong_elements(const char* type, float* y, int at) {
+// y (64,N) of one warpgroup.
+template <int N, class K, class... A>
+std::vector<float> product(K kernel, int smem, float* y, A... more) {
     CHECK(cudaMemset(y, 0xff, 64 * N * sizeof(float)));
-    const int smem = (64 + N) * BK * 2;
-    const auto kernel = described<E, N, DEEP>;
     CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
-    kernel<<<1, GROUP, smem>>>(y, at);
+    kernel<<<1, GROUP, smem>>>(y, more...);
     CHECK(cudaGetLastError());
     CHECK(cudaDeviceSynchronize());
     std::vector<float> got(64 * N);
     CHECK(cudaMemcpy(got.data(), y, got.size() * sizeof(float), cudaMemcpyDeviceToHost));
+    return got;
+}
+
+// How many elements of the product are not the host's; the first of them on stderr.
+template <class E, int N, int DEEP>
+int wrong_elements(const char* type, float* y, int at) {
+    const std::vector<float> got = product<N>(described<E, N, DEEP>, (64 + N) * BK * 2, y, at);
     int wrong = 0;
     for (int i = 0; i < 64 * N; i++) {
         int want = 0;
@@ -170,15 +175,7 @@ __global__ void __launch_bounds__(GROUP) described_by_rows(float* y) {
 template <class E, int N>
 void describe_by_rows(Card& c, const char* type, float* y) {
     constexpr int K = 16 * STEPS;
-    CHECK(cudaMemset(y, 0xff, 64 * N * sizeof(float)));
-    const int smem = (N + 63) / 64 * K * BK * 2;
-    const auto kernel = described_by_rows<E, N, STEPS>;
-    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
-    kernel<<<1, GROUP, smem>>>(y);
-    CHECK(cudaGetLastError());
-    CHECK(cudaDeviceSynchronize());
-    std::vector<float> got(64 * N);
-    CHECK(cudaMemcpy(got.data(), y, got.size() * sizeof(float), cudaMemcpyDeviceToHost));
+    const std::vector<float> got = product<N>(described_by_rows<E, N, STEPS>, (N + 63) / 64 * K * BK * 2, y);
     char name[96];
     snprintf(name, sizeof name, "P-1 descriptor by rows, %s m64n%d, %d deep", type, N, K);
     int wrong = 0;

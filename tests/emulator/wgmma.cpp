@@ -76,6 +76,7 @@ struct Matrix {
     const char* name;
     uint64_t descriptor;
     int lines, chunks;
+    bool by_rows;
 
     unsigned start() const { return unsigned(descriptor & 0x3fff) << 4; }
     // Byte of a chunk.
@@ -86,23 +87,22 @@ struct Matrix {
     }
 };
 
-Matrix left(uint64_t descriptor) { return {"a", descriptor, 64, 2}; }
+Matrix left(uint64_t descriptor) { return {"a", descriptor, 64, 2, false}; }
 Matrix right(uint64_t descriptor, int columns, bool by_rows) {
-    return by_rows ? Matrix{"b", descriptor, 16, columns / 8} : Matrix{"b", descriptor, columns, 2};
+    return by_rows ? Matrix{"b", descriptor, 16, columns / 8, true} : Matrix{"b", descriptor, columns, 2, false};
 }
 
 void check_matrix(const Matrix& m, int line) {
     const Chunk* seen = nullptr;
-    const bool by_rows = m.lines == 16 && m.chunks > 2;
     const unsigned beside = unsigned(m.descriptor >> 16 & 0x3fff) << 4;
-    if (by_rows && m.chunks > 8 && beside % 1024)
+    if (m.by_rows && m.chunks > 8 && beside % 1024)
         kernel_violation(MISALIGNED_ADDRESS, line, format("wgmma: columns 64 of %s lie %u bytes beside the first ones: want a multiple of 1024", m.name, beside));
     if (m.descriptor >> 62 != 1 || (m.descriptor >> 49 & 7) != 0)
         kernel_violation(LAUNCH_FAILED, line, format("wgmma: descriptor of %s: swizzle %u, base offset %u; the emulator knows 1, rows of 128 bytes, "
                                                      "and 0", m.name, unsigned(m.descriptor >> 62), unsigned(m.descriptor >> 49 & 7)));
-    if (by_rows ? m.start() % 1024 : m.start() % 1024 >= 128 || m.start() % 32)
+    if (m.by_rows ? m.start() % 1024 : m.start() % 1024 >= 128 || m.start() % 32)
         kernel_violation(MISALIGNED_ADDRESS, line, format("wgmma: %s begins at %u: want a multiple of 1024%s", m.name, m.start(),
-                                                          by_rows ? "" : ", and 0, 32, 64 or 96"));
+                                                          m.by_rows ? "" : ", and 0, 32, 64 or 96"));
     for (int row = 0; row < m.lines; row++)
         for (int part = 0; part < m.chunks; part++) {
             const unsigned at = m.place(row, part);

@@ -29,10 +29,9 @@ pub struct Cuda {
 const WGMMA: (u32, u32) = (9, 0);
 
 /// Which kernels rooms launch for products of 16-bit matrices: `LDM_CUDA_WGMMA`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Wgmma {
     /// Those that multiply by warps (`mma.sync`), which every card has.
-    #[default]
     Off,
     /// Those that multiply by whole warpgroups (`wgmma`): of each tile that of the next two which was measured to be faster.
     On,
