@@ -11,13 +11,15 @@
 // of a warp, then the warps of a team, all in an order that the shapes alone fix. Sets are first averaged, then the squares are
 // taken about that average: three sums by shuffles, in place of a chain of quotients. Means are merged as differences from the
 // group's first one, and the group's mean is kept as a pair, so that a mean far from zero costs no digits. The first warp of a team
-// leaves the factors of its group's channels in shared memory, a lane for each channel of the strip: y = (x - high) * a + b with
-// a = rstd * w and b = bias - low * a. Few instructions matter here: in a small image each block has more to merge than to stream.
+// leaves the factors of its group's channels in shared memory, a lane for each channel of the strip, 32 at a time:
+// y = (x - high) * a + b with a = rstd * w and b = bias - low * a. Few instructions matter here: in a small image each block has
+// more to merge than to stream.
 //
 // Streaming: a thread owns one 16-byte vector of channels, whose factors it keeps in registers, and every DOWN-th pixel; FLIGHT of
 // its loads are in flight, the first ones while the warps of a team are merged, and a vector that was stored makes room for the next.
-// Neighbouring threads read the vectors of one pixel (64 bytes of a 16-bit type, in four threads; 128 of f32, in eight), then the
-// next pixel. SiLU takes one reciprocal for two elements: it is the unit of special functions that a small image waits for.
+// Neighbouring threads read the vectors of one pixel (of 32 channels, 64 bytes of a 16-bit type, in four threads; 128 of f32, in
+// eight), then the next pixel. SiLU takes one reciprocal for two elements: it is the unit of special functions that a small image
+// waits for.
 //
 // Barriers: with teams of more than a warp, one makes the warps' shares visible; the last one makes the factors visible.
 //
@@ -26,11 +28,13 @@
 // least 1. Pointers aligned to 16 bytes; C0 and C1 multiples of 8, so that no vector crosses the seam or an end. Threads past the
 // last channel or pixel only help to merge.
 //
-// Occupancy: two blocks, by registers (64, which the bounds ask for); shared memory is 576 bytes.
+// A strip of 64 channels, in a 16-bit type a whole line of the second-level cache, streams large images faster; but its block has
+// twice as much to merge, for which small ones wait.
+// Occupancy: two blocks, by registers (64, which the bounds ask for); shared memory is 576 or 960 bytes.
+// variants: STRIP=32 STRIP=64
 #include "dev.cuh"
 
 constexpr int BLOCK = 512;
-constexpr int STRIP = 32;
 constexpr int FLIGHT = 4;
 constexpr int ENTRIES = 16;  // loads of statistics that a thread has in flight
 
@@ -64,7 +68,8 @@ struct alignas(16) GroupNormApplySmem {
     // By channel of the strip.
     float high[STRIP], a[STRIP], b[STRIP];
 };
-static_assert(STRIP == WARP, "a lane for each channel");
+constexpr int TURNS = STRIP / WARP;  // in which the lanes of a warp serve each channel of a strip
+static_assert(TURNS * WARP == STRIP, "a lane for each channel");
 
 // n / cpg.
 DEV int by_cpg(const GroupNormApply& p, int n) { return int((unsigned long long)unsigned(n) * p.reciprocal >> 31); }
@@ -126,6 +131,16 @@ DEV void factors(const GroupNormApply& p, GroupNormApplySmem& s, int image, int 
     s.b[k] = b;
 }
 
+// Those of all channels of group g in the strip from `first` to `last`, by one warp. w and bias are of the lane's channels.
+DEV void all_factors(const GroupNormApply& p, GroupNormApplySmem& s, int image, int first, int last, int g, Moments m, float pivot,
+                     const float (&w)[TURNS], const float (&bias)[TURNS]) {
+    UNROLL
+    for (int t = 0; t < TURNS; t++) {
+        const int k = t * WARP + int(lane()), c = first + k;
+        if (by_cpg(p, c) == g && c <= last) factors(p, s, image, c, k, m, pivot, w[t], bias[t]);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(BLOCK, 2) group_norm_apply(const __grid_constant__ GroupNormApply p) {
     griddep_wait();
     GroupNormApplySmem& s = smem<GroupNormApplySmem>();
@@ -139,19 +154,23 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) group_norm_apply(const __
     const T* x = (left ? p.x0 + c : p.x1 + (c - p.c0)) + ((long long)image * p.hw + row) * stride;
     Vec<T, V> v[FLIGHT];
 
-    const int mine = first + int(lane()), g0 = by_cpg(p, first), g_last = by_cpg(p, last), g_mine = by_cpg(p, mine);
+    const int g0 = by_cpg(p, first), g_last = by_cpg(p, last);
     const int team = p.warps * WARP, rank = thread_x() & (team - 1);
-    float w = 0.0f, bias = 0.0f, pivot = 0.0f;
-    if (rank < WARP && mine <= last) {
-        w = to_float(load(p.w + mine));
-        bias = to_float(load(p.bias + mine));
+    float w[TURNS] = {}, bias[TURNS] = {}, pivot = 0.0f;
+    UNROLL
+    for (int t = 0; t < TURNS; t++) {
+        const int mine = first + t * WARP + int(lane());
+        if (rank < WARP && mine <= last) {
+            w[t] = to_float(load(p.w + mine));
+            bias[t] = to_float(load(p.bias + mine));
+        }
     }
     int g = g0 + int(warp()) / p.warps;
     Moments m = {0.0f, 0.0f, 0.0f};
     for (int i = g; i <= g_last; i += WARPS / p.warps) {
         pivot = load(entries(p, image, i * p.cpg));
         m = gather(p, image, i * p.cpg, rank, pivot);
-        if (p.warps == 1 && i == g_mine && mine <= last) factors(p, s, image, mine, lane(), m, pivot, w, bias);
+        if (p.warps == 1) all_factors(p, s, image, first, last, i, m, pivot, w, bias);
     }
     UNROLL
     for (int i = 0; i < FLIGHT; i++) {
@@ -160,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) group_norm_apply(const __
     if (p.warps > 1) {
         if (lane() == 0) s.share[warp()] = m;
         sync_block();
-        if (rank < WARP && g == g_mine && mine <= last) {
+        if (rank < WARP && g <= g_last) {
             float n = 0.0f, sum = 0.0f, m2 = 0.0f;
             ROLLED
             for (int i = warp(); i < int(warp()) + p.warps; i++) {
@@ -173,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) group_norm_apply(const __
                 const float d = s.share[i].mean - mean;
                 m2 += fma_f(s.share[i].n * d, d, s.share[i].m2);
             }
-            factors(p, s, image, mine, lane(), {n, mean, m2}, pivot, w, bias);
+            all_factors(p, s, image, first, last, g, {n, mean, m2}, pivot, w, bias);
         }
     }
     sync_block();

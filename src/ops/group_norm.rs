@@ -11,7 +11,7 @@ mod grad;
 
 pub use grad::GroupNormGrad;
 
-use blocks::{rows_per_block, slabs_kept, team};
+use blocks::{rows_per_block, slabs_kept, team, variant};
 
 use super::Op;
 use super::activation::{Act, code};
@@ -315,9 +315,11 @@ impl GroupNorm {
             let grid = [c.div_ceil(32), count, b];
             io.launch(merge::GROUP_NORM_MERGE, DType::F32, "", grid, merge::BLOCK, p)?;
         }
-        let strips = c.div_ceil(apply::STRIP);
+        let variant = variant(slabs);
+        let strip = apply::STRIP.of(variant);
+        let strips = c.div_ceil(strip);
         let (rows, cpg) = (rows_per_block(hw, b * strips), c / self.groups);
-        let (warps, phases) = team(c, cpg, count);
+        let (warps, phases) = team(strip, c, cpg, count);
         // The kernel divides by cpg with a product; it is exact below this.
         io.int(cpg.saturating_mul(c + apply::BLOCK))?;
         let p = apply::GroupNormApply {
@@ -344,7 +346,7 @@ impl GroupNorm {
             eps: self.eps,
             silu: (self.act == Act::Silu) as i32,
         };
-        io.launch(apply::GROUP_NORM_APPLY, y.dtype, "", [strips, hw.div_ceil(rows), b], apply::BLOCK, p)
+        io.launch(apply::GROUP_NORM_APPLY, y.dtype, variant, [strips, hw.div_ceil(rows), b], apply::BLOCK, p)
     }
 }
 
@@ -425,6 +427,11 @@ impl Operation for GroupNorm {
         }
     }
 
+    fn variant(&self, x: &[Spec]) -> &'static str {
+        let images = x[0].shape[0].max(1);
+        if self.given == Given::Input { "" } else { variant(x[0].shape.rows() / images / SLAB) }
+    }
+
     fn launches(&self, x: &[Spec]) -> Vec<LaunchPlan> {
         let n = self.given.sources();
         let (b, c) = (x[0].shape[0], x[..n].iter().map(|s| s.shape.last()).sum::<usize>());
@@ -449,12 +456,12 @@ impl Operation for GroupNorm {
             let time = time(entry * (slabs + count), grid);
             all.push(LaunchPlan::new(merge::GROUP_NORM_MERGE, DType::F32, "", grid, merge::BLOCK, time));
         }
-        let strips = c.div_ceil(apply::STRIP);
+        let strips = c.div_ceil(apply::STRIP.of(variant(slabs)));
         let grid = [strips, hw.div_ceil(rows_per_block(hw, b * strips)), b];
         // Measured on an H100: 2.1 TB/s, read and written, and 3 µs for the statistics, which come first.
         let time =
             f64::max((2 * bytes) as f64 / 2.1e6 + 3.0, time(2 * bytes + entry * count * grid[1], grid));
-        all.push(LaunchPlan::new(apply::GROUP_NORM_APPLY, dtype, "", grid, apply::BLOCK, time));
+        all.push(LaunchPlan::new(apply::GROUP_NORM_APPLY, dtype, variant(slabs), grid, apply::BLOCK, time));
         all
     }
 

@@ -9,20 +9,27 @@ use crate::kernels::group_norm_apply as apply;
 const MERGED_IN_PLACE: usize = 64;
 
 /// How many slabs of equal size are left to the apply kernel of `slabs`: all of them, or the most that divide them and are
-/// no more than 16.
+/// no more than 16; where each of 16 would be of more than 64, no more than 64. On an H200 a norm of 4096 slabs takes 8 µs less with 64
+/// than with 16, and norms of 256 to 1024 slabs up to 2 µs more (`benches/measured/h200-group-norm.tsv`).
 pub(super) fn slabs_kept(slabs: usize) -> usize {
     if slabs <= MERGED_IN_PLACE {
         return slabs;
     }
-    (1..=16).rev().find(|&n| slabs.is_multiple_of(n)).unwrap_or(1)
+    let most = if slabs > 16 * 64 { 64 } else { 16 };
+    (1..=most).rev().find(|&n| slabs.is_multiple_of(n)).unwrap_or(1)
+}
+
+/// The variant of the apply kernel for images of `slabs`: wide strips where blocks are left few slabs of many to merge.
+pub(super) fn variant(slabs: usize) -> &'static str {
+    if slabs > MERGED_IN_PLACE { "STRIP=64" } else { "STRIP=32" }
 }
 
 /// Warps of the apply kernel that merge the statistics of a group, and slabs that they take at a time, of `count` of a group of
 /// `cpg` channels of c: as few as hold all entries at once, a channel to a thread, and no more than the block has for each group
-/// that a strip touches.
-pub(super) fn team(c: usize, cpg: usize, count: usize) -> (usize, usize) {
-    let strips = (0..c).step_by(apply::STRIP);
-    let groups = |first: usize| ((first + apply::STRIP).min(c) - 1) / cpg - first / cpg + 1;
+/// that a strip of `strip` channels touches.
+pub(super) fn team(strip: usize, c: usize, cpg: usize, count: usize) -> (usize, usize) {
+    let strips = (0..c).step_by(strip);
+    let groups = |first: usize| ((first + strip).min(c) - 1) / cpg - first / cpg + 1;
     let most = strips.map(groups).max().unwrap_or(1);
     let phases = |warps: usize| (warps * 32 / cpg).max(1);
     let enough = |warps: usize| warps * 32 >= cpg && count <= apply::ENTRIES * phases(warps);
@@ -57,14 +64,15 @@ mod tests {
 
     #[test]
     fn blocks_and_slabs_for_the_real_shapes() {
-        // (batch, HW, C): pixels of a block, slabs that it merges.
+        // (batch, HW, C): pixels of a block, slabs that it merges, channels of a strip.
         let of = |[b, hw, c]: [usize; 3]| {
-            (rows_per_block(hw, b * c.div_ceil(apply::STRIP)), slabs_kept(hw / SLAB))
+            let (slabs, strip) = (hw / SLAB, apply::STRIP.of(variant(hw / SLAB)));
+            (rows_per_block(hw, b * c.div_ceil(strip)), slabs_kept(slabs), strip)
         };
         let sd15 = [[2, 4096, 320], [2, 1024, 640], [2, 256, 1280], [2, 64, 1280], [2, 64, 2560]];
-        assert_eq!(sd15.map(of), [(316, 64), (171, 16), (86, 4), (64, 1), (64, 1)]);
+        assert_eq!(sd15.map(of), [(316, 64, 32), (171, 16, 32), (86, 4, 32), (64, 1, 32), (64, 1, 32)]);
         let decoder = [[1, 4096, 512], [1, 16384, 512], [1, 65536, 256], [1, 262144, 128]];
-        assert_eq!(decoder.map(of), [(256, 64), (1024, 16), (993, 16), (993, 16)]);
+        assert_eq!(decoder.map(of), [(256, 64, 32), (497, 16, 64), (993, 16, 64), (993, 64, 64)]);
         // 768×768, a prime number of slabs, and one image of one slab.
         assert_eq!([144, 67, 1].map(slabs_kept), [16, 1, 1]);
     }
@@ -72,15 +80,16 @@ mod tests {
     #[test]
     fn teams_for_the_real_shapes() {
         // (channels, those of a group, slabs): warps that merge a group, slabs that they take at a time.
-        let of = |[c, cpg, count]: [usize; 3]| team(c, cpg, count);
+        let of = |strip| move |[c, cpg, count]: [usize; 3]| team(strip, c, cpg, count);
         let sd15 =
             [[320, 10, 64], [960, 30, 64], [640, 20, 16], [1920, 60, 16], [1280, 40, 4], [2560, 80, 1]];
-        assert_eq!(sd15.map(of), [(2, 6), (4, 4), (1, 1), (2, 1), (2, 1), (4, 1)]);
+        assert_eq!(sd15.map(of(32)), [(2, 6), (4, 4), (1, 1), (2, 1), (2, 1), (4, 1)]);
         assert_eq!(
-            [[128, 4, 16], [256, 8, 16], [512, 16, 16], [512, 16, 64]].map(of),
-            [(1, 8), (1, 4), (1, 2), (2, 4)]
+            [[128, 4, 64], [256, 8, 16], [512, 16, 16]].map(of(64)),
+            [(1, 8), (1, 4), (1, 2)]
         );
+        assert_eq!(of(32)([512, 16, 64]), (2, 4));
         // A group for each channel, one for all of them, and one of more channels than threads.
-        assert_eq!([[320, 1, 64], [320, 320, 64], [640, 640, 1]].map(of), [(1, 32), (16, 1), (16, 1)]);
+        assert_eq!([[320, 1, 64], [320, 320, 64], [640, 640, 1]].map(of(32)), [(1, 32), (16, 1), (16, 1)]);
     }
 }

@@ -43,6 +43,9 @@ pub(super) fn listed() -> Vec<Case> {
         // 65 slabs, merged in fives; 67, which nothing divides.
         one(2, Act::Silu, &[2, 65, 64, 16]),
         two(2, Act::None, &[1, 67, 64], [8, 8]),
+        // Their wide strips: groups that straddle them, teams of several warps, a seam inside one, and an end.
+        one(4, Act::Silu, &[1, 66, 64, 160]),
+        two(1, Act::Silu, &[1, 66, 64], [88, 24]),
         // A group of more channels than a block has threads; two rounds of a thread's slabs.
         one(1, Act::None, &[1, 8, 8, 640]),
         one(2, Act::Silu, &[1, 33, 64, 176]),
