@@ -8,7 +8,7 @@
 #
 #   ./gpu.sh test        every room against its specification, then the models, each test in a process of its own
 #   ./gpu.sh step        a step of Stable Diffusion 1.5 at 512×512, its UNet, and the decoder, node by node, in bf16; the step in f32
-#   ./gpu.sh overlap     that step, UNet and decoder in bf16 with LDM_CUDA_OVERLAP off and on, twice in turn; then the tests with it on
+#   ./gpu.sh overlap     that step, UNet and decoder in bf16 with LDM_CUDA_OVERLAP off and on, twice in turn; then the tests with it off
 #   ./gpu.sh wgmma       the same with LDM_CUDA_WGMMA off, on, threads and tma (products by whole warpgroups, on a Hopper card); then the sweep of
 #                        its tiles in bf16
 #   ./gpu.sh probe       how fast the card's units, products and copies are at most, and what a kernel costs that does nothing; of
@@ -106,11 +106,11 @@ once() {
 }
 
 # Several at once: most of a test's time is its specification, on the processor. `run_test overlap` runs them with
-# LDM_CUDA_OVERLAP=on, `run_test off`, `threads` and `tma` with LDM_CUDA_WGMMA set to that, under names of their own.
+# LDM_CUDA_OVERLAP=off, `run_test off`, `threads` and `tma` with LDM_CUDA_WGMMA set to that, under names of their own.
 run_test() {
     local bin test only list=() jobs way=
     case ${1:-} in
-    overlap) way=overlap-; export LDM_CUDA_OVERLAP=on ;;
+    overlap) way=overlap-off-; export LDM_CUDA_OVERLAP=off ;;
     off | threads | tma) way=wgmma-$1-; export LDM_CUDA_WGMMA=$1 ;;
     esac
     for bin in ops models attention norms replay; do
@@ -165,7 +165,7 @@ switched() {
     done
 }
 
-# Kernels one after the other, and each started while the one before it ends.
+# Kernels one after the other, and each started while the one before it ends, which is what tests run with otherwise.
 run_overlap() {
     switched overlap LDM_CUDA_OVERLAP off on
     run_test overlap

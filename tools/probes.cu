@@ -16,7 +16,7 @@
 // P-11 float units: fma from registers; and 16-byte reads of shared memory in the lane order of `conv2d_f32`, where sixteen
 //      lanes may share a pass, beside an order where they cannot.
 // P-12 what lies between two kernels of a graph, from sm_90 on: one after the other; each started when the blocks of the one before
-//      have returned, which is what `LDM_CUDA_OVERLAP=on` asks for; when they have done their work; when they have begun.
+//      have returned, which is what launches ask for unless `LDM_CUDA_OVERLAP=off`; when they have done their work; when they have begun.
 //
 // Nowhere: P-1b (operands of wgmma that are not K-major), P-6 and P-4's multicast (clusters), P-10 (fp8): no kernel uses any of these
 // yet; P-9 (tensor copies), which `./gpu.sh wgmma` tests and measures in the products of `conv2d_tma`. P-5 is `LDM_CUDA_GRAPH=on|off ldm bench`, P-8 `gpu_torch.py`.

@@ -73,7 +73,7 @@ struct Inner {
     patient: bool,
     /// Unless `LDM_CUDA_GRAPH=off`.
     graphs: bool,
-    /// With `LDM_CUDA_OVERLAP=on`: a kernel may start before the one before it has ended.
+    /// Unless `LDM_CUDA_OVERLAP=off`: a kernel may start before the one before it has ended.
     overlap: bool,
     functions: Mutex<HashMap<(usize, &'static str), Function>>,
     modules: Mutex<HashMap<usize, Arc<Module>>>,
@@ -178,7 +178,7 @@ impl Cuda {
         let context = Arc::new(Context::open(ordinal)?);
         let (name, capability) = context.describe()?;
         let patient = std::env::var("LDM_CUDA_SYNC").is_ok_and(|v| !matches!(v.as_str(), "" | "0"));
-        let (graphs, overlap) = (switch("LDM_CUDA_GRAPH", true)?, switch("LDM_CUDA_OVERLAP", false)?);
+        let (graphs, overlap) = (switch("LDM_CUDA_GRAPH", true)?, switch("LDM_CUDA_OVERLAP", true)?);
         let wgmma = setting("LDM_CUDA_WGMMA", Wgmma::unset(capability), &Wgmma::ALL)?;
         let (functions, modules, counters) = Default::default();
         let inner = Inner {
@@ -504,7 +504,7 @@ impl Graph {
         self.graph.nodes
     }
 
-    /// Those of the kernels that may start before the one before them has ended (`LDM_CUDA_OVERLAP=on`).
+    /// Those of the kernels that may start before the one before them has ended: none with `LDM_CUDA_OVERLAP=off`.
     pub fn early(&self) -> usize {
         self.graph.early
     }
