@@ -415,8 +415,7 @@ DEV void wgmma(float (&d)[N / 8][4], unsigned long long a, unsigned long long b)
 
 // d (64,N) += a (64,16) · b (16,N), of which a lies in registers, as that of `mma` does: register i of thread t has two columns, from
 // 2(t%4) + 8(i/2) on, of row 16(t/32) + t%32/4 + 8(i%2). b by a `wgmma_rows_descriptor`. Until a
-// `wgmma_wait` for its group nobody is to touch d or a, nor write b's rows. Not run on a GPU yet: in particular with columns that are no
-// multiple of 64 (`P-1 descriptor by rows` of tools/probes_wgmma.cu).
+// `wgmma_wait` for its group nobody is to touch d or a, nor write b's rows.
 template <class E, int N>
 DEV void wgmma_rows(float (&d)[N / 8][4], const unsigned (&a)[4], unsigned long long b) {
     WgmmaRows<E, N>::run(d, a, b);
