@@ -15,13 +15,14 @@
 // as a thread's sums want those of all.
 //
 // Barriers: for each chunk one makes it visible, and one says that it is read. Behind the products one makes p and ds of the
-// tile visible, and one at the end of a turn says that they are read. Between the passes one makes `lse` and `delta` visible;
-// the shares of delta, in `ds`, are visible by the barriers of the first pass, which has at least one turn.
+// tile visible. That they are read says the next turn's first chunk, whose two barriers lie before they are written again (d > 0);
+// and so `lse` and `delta`, and the shares of delta, which are in `ds`, pass from the first pass to the second, and from before it.
 //
 // Edges: rows from T and S on and columns from d on are zeros in shared memory; keys that a query does not see have the score
 // -inf in the first pass, and p = 0 in the others (a NaN or an inf in k or v reaches, with `causal`, also
-// dq of queries that share a tile with the key, as 0 · inf, and one in q or dy dk and dv of keys that share a tile with the query); rows from T and S on, and columns from d on, are not stored.
-// Wants: S > 0, with `causal` S >= T, so that each query sees a key.
+// dq of queries that share a tile with the key, as 0 · inf, and one in q or dy dk and dv of keys that share a tile with the query);
+// rows from T and S on, and columns from d on, are not stored.
+// Wants: d > 0, S > 0, with `causal` S >= T, so that each query sees a key.
 // Occupancy: two blocks on a multiprocessor or more, by registers, of which D / LANES sums for dq and twice as many for dk and
 // dv are a part; one of attention_grad_kv with D = 512. Shared memory is 10.5 KB.
 //
@@ -137,7 +138,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_grad_q(const __
             l = fma_f(l, exp_f(m - most), sum);
             m = most;
         }
-        sync_block();
     }
     if (column == 0) {
         for (int i = 1; i < TILE; i++) delta += s.ds[row][i];
@@ -149,7 +149,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_grad_q(const __
             store(stats + 1, delta);
         }
     }
-    sync_block();
 
     float dq[OWN];
     UNROLL
@@ -172,7 +171,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_grad_q(const __
                 if (c < p.d) dq[i] = fma_f(ds, to_float(load(from + c)), dq[i]);
             }
         }
-        sync_block();
     }
     if (query >= p.t) return;
     T* to = p.dq + queries + (long long)query * width;
@@ -242,7 +240,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_grad_kv(const _
                 }
             }
         }
-        sync_block();
     }
     if (key >= p.s) return;
     UNROLL

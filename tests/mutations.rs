@@ -1,7 +1,7 @@
-//! Two questions to the kernels with asynchronous copies or matrices, which are found by what their files contain: is every barrier
-//! needed, and do accesses to shared memory meet in a bank?
+//! Is every barrier of a kernel needed; and in kernels with asynchronous copies or matrices, do accesses to shared memory meet in a bank?
+//! Which kernels have them is found by what their files contain.
 //!
-//! Mutants: each barrier, wait, commit and fence of theirs is made to do nothing, in turn. What `LDM_CUDA_WGMMA` chooses runs too.
+//! Mutants: each barrier, wait, commit and fence is made to do nothing, in turn. What `LDM_CUDA_WGMMA` chooses runs too.
 //! Some case of the room must then break a rule or give another result, in some schedule; where none does, the site is
 //! redundant, and [`REDUNDANT`] says why, or the cases are too weak.
 
@@ -110,15 +110,21 @@ fn start() -> Option<(Emulator, MutexGuard<'static, ()>)> {
     }
 }
 
-/// The stems of the kernel files that use asynchronous copies, by threads or of boxes, or read matrices from shared memory.
-fn pipelined() -> Vec<String> {
+/// In files of kernels that use asynchronous copies, by threads or of boxes, or read matrices from shared memory.
+const PIPELINED: &[&str] = &["cp_async", "ldmatrix(", "tma_load("];
+
+/// In files of kernels whose threads wait for each other, or for copies.
+const WAITING: &[&str] = &["sync_block(", "sync_warp(", "cp_async", "fence_gpu(", "mbarrier_"];
+
+/// The stems of the kernel files that contain one of these.
+fn files_with(words: &[&str]) -> Vec<String> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
     let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     let files = files.filter(|path| path.extension().is_some_and(|e| e == "cu"));
     let mut stems: Vec<String> = files
         .filter(|path| {
             let text = std::fs::read_to_string(path).unwrap();
-            ["cp_async", "ldmatrix(", "tma_load("].iter().any(|word| text.contains(word))
+            words.iter().any(|word| text.contains(word))
         })
         .map(|path| path.file_stem().unwrap().to_str().unwrap().to_string())
         .collect();
@@ -194,7 +200,7 @@ fn every_barrier_wait_commit_and_fence_is_needed() {
 
 fn drop_each_site() {
     let Some((emulator, _turn)) = start() else { return };
-    let stems = pipelined();
+    let stems = files_with(WAITING);
     let mut subjects = subjects(&emulator, &stems);
     let all: BTreeSet<String> = subjects.iter().flat_map(|s| s.sites.iter().cloned()).collect();
     for stem in &stems {
@@ -232,7 +238,7 @@ fn shared_memory_is_read_and_written_without_bank_conflicts() {
 
 fn count_conflicts() {
     let Some((emulator, _turn)) = start() else { return };
-    let stems = pipelined();
+    let stems = files_with(PIPELINED);
     let mut lines: BTreeMap<(String, u32, String), (u64, u64)> = BTreeMap::new();
     for subject in subjects(&emulator, &stems) {
         subject.run(&emulator, "banks=count").unwrap();
