@@ -105,12 +105,12 @@ once() {
     [ "$status" = 0 ] || { code=1; printf '%s: exit code %s\n' "$1" "$status"; tail -n 20 "$out/$1.log"; }
 }
 
-# Several at once: most of a test's time is its specification, on the processor. `run_test overlap` runs them with
+# Several at once: most of a test's time is its specification, on the processor. `run_test no-overlap` runs them with
 # LDM_CUDA_OVERLAP=off, `run_test off`, `threads` and `tma` with LDM_CUDA_WGMMA set to that, under names of their own.
 run_test() {
     local bin test only list=() jobs way=
     case ${1:-} in
-    overlap) way=overlap-off-; export LDM_CUDA_OVERLAP=off ;;
+    no-overlap) way=no-overlap-; export LDM_CUDA_OVERLAP=off ;;
     off | threads | tma) way=wgmma-$1-; export LDM_CUDA_WGMMA=$1 ;;
     esac
     for bin in ops models attention norms replay; do
@@ -168,7 +168,7 @@ switched() {
 # Kernels one after the other, and each started while the one before it ends, which is what tests run with otherwise.
 run_overlap() {
     switched overlap LDM_CUDA_OVERLAP off on
-    run_test overlap
+    run_test no-overlap
 }
 
 # Products by warps and by whole warpgroups, whose operands threads or tensor copies bring.

@@ -232,12 +232,17 @@ def compile_candidates_here():
     """The kernels that max-autotune tries are compiled by threads of this process, not by its pool of processes.
 
     PyTorch 2.11 compiles them in the pool, and then each one again in this process, one by one while they are timed: 10 s in
-    place of 0.5 s for each product, on a machine with 16 cores. What is tried, timed and chosen is the same.
+    place of 0.5 s for each product, on a machine with 16 cores. What is tried and timed is the same. Another PyTorch may not have
+    what this needs: it says so, and compiles as it does.
     """
-    from torch._inductor.async_compile import AsyncCompile
-    from torch._inductor.select_algorithm import AlgorithmSelectorCache
+    try:
+        from torch._inductor.async_compile import AsyncCompile
+        from torch._inductor.select_algorithm import AlgorithmSelectorCache
 
-    prepare, in_pool = AlgorithmSelectorCache.make_precompile_fn, AsyncCompile.__dict__["use_process_pool"]
+        prepare, in_pool = AlgorithmSelectorCache.make_precompile_fn, AsyncCompile.__dict__["use_process_pool"]
+    except (ImportError, AttributeError, KeyError) as missing:
+        print(f"candidates are compiled as PyTorch {torch.__version__} does it: {missing!r}", file=sys.stderr)
+        return
 
     def prepare_here(*args, **kwargs):
         AsyncCompile.use_process_pool = classmethod(lambda cls: False)

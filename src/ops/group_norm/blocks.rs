@@ -9,8 +9,9 @@ use crate::kernels::group_norm_apply as apply;
 const MERGED_IN_PLACE: usize = 64;
 
 /// How many slabs of equal size are left to the apply kernel of `slabs`: all of them, or the most that divide them and are
-/// no more than 16; where each of 16 would be of more than 64, no more than 64. On an H200 a norm of 4096 slabs takes 8 µs less with 64
-/// than with 16, and norms of 256 to 1024 slabs up to 2 µs more (`benches/measured/h200-group-norm.tsv`).
+/// no more than 16, or than 64 where there are more than 16 · 64. On an H200 a norm of 4096 slabs takes 8 µs less with 64 left than
+/// with 16, one of 1024 slabs 1 µs less with 256 channels and 2 µs more with 512, one of 256 slabs 2 µs more
+/// (`benches/measured/h200-group-norm.tsv`).
 pub(super) fn slabs_kept(slabs: usize) -> usize {
     if slabs <= MERGED_IN_PLACE {
         return slabs;
@@ -19,7 +20,8 @@ pub(super) fn slabs_kept(slabs: usize) -> usize {
     (1..=most).rev().find(|&n| slabs.is_multiple_of(n)).unwrap_or(1)
 }
 
-/// The variant of the apply kernel for images of `slabs`: wide strips where blocks are left few slabs of many to merge.
+/// The variant of the apply kernel for images of `slabs`: wide strips where blocks are left few slabs of many to merge. By
+/// measurements in bf16; f32, of which 32 channels are a whole line too, goes along.
 pub(super) fn variant(slabs: usize) -> &'static str {
     if slabs > MERGED_IN_PLACE { "STRIP=64" } else { "STRIP=32" }
 }
@@ -43,7 +45,8 @@ pub(super) fn team(strip: usize, c: usize, cpg: usize, count: usize) -> (usize, 
 /// Pixels of a block of the apply kernel, of `hw` in an image, where `strips` blocks lie side by side. An H100 has 132
 /// multiprocessors, and room for two blocks on each: whatever comes after those begins with statistics again. So that number of
 /// blocks to a strip for which the turns take least, of no fewer pixels than a slab has, and of no more than 1024: on an H200, images
-/// from 256×256 on took up to 13 % longer in one turn of longer blocks, which end unevenly (`benches/measured/h200-group-norm.tsv`).
+/// from 256×256 on took up to 13 % longer in one turn of longer blocks in strips of 32; in strips of 64, blocks of up to 2048 took
+/// as long, or 2 % less (`benches/measured/h200-group-norm.tsv`).
 pub(super) fn rows_per_block(hw: usize, strips: usize) -> usize {
     const AT_ONCE: usize = 2 * launch::MULTIPROCESSORS;
     const MOST: usize = 1024;
@@ -73,8 +76,9 @@ mod tests {
         assert_eq!(sd15.map(of), [(316, 64, 32), (171, 16, 32), (86, 4, 32), (64, 1, 32), (64, 1, 32)]);
         let decoder = [[1, 4096, 512], [1, 16384, 512], [1, 65536, 256], [1, 262144, 128]];
         assert_eq!(decoder.map(of), [(256, 64, 32), (497, 16, 64), (993, 16, 64), (993, 64, 64)]);
-        // 768×768, a prime number of slabs, and one image of one slab.
+        // 768×768, a prime number of slabs, and one image of one slab; about the number from which on more are left.
         assert_eq!([144, 67, 1].map(slabs_kept), [16, 1, 1]);
+        assert_eq!([1024, 1031, 1040].map(slabs_kept), [16, 1, 52]);
     }
 
     #[test]

@@ -43,9 +43,12 @@ pub(super) fn listed() -> Vec<Case> {
         // 65 slabs, merged in fives; 67, which nothing divides.
         one(2, Act::Silu, &[2, 65, 64, 16]),
         two(2, Act::None, &[1, 67, 64], [8, 8]),
-        // Their wide strips: groups that straddle them, teams of several warps, a seam inside one, and an end.
+        // Wide strips, of more than 64 slabs: groups that straddle them, teams of several warps, a seam inside one, an end, more groups
+        // than the block has warps, and more slabs than leave 16.
         one(4, Act::Silu, &[1, 66, 64, 160]),
         two(1, Act::Silu, &[1, 66, 64], [88, 24]),
+        one(64, Act::Silu, &[1, 66, 64, 64]),
+        one(2, Act::None, &[1, 1040, 64, 8]),
         // A group of more channels than a block has threads; two rounds of a thread's slabs.
         one(1, Act::None, &[1, 8, 8, 640]),
         one(2, Act::Silu, &[1, 33, 64, 176]),
@@ -59,6 +62,7 @@ pub(super) fn listed() -> Vec<Case> {
         film(norm(8, 1e-5, Act::Silu, &[2, 4, 3, 16]), 5, true),
         film(one(4, Act::Silu, &[2, 8, 16, 40]), 2, false),
         film(one(2, Act::None, &[3, 8, 8, 64]), 1, false),
+        film(one(4, Act::Silu, &[2, 66, 64, 72]), 2, false),
         film(one(32, Act::Silu, &[2, 16, 16, 96]), 4, true),
         film(two(4, Act::Silu, &[2, 8, 16], [24, 16]), 2, false),
         far(given(4, Act::None, &[2, 8, 16], &[40], 100.0, 0.01)),
