@@ -1,30 +1,33 @@
 // Gradients of attention.cu per head. With scores s = scale · q kᵀ, p = softmax(s) and delta = sum dy · y of a query:
 // ds = scale · p · (dy vᵀ - delta); dq = ds k, dk = dsᵀ q, dv = pᵀ dy (Dao et al. 2022, algorithm 4). Scores are made again, in
-// tiles of TILE×TILE whose inner products pass through shared memory CHUNK elements at a time; thread (row, column) owns one.
+// tiles of TILE×TILE whose operands pass through shared memory CHUNK elements at a time; thread (row, column) owns one.
 //
-// attention_grad_q, grid: (ceil(T / TILE) · parts, N, B): a block owns TILE queries. A first pass over the keys gives the
-// natural logarithm of the sum of exponentials, left in `stats` with delta; a second one dq, of which thread (row, column) owns elements
-// column, column + LANES, … of the part. attention_grad_kv, grid: (ceil(S / TILE) · parts, N, B): a block owns TILE keys, a
-// thread its elements of dk and dv, in order of the queries. Nothing is added up by two blocks. It runs after attention_grad_q,
-// whose blocks of part 0 write `stats`. Heads wider than D are served in parts of D elements, each by blocks of its own that make
-// the scores again.
+// attention_grad_q, grid: (ceil(T / TILE) · parts, N, B), the parts of a tile side by side: a block owns TILE queries, the rows of
+// its scores. A first pass over the keys gives the natural logarithm of the sum of exponentials, left in `stats` with delta; a second
+// one dq, of which thread (row, column) owns elements column, column + LANES, … of the part. attention_grad_kv, grid:
+// (ceil(S / TILE) · parts, N, B): a block owns TILE keys, which are the rows here and queries the columns, a thread its elements of
+// dk and dv, in order of the queries. Nothing is added up by two blocks. It runs after attention_grad_q, whose blocks of part 0 write
+// `stats`; the grid's wait, first of all, makes that visible. Heads wider than D are served in parts of D elements, each by blocks
+// of its own that make the scores again.
 //
-// Operands: q, k, v and dy are read into shared memory for the scores, as f32, in rows padded by one float, so that the threads of a
-// warp, two rows × 16 columns, read without conflicts; for dq, dk and dv their rows are read again from
-// global memory, that is the caches. p (in the first pass the scores) and ds of a tile pass through shared memory,
-// as a thread's sums want those of all.
+// Operands: q and k, and dy and v, are read into shared memory for the scores and dy vᵀ, as f32, in rows padded by one float, so that
+// the threads of a warp, two rows × 16 columns, read without conflicts; the block's own rows anew for each tile. For dq, dk and dv
+// the rows of k, q and dy are read again from global memory, that is the caches; y is read from there alone. Through shared memory
+// pass, in attention_grad_q the scores of a tile in the first pass and ds in the second, in attention_grad_kv p and ds: a thread
+// wants those of its row.
 //
-// Barriers: for each chunk one makes it visible, and one says that it is read. Behind the products one makes p and ds of the
-// tile visible. That they are read says the next turn's first chunk, whose two barriers lie before they are written again (d > 0);
-// and so `lse` and `delta`, and the shares of delta, which are in `ds`, pass from the first pass to the second, and from before it.
+// Barriers: for each chunk one makes it visible, and one says that it is read. One more makes a tile's scores, or p and ds, visible.
+// That they are read says the next tile's first chunk, whose two barriers lie before they are written again (d > 0). So do the
+// shares of delta, in `ds` since before the first pass, reach whoever adds them up behind it (it has a tile, as S > 0); and `lse` and
+// `delta`, written between the passes, are visible behind the second one's first chunk.
 //
 // Edges: rows from T and S on and columns from d on are zeros in shared memory; keys that a query does not see have the score
-// -inf in the first pass, and p = 0 in the others (a NaN or an inf in k or v reaches, with `causal`, also
-// dq of queries that share a tile with the key, as 0 · inf, and one in q or dy dk and dv of keys that share a tile with the query);
-// rows from T and S on, and columns from d on, are not stored.
-// Wants: d > 0, S > 0, with `causal` S >= T, so that each query sees a key.
+// -inf in the first pass, and p = 0 in the others (a NaN or an inf in k or v reaches, with `causal`, also dq of queries that share a
+// tile with the key, as 0 · inf; one in q dk, and one in dy dv, of keys that share a tile with the query); rows from T and S on, and
+// columns from d on, are not stored.
+// Wants: 0 < d <= parts · D, S > 0, with `causal` S >= T, so that each query sees a key.
 // Occupancy: two blocks on a multiprocessor or more, by registers, of which D / LANES sums for dq and twice as many for dk and
-// dv are a part; one of attention_grad_kv with D = 512. Shared memory is 10.5 KB.
+// dv are a part; one of attention_grad_kv with D = 512. The bounds ask for one. Shared memory is 10.5 KB.
 //
 // variants: D=64 D=160 D=512
 #include "dev.cuh"

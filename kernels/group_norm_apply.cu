@@ -1,32 +1,34 @@
-// y = act((x - mean) * rstd * w + bias), act SiLU or none, from x and its channel statistics. x may come as two tensors that lie
-// side by side along the channels, x0 (C0) and x1 (C1); groups may straddle the seam. y is written as one tensor of C = C0 + C1.
-// With `film` the value is multiplied by 1 + scale and shift is added, before act; both are of the channel and of a row of film,
-// the image's or the one that `counter` names, and are folded into the factors. Grid: (ceil(C / STRIP), ceil(HW / rows), B). A
-// block owns `rows` pixels of STRIP channels of one image.
+// y = act((x - mean) * rstd * w + bias), act SiLU or none, from x and its channel statistics, channels last. x may come as two tensors
+// that lie side by side along the channels, x0 (C0) and x1 (C1); groups may straddle the seam. y is written as one tensor of
+// C = C0 + C1. With `film` the value is multiplied by 1 + scale and shift is added, before act; both are of the channel and of a row of
+// film: the one that `counter` names, else the image's, else the only one. They are folded into the factors.
+// Grid: (ceil(C / STRIP), ceil(HW / rows), B). A block owns `rows` pixels of STRIP channels of one image.
 //
 // Statistics: an image's pixels are cut into `count` slabs of `each` pixels; a slab's entry holds, for each channel, the
-// mean and the sum of squares about it. The entries of all groups that the strip touches are merged by the block itself: for each
-// group a team of `warps` warps, each thread one channel (in a group of more channels than the team has threads, every
-// so-manieth) and every `phases`-th slab of it, ENTRIES of them in flight; then the lanes
-// of a warp, then the warps of a team, all in an order that the shapes alone fix. Sets are first averaged, then the squares are
-// taken about that average: three sums by shuffles, in place of a chain of quotients. Means are merged as differences from the
-// group's first one, and the group's mean is kept as a pair, so that a mean far from zero costs no digits. The first warp of a team
-// leaves the factors of its group's channels in shared memory, a lane for each channel of the strip, 32 at a time:
-// y = (x - high) * a + b with a = rstd * w and b = bias - low * a. Few instructions matter here: in a small image each block has
-// more to merge than to stream.
+// mean and the sum of squares about it. The entries of all groups that the strip touches are merged by the block itself. A group
+// is one team's, `warps` warps; a team of one warp takes every WARPS-th group of the strip, and a larger one has at most one. A
+// thread of it takes one channel (in a group of more channels than the team has threads, every (warps · 32)-th) and every
+// `phases`-th slab of it, ENTRIES of them in flight, and adds up, in one pass, means less that of its first entry, and their squares.
+// What threads have got, as (pixels, mean, squares about it), is merged by the lanes of a warp, then by the warps of a team: means
+// are averaged first, then the squares taken about that average, three sums by shuffles in place of a chain of quotients. All orders
+// are fixed by the shapes alone. Means are differences from a pivot, that of the group's first channel in the first slab, and the
+// group's mean is kept as a pair, so that a mean far from zero costs no digits. The first warp of a team leaves the factors of the
+// group's channels in the strip in shared memory, a lane to each, 32 at a time: y = (x - high) * a + b with a = rstd * w and
+// b = bias - low * a. Few instructions matter here: in a small image each block has more to merge than to stream.
 //
 // Streaming: a thread owns one 16-byte vector of channels, whose factors it keeps in registers, and every DOWN-th pixel; FLIGHT of
-// its loads are in flight, the first ones while the warps of a team are merged, and a vector that was stored makes room for the next.
+// its loads are in flight, the first ones from before the barriers on, and a vector that was stored makes room for the next.
 // Neighbouring threads read the vectors of one pixel (of 32 channels, 64 bytes of a 16-bit type, in four threads; 128 of f32, in
 // eight), then the next pixel. SiLU takes one reciprocal for two elements: it is the unit of special functions that a small image
 // waits for.
 //
-// Barriers: with teams of more than a warp, one makes the warps' shares visible; the last one makes the factors visible.
+// Waits: the grid's wait, first of all, makes what earlier kernels wrote visible. With teams of more than a warp, a barrier makes the
+// warps' shares visible to the first; the last one makes the factors visible to all. No shared memory is written twice.
 //
-// Wants: HW = count · each; cpg = (C0 + C1) / groups, a whole number; (C0 + C1 + BLOCK) · cpg below 2^31, reciprocal = ceil(2^31 / cpg).
-// warps: a power of two; with more than one, teams enough for the groups of any strip. phases = warps · 32 / cpg, rounded down, at
-// least 1. Pointers aligned to 16 bytes; C0 and C1 multiples of 8, so that no vector crosses the seam or an end. Threads past the
-// last channel or pixel only help to merge.
+// Wants: HW = count · each; rows > 0; cpg = (C0 + C1) / groups, a whole number; (C0 + C1 + BLOCK) · cpg below 2^31, reciprocal =
+// ceil(2^31 / cpg). warps: a power of two, at most WARPS; with more than one, teams enough for the groups of any strip. phases =
+// warps · 32 / cpg, rounded down, at least 1. Pointers aligned to 16 bytes; C0 and C1 multiples of 8, so that no vector crosses the seam
+// or an end. Threads past the last channel or pixel only help to merge.
 //
 // A strip of 64 channels, in a 16-bit type a whole line of the second-level cache, streams large images faster; but its block has
 // twice as much to merge, for which small ones wait.
