@@ -9,9 +9,11 @@
 // scores, and says that the keys are read; the third the weights and values; the fourth says that those are read. Edges: rows
 // from S on (T for q) are zeros; keys that a query does not see have the score -inf; rows from T on and columns from d on are not
 // stored. A NaN or an inf in v reaches its column of y, with `causal` also in queries of the block that do not see the key but
-// share a turn with it, as 0 · inf. Wants: S > 0 and, with `causal`, S >= T, so that each query sees a key. Occupancy: two blocks
-// a multiprocessor are asked for, that is at most 128 registers for each thread (72 to 107 are used); without that the compiler
-// aims at 80 or fewer, and spills at D = 512 on sm_90. Shared memory is 24, 48, 32.5 and 44.2 KB in the order of the variants.
+// share a turn with it, as 0 · inf. A row whose scores are all -inf, or with +inf or a NaN among them, becomes NaN. Wants: S > 0 and,
+// with `causal`, S >= T, so that each query sees a key. Occupancy: two blocks a multiprocessor are asked for, that is at most 128
+// registers for each thread (72 to 107 are used); without that the compiler aims at 80 or fewer, and spills at D = 512 on sm_90. So
+// registers leave three, two, three, two in the order of the variants. Shared memory is 24, 48, 32.5 and 44.2 KB, which leaves fewer on
+// sm_86 and sm_89 alone: two of the third.
 // variants: D=64 D=160 D=512 D=1024
 #include "dev.cuh"
 

@@ -12,7 +12,7 @@
 //
 // Operands: q and k, and dy and v, are read into shared memory for the scores and dy vᵀ, as f32, in rows padded by one float, so that
 // the threads of a warp, two rows × 16 columns, read without conflicts; the block's own rows anew for each tile. For dq, dk and dv
-// the rows of k, q and dy are read again from global memory, that is the caches; y is read from there alone. Through shared memory
+// the rows of k, q and dy are read again from global memory, that is the caches; y, and dy for delta, are read from there alone. Through shared memory
 // pass, in attention_grad_q the scores of a tile in the first pass and ds in the second, in attention_grad_kv p and ds: a thread
 // wants those of its row.
 //

@@ -15,7 +15,9 @@
 // memory, rows of 128 bytes, a line of the caches, whose 16-byte chunk c stands at c ^ (row % 8): the eight rows that ldmatrix
 // reads at once fall into all 32 banks, as does the row that eight threads copy. cp.async writes zeros for pixels outside the
 // image, channels beyond the segment, rows beyond M and N. Where the window of each row lies, and which pixel of y it is, is worked
-// out once, each row by one thread, and kept in shared memory.
+// out once, each row by one thread, and kept in shared memory; the barrier before the first copies makes it visible. The terms of the
+// columns, which are for the end, follow when they have come, and any later barrier does for them. Rows beyond M and columns beyond N
+// are not stored.
 //
 // Order. Each thread commits one group of copies per k-block, STAGES − 1 of them before the first. The products of a k-block are
 // four steps of 16 channels; fragments of x are read a step ahead, those of w a pair ahead (16 of the warp's columns), and the

@@ -1,7 +1,8 @@
 // What conv2d_wgmma.cu computes, in the same tiles and with the same products, its operands copied by Hopper's memory accelerator
 // (TMA): one thread asks for a box of x and a box of w for each k-block, and the copies count themselves in. No other thread works
-// out an address, no barrier of the block and no fence stands in the loop. On an H200 a 3×3 convolution over 64×64 of 960 channels runs at
-// 650 TFLOP/s in tiles of 128×160; small tiles are slower than with conv2d_wgmma's copies, by what comes before the first box (1 to 2 µs).
+// out an address, and neither a barrier of the block nor a fence between proxies stands in the loop. On an H200 a 3×3 convolution over
+// 64×64 of 960 channels runs at 650 TFLOP/s in tiles of 128×160; small tiles are slower than with conv2d_wgmma's copies, by what comes
+// before the first box (1 to 2 µs).
 //
 // Who owns what. Grid: (ceil(M / BM), ceil(N / BN), splits); a block owns a BM×BN tile of y, or with several splits a contiguous
 // run of its k-blocks. A block has a warpgroup, four warps, for each 64 rows of the tile: one or two. A warpgroup's sums are one
@@ -28,14 +29,18 @@
 // Order. A slot has two barriers that count: full[] is over when both its copies have landed, empty[] when every warp has arrived.
 // Thread 0 initialises them, fences them for the copies (the barrier of the block further on is for the other threads), and asks for
 // the first STAGES k-blocks before the terms of the columns are loaded. Turn i begins with everybody's wait for full[slot]. What has
-// landed there came by the proxy that the products read through, so nothing is fenced. Lanes return from the wait one by one, and
+// landed there came by the proxy that the products read through, so no proxy is fenced. Lanes return from the wait one by one, and
 // sync_warp brings them together for the products. The four of the turn are issued and committed; then a warp waits until the
-// products of no more than PENDING turns run, and arrives at empty[] of the slot of turn i − PENDING, whose products it has seen done.
+// products of no more than PENDING turns run, and, where a k-block is left for it, arrives at empty[] of the slot of turn i − PENDING, whose
+// products it has seen done.
 // When all warps have, thread 0 asks for k-block i − PENDING + STAGES in that slot. A block that is alone on its multiprocessor leaves
 // the products of one turn running, so that the next ones follow without a gap; where there are several, the others fill it. A
 // phase has the parity of how often its slot has been filled before. The accumulators start as zeros and nobody touches them until the
-// last wait. Behind the loop every copy has landed; one barrier: both warpgroups are done with the ring, and it becomes the staging
-// tile.
+// last wait: only the first turn needs the wgmma_fence, and the others have it since the compiler would add one. Behind the loop every
+// copy has landed; one barrier: both warpgroups are done with the ring, and it becomes the staging tile.
+//
+// Beside the ring lie, for the end, where each row's window and pixel of y are, and the terms of the columns. The barrier before the loop
+// makes both visible; thread 0 reads row 0 before, which it has written itself. Rows beyond M and columns beyond N are not stored.
 //
 // Segments of K, phases, the end, and what M, N and O are: see conv2d_tile.cuh. Wants, and the caller checks: what stands there, and
 // maps as above; so a segment with a window has stride 1, no `upsample` without phases, and tiles that are rectangles.

@@ -17,7 +17,10 @@
 // memory, rows of 128 bytes, whose 16-byte chunk c stands at c ^ (row % 8). That is the swizzle of 128 bytes, which the hardware
 // undoes by the bits of the address: so a slot, and in it the first row of each warpgroup and of w, begin at multiples of 1024
 // bytes. Both matrices are K-major, eight rows to 1024 bytes; a step of 16 channels is 32 bytes further on. cp.async writes zeros
-// for pixels outside the image, channels beyond the segment, rows beyond M and N.
+// for pixels outside the image, channels beyond the segment, rows beyond M and N; in the last round of 128×80, threads beyond the 80
+// rows copy nothing. Where the window of each row lies, and which pixel of y it is, is in shared memory too; the barrier before the first
+// copies makes it visible. The terms of the columns, which are for the end, follow when they have come, and any later barrier does for
+// them. Rows beyond M and columns beyond N are not stored.
 //
 // Order. Each thread commits one group of copies per k-block, an empty one where none is left, AHEAD of them before the first.
 // Turn i begins with a wait until this thread's group of k-block i has landed, and a fence: the products read through the async proxy,

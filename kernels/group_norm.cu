@@ -5,7 +5,7 @@
 //
 // Barriers: those of block_sum, one before it reads `scratch` and one after, so that it may be used again.
 // Occupancy: by threads; shared memory is 32 bytes.
-// Wants: groups divide C; HW > 0; fewer than 2^31 elements in a group; the counter a row of `film`.
+// Wants: groups divide C; HW > 0; fewer than 2^31 − 256 elements in a group; the counter a row of `film`.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

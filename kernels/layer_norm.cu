@@ -9,7 +9,8 @@
 // Mean first, then the variance about it. Sums are of x - pivot, with the row's first element as pivot, which is what the lanes
 // hold from then on, so that a mean far from zero costs no digits. No shared memory, no barrier: rows do not wait for each
 // other. Registers limit the warps in flight: N · (vector width) floats of x per lane. Eight blocks on a multiprocessor
-// are asked for, that is at most 128 registers for each thread.
+// are asked for, that is at most 128 registers for each thread. W=0 holds no row: it takes 32, and as many blocks fit as a
+// multiprocessor takes.
 // Wants: C > 0; for W > 0 C <= W, C a multiple of the vector, pointers aligned to 16 bytes.
 // variants: W=0 W=320 W=640 W=1280 W=2048
 #include "dev.cuh"

@@ -1,6 +1,8 @@
 // The two ends of a model evaluation. A table with one row per evaluation says what to do; the counter picks the row.
 // Grid: ceil(n / BLOCK); a thread owns one element of the latents, n = B·H·W·C of them.
-// Occupancy: by threads, that of advance_fwd by registers.
+// No shared memory, no barrier. Occupancy: by threads, that of advance_fwd by registers.
+// Wants: the row that comes into use below R, which advance_fwd leaves at R behind the last one; copies 1 or 2 in advance_fwd; slots that
+// a row names below S, its noise below Z, and count at most S and TERMS.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;
@@ -9,7 +11,7 @@ constexpr int TERMS = 8;  // slots that a row may sum
 
 // Columns of the table: the timestep, which other kernels read; the factor of the model's input; those of d, and the bound of |d|,
 // none if it is not above 0; those of `next`; the factor of each slot; then slots: of X and of `next`, which must be given; where
-// m and d are kept, and the row of noise, each none if negative; guidance. The last two are those of blend.cu.
+// m and d are kept, and the row of noise, each none if negative; guidance. Columns 22 and 23, not named here, are those of blend.cu.
 enum { TIMESTEP, SCALE_IN, DX, DM, CLIP, CM, CD, CZ, C0, X_SLOT = 16, NEXT, KEEP_M, KEEP_D, NOISE, GUIDANCE };
 
 struct PrepareFwd {
@@ -48,7 +50,7 @@ struct AdvanceFwd {
 };
 
 // m = u + guidance · (c - u); d = clamp(dx · X + dm · m); next = sum c_s slots_s + cm m + cd d + cz noise. The first row with a
-// non-finite m is carried out and marked; launches after it change neither slots nor the marks. With one copy m is the model's.
+// non-finite m is carried out and marked; launches after it change neither slots, rows nor the marks, but write `guided`. With one copy m is the model's.
 extern "C" __global__ void __launch_bounds__(BLOCK) advance_fwd(const __grid_constant__ AdvanceFwd p) {
     griddep_wait();
     const long long i = (long long)block_x() * BLOCK + thread_x();
