@@ -21,6 +21,7 @@ DEV float cost(int kind, float x) {
     }
 }
 
+// Of the cost; a hinge's is 0 at its corner and for a NaN.
 DEV float cost_slope(int kind, float x) {
     switch (kind) {
         case 0: return -1.0f;

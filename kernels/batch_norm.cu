@@ -2,7 +2,7 @@
 // such statistics over batches. Parts of the rows are summed by themselves and merged in order: batch_norm_stats, batch_norm_merge,
 // batch_norm_apply, in this order; running_fwd averages.
 // Occupancy: by threads; shared memory is 3 KB, a row of 32 words per warp, without conflicts. Wants: every part has a row; parts ·
-// each below 2^31, at most 65535 parts. The last part may be short: a thread without a row hands in an empty set (n = 0), which
+// each below 2^31 − 8, at most 65535 parts. The last part may be short: a thread without a row hands in an empty set (n = 0), which
 // `merged` passes over.
 #include "dev.cuh"
 

@@ -2,7 +2,7 @@
 // - dbias / rows - n * dw / rows), or w * rstd * dy where the statistics are given (a NaN or an inf in x or dy of a channel makes
 // all of its dx NaN there too, as 0 · dw). batch_norm_grad_sums, batch_norm_grad_total, batch_norm_grad_apply, in this order.
 // Occupancy: by threads; shared memory is 2 KB, a row of 32 words per warp, without conflicts. Wants: rows > 0; parts · each below
-// 2^31, at most 65535 parts.
+// 2^31 − 8, at most 65535 parts.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

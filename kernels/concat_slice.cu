@@ -1,5 +1,6 @@
 // y = columns start … start + len - 1 of x. Grid: ceil(n / BLOCK); a thread owns N elements of a row of y: 16 bytes where LEN, C and
-// `start` are multiples of them, else one. Wants: pointers aligned to 16 bytes. Occupancy: by threads.
+// `start` are multiples of them, else one. Wants: pointers aligned to 16 bytes,
+// 0 <= start, start + LEN <= C. Occupancy: by threads.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

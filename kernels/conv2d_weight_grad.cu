@@ -7,7 +7,7 @@
 // Barriers: in a turn the first makes both tiles visible, the second says that they are read.
 // Edges: pixels from the part's end on, rows from O on and columns from K on are zeros in the tiles and are not stored.
 // Occupancy: by registers, 40 on sm_80 and 47 on sm_90, six and five blocks on a multiprocessor; shared memory, 16 KB, allows five
-// on sm_86 and sm_89. Wants: splits · each below 2^31.
+// on sm_86 and sm_89. Wants: splits · each below 2^31 − 32.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

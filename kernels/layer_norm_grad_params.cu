@@ -6,7 +6,7 @@
 // by side. If C is no multiple of the vector, `wide` is 0: a thread owns one column then, and 32 lie side by side. Shuffles add up
 // the rows of a warp, and a thread for each column those of the warps, behind the one barrier; the order is fixed. The last part may
 // be short. Occupancy: three blocks, by registers (at most 80), which is named; shared memory is 4 KB at most.
-// Wants: C > 0; pointers aligned to 16 bytes; splits · each below 2^31; `wide` only with C a multiple of the vector.
+// Wants: C > 0; pointers aligned to 16 bytes; splits · each below 2^31 − 64; `wide` only with C a multiple of the vector.
 #include "dev.cuh"
 
 constexpr int BLOCK = 256;

@@ -14,6 +14,7 @@ DEV float rho(int kind, float delta, float d) {
     return a <= delta ? 0.5f * d * d : delta * (a - 0.5f * delta);
 }
 
+// Of rho; |d|'s is 0 at 0. Of a NaN only d²'s is a NaN, the others 0.
 DEV float slope(int kind, float delta, float d) {
     const float sign = d > 0.0f ? 1.0f : d < 0.0f ? -1.0f : 0.0f;
     if (kind == 0) return sign;

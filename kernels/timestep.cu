@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) timestep_fwd(const __grid_co
     const int i = block_x() * BLOCK + thread_x();
     if (i >= p.n) return;
     const int half = p.width / 2, b = i / p.width, c = i - b * p.width, f = c % half;
-    // In double: where f is just below 1, one ulp of it turns the angle by 6e-5 at t = 999.
+    // In double: where the frequency is just below 1, one ulp of it turns the angle by 6e-5 at t = 999.
     const float frequency = float(exp_d(-9.210340371976184 * double(f) / (double(half) - double(p.shift))));
     const float angle = mul_rn_f(load(p.t + b), frequency);
     store(p.y + i, from_float<T>((c < half) == (p.flip != 0) ? cos_f(angle) : sin_f(angle)));
